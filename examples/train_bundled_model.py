@@ -1,0 +1,182 @@
+"""Train the small Nemotron-H model that comes with the package, from nothing but the standard library's source.
+
+    python examples/train_bundled_model.py --work runs/bundled --tokens 12M
+    python examples/train_bundled_model.py --work runs/bundled --export minipuzzle/bundled/model
+
+Checkpoints every few minutes; the same command continues. Muon on the matrices of the blocks, AdamW on
+the rest; Mamba-2 initialised as its authors do (dt log-uniform in [0.001, 0.1], A uniform in [1, 16]).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from minipuzzle.core.architecture import Architecture
+from minipuzzle.data.blocks import load_blocks, tokenize
+from minipuzzle.data.corpus import documents, is_held_out
+from minipuzzle.models.module import HybridLM
+from minipuzzle.models.nemotron_h import NemotronH
+
+END = "<|endoftext|>"
+SEED = 0
+SEQUENCE_LENGTH, BATCH = 256, 12
+ARCHITECTURE = Architecture(
+    pattern="M-M-M*-M-M-M-M*-M-M-M-",
+    vocab_size=2048,
+    hidden_size=96,
+    ffn_size=512,
+    mamba_num_heads=16,
+    mamba_head_dim=16,
+    n_groups=4,
+    state_size=16,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+)
+
+
+def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    if not (folder / "tokenizer.json").is_file():
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=ARCHITECTURE.vocab_size, special_tokens=[END], show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        bpe.train_from_iterator((text for name, text in documents("stdlib") if not is_held_out(name)), trainer)
+        PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END,
+                                model_max_length=8192, clean_up_tokenization_spaces=False).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def initial_weights(arch: Architecture) -> dict[str, torch.Tensor]:
+    gen = torch.Generator().manual_seed(SEED)
+    out = {}
+    for name, shape in NemotronH().shapes(arch).items():
+        leaf = name.split("mixer.")[-1]
+        if leaf == "A_log":
+            out[name] = torch.empty(shape).uniform_(1, 16, generator=gen).log()
+        elif leaf == "dt_bias":
+            dt = torch.empty(shape).uniform_(math.log(1e-3), math.log(1e-1), generator=gen).exp()
+            out[name] = dt + torch.log(-torch.expm1(-dt))  # softplus(dt_bias) = dt
+        elif leaf == "D" or "norm" in name:
+            out[name] = torch.ones(shape)
+        elif leaf == "conv1d.bias":
+            out[name] = torch.zeros(shape)
+        elif leaf == "conv1d.weight":
+            out[name] = torch.empty(shape).uniform_(-0.5, 0.5, generator=gen)
+        elif "embeddings" in name or "lm_head" in name:
+            out[name] = torch.empty(shape).normal_(std=0.02, generator=gen)
+        else:
+            std = 1 / math.sqrt(shape[1])
+            if any(part in leaf for part in ("out_proj", "o_proj", "down_proj")):
+                std /= math.sqrt(arch.num_layers)
+            out[name] = torch.empty(shape).normal_(std=std, generator=gen)
+    return out
+
+
+def optimizers(model: HybridLM, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+    named = model.parameters_by_name()
+    matrices = [p for n, p in named.items() if n.endswith("_proj.weight")]
+    tables = [p for n, p in named.items() if "embeddings" in n or "lm_head" in n]
+    small = [p for n, p in named.items() if not n.endswith("_proj.weight") and p.dim() != 2]
+    assert len(matrices) + len(tables) + len(small) == len(named)
+    return [
+        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([{"params": tables, "weight_decay": 0.01}, {"params": small, "weight_decay": 0.0}],
+                          lr=adam_lr, betas=(0.9, 0.95)),
+    ]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Warm-up, constant, then linear to 2 % over the last 45 %."""
+    return min((step + 1) / 100, 1.0, max(0.02, (steps - step) / (0.45 * steps)))
+
+
+def loss_of(model: HybridLM, ids: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(model(ids)[:, :-1], model.head)
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: HybridLM, ids: torch.Tensor) -> float:
+    losses = [loss_of(model, part) for part in ids.split(16)]
+    return float(torch.stack(losses).mean())
+
+
+def train(work: Path, tokens: int, muon_lr: float, adam_lr: float, stop_after: int | None) -> None:
+    tokenizer = train_tokenizer(work / "tokenizer")
+    tokenize("stdlib", tokenizer, work / "tokens", "bundled")
+    blocks = load_blocks(work / "tokens", "train", SEQUENCE_LENGTH)
+    held = load_blocks(work / "tokens", "held_out", SEQUENCE_LENGTH)
+    evaluation = torch.from_numpy(held.first(96))
+    print(f"{len(blocks)} blocks of {SEQUENCE_LENGTH}, {blocks.bytes_per_token:.2f} bytes a token", flush=True)
+
+    model = HybridLM(NemotronH(), ARCHITECTURE, initial_weights(ARCHITECTURE))
+    print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
+    opts = optimizers(model, muon_lr, adam_lr)
+    base = [[group["lr"] for group in opt.param_groups] for opt in opts]
+    steps = tokens // (SEQUENCE_LENGTH * BATCH)
+    state = work / "state.pt"
+    first = 0
+    if state.is_file():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        for opt, value in zip(opts, saved["optimizers"], strict=True):
+            opt.load_state_dict(value)
+        first = saved["step"]
+    log = (work / "log.jsonl").open("a")
+    begin, running = time.perf_counter(), 0.0
+    for step in range(first, min(steps, stop_after or steps)):
+        factor = schedule(step, steps)
+        for opt, rates in zip(opts, base, strict=True):
+            for group, rate in zip(opt.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        loss = loss_of(model, torch.from_numpy(blocks.batch(SEED, step, BATCH)))
+        for opt in opts:
+            opt.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in opts:
+            opt.step()
+        running += loss.item()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            spent = time.perf_counter() - begin
+            row = {"step": step + 1, "tokens": (step + 1) * SEQUENCE_LENGTH * BATCH, "loss": round(running / 100, 4),
+                   "tokens_per_second": round((step + 1 - first) * SEQUENCE_LENGTH * BATCH / spent)}
+            if (step + 1) % 500 == 0 or step + 1 == steps:
+                row["held_out_loss"] = round(held_out_loss(model, evaluation), 4)
+                torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts],
+                            "step": step + 1}, work / "state.tmp")
+                (work / "state.tmp").replace(state)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            print(row, flush=True)
+            running = 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--tokens", default="12M")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--muon-lr", type=float, default=4e-3)
+    parser.add_argument("--adam-lr", type=float, default=4e-3)
+    parser.add_argument("--stop-after", type=int, help="stop at this step; for trials")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    train(args.work, int(float(args.tokens.rstrip("M")) * 1e6), args.muon_lr, args.adam_lr, args.stop_after)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

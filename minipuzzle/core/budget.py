@@ -1,0 +1,140 @@
+"""Budgets and workloads: human units in, exact integers out.
+
+    memory=31.7GiB   params=4.5B   kv_cache=0.5x      (0.5x: half of the parent, at the same workload)
+
+Sizes are binary (KiB to TiB), parameters and tokens of training decimal (k, M, B), contexts binary
+(k = 1024, M = 1024^2).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+from minipuzzle.core.errors import RecipeError
+
+# budget key -> (the cost it limits, the units it is written in)
+BUDGET_KEYS = {
+    "memory": ("memory_bytes", "bytes"),
+    "params": ("parameters", "decimal"),
+    "active_params": ("active_parameters", "decimal"),
+    "kv_cache": ("kv_cache_bytes", "bytes"),
+    "flops_per_token": ("flops_per_token", "decimal"),
+}
+_UNITS = {
+    "bytes": {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
+    "decimal": {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12},
+    "binary": {"": 1, "k": 2**10, "m": 2**20},
+}
+_NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+# Bits of a weight, or of an element of the KV cache. NVFP4: 4 bits + an 8-bit scale for each 16.
+BITS = {"bf16": Fraction(16), "fp8": Fraction(8), "nvfp4": Fraction(9, 2)}
+STATE_BITS = {"fp32": 32, "bf16": 16}
+
+
+def parse_quantity(text: str | int | float, units: str) -> int:
+    """An integer from `text` in `units`: bytes, decimal or binary. Rounds down.
+
+    Raises:
+        RecipeError: not a number, or a unit that does not belong here.
+    """
+    match = _NUMBER.fullmatch(str(text))
+    unit = match[2].lower() if match else ""
+    if match is None or unit not in _UNITS[units]:
+        names = {"bytes": "B, KiB, MiB, GiB, TiB", "decimal": "k, M, B, T", "binary": "k, M"}[units]
+        raise RecipeError(f"{text!r} is not a size; write a number with one of the units {names}")
+    return int(Fraction(match[1]) * _UNITS[units][unit])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is served: precisions of weights, KV cache and SSM state, tokens of context, sequences at once."""
+
+    precision: str = "bf16"
+    kv_precision: str = "bf16"
+    state_precision: str = "fp32"
+    keep_16bit: tuple[str, ...] = ()
+    context: int = 1024
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        for what, value, known in (("precision", self.precision, BITS), ("kv_precision", self.kv_precision, BITS),
+                                   ("state_precision", self.state_precision, STATE_BITS)):
+            if value not in known:
+                raise RecipeError(f"{what} {value!r}: one of {', '.join(known)}")
+        unknown = sorted(set(self.keep_16bit) - set(QUANTISED))
+        if unknown:
+            raise RecipeError(f"keep_16bit {', '.join(unknown)}: known are {', '.join(QUANTISED)}")
+        if self.context < 1 or self.batch < 1:
+            raise RecipeError(f"context {self.context} and batch {self.batch} must be at least 1")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"keep_16bit": list(self.keep_16bit)}
+
+
+# The weights that `precision` applies to. Norms, conv, A_log, D, dt_bias always stay 16 bit.
+QUANTISED = ("embedding", "lm_head", "mamba", "attention", "ffn")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper limits on costs: (budget key, limit as an integer) pairs, and the text they came from."""
+
+    limits: tuple[tuple[str, int], ...]
+    texts: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def parse(cls, texts: Mapping[str, str | int | float], parent_cost: Mapping[str, int]) -> Budget:
+        """Read `{"memory": "0.5x"}`; `parent_cost` has the parent's costs at the same workload.
+
+        Raises:
+            RecipeError: an unknown key, a bad number, a factor outside (0, 1], or no budget at all.
+        """
+        if not texts:
+            raise RecipeError("no budget; give one, for example --budget memory=0.5x")
+        limits = []
+        for key, text in texts.items():
+            if key not in BUDGET_KEYS:
+                raise RecipeError(f"unknown budget {key!r}; known: {', '.join(BUDGET_KEYS)}")
+            cost, units = BUDGET_KEYS[key]
+            factor = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*x\s*", str(text))
+            if factor:
+                if not 0 < Fraction(factor[1]) <= 1:
+                    raise RecipeError(f"budget {key}={text}: a part of the parent is above 0 and at most 1x")
+                limits.append((key, int(Fraction(factor[1]) * parent_cost[cost])))
+            else:
+                limits.append((key, parse_quantity(text, units)))
+        return cls(tuple(limits), tuple((k, str(v)) for k, v in texts.items()))
+
+    def exceeded(self, cost: Mapping[str, int]) -> list[str]:
+        """The budget keys that `cost` breaks."""
+        return [key for key, limit in self.limits if cost[BUDGET_KEYS[key][0]] > limit]
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: {"limit": limit, "asked": dict(self.texts)[key]} for key, limit in self.limits}
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.4g} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def human_count(count: float) -> str:
+    """4489223040 -> '4.489B'."""
+    for unit in ("", "k", "M", "B"):
+        if abs(count) < 1000 or unit == "B":
+            return f"{count:.4g}{unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def human_budget(key: str, value: int) -> str:
+    """A budget's value in its own units."""
+    return human_bytes(value) if BUDGET_KEYS[key][1] == "bytes" else human_count(value)

@@ -1,0 +1,65 @@
+"""Candidate: an architecture, what it costs, and its quality as predicted and as measured, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from minipuzzle.core.architecture import KIND_NAMES, KINDS, Architecture
+from minipuzzle.core.budget import human_bytes, human_count
+from minipuzzle.core.cost import Cost
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A point of the search. `kept_layers` are the parent's 0-based indices.
+
+    predicted: `layers` and `widths` damage (null where it was not scored) and their sum `damage`.
+    measured: before any training: `loss`, `kl`, `accuracy`, `agreement` and standard errors, on held-out blocks.
+    after_distillation: the same after the tournament.
+    """
+
+    name: str
+    architecture: Architecture
+    kept_layers: tuple[int, ...]
+    cost: Cost
+    predicted: dict[str, float | None]
+    measured: dict[str, float] | None = None
+    after_distillation: dict[str, float] | None = None
+    chosen: bool = False
+
+    def __str__(self) -> str:
+        return (f"{self.name}: {self.architecture}; {human_count(self.cost.parameters)} parameters, "
+                f"{human_bytes(self.cost.memory_bytes)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "architecture": self.architecture.to_json(), "kept_layers": list(self.kept_layers),
+                "cost": self.cost.to_json(), "predicted": self.predicted, "measured": self.measured,
+                "after_distillation": self.after_distillation, "chosen": self.chosen}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Candidate:
+        return cls(data["name"], Architecture.from_json(data["architecture"]), tuple(data["kept_layers"]),
+                   Cost.from_json(data["cost"]), data["predicted"], data["measured"], data["after_distillation"],
+                   data["chosen"])
+
+    def row(self) -> dict[str, Any]:
+        """One flat row for candidates.csv."""
+        arch = self.architecture
+        out: dict[str, Any] = {"name": self.name, "chosen": self.chosen, "pattern": arch.pattern}
+        out |= {f"num_{KIND_NAMES[kind]}": arch.pattern.count(kind) for kind in KINDS}
+        out |= {"hidden_size": arch.hidden_size, "mamba_num_heads": arch.mamba_num_heads,
+                "mamba_head_dim": arch.mamba_head_dim,
+                "ffn_size": arch.ffn_size if isinstance(arch.ffn_size, int) else "/".join(map(str, arch.ffn_size))}
+        out |= self.cost.to_json()
+        for prefix, values in (("predicted", self.predicted), ("measured", self.measured or {}),
+                               ("after_distillation", self.after_distillation or {})):
+            out |= {f"{prefix}_{k}": v for k, v in values.items()}
+        return out | {"kept_layers": " ".join(map(str, self.kept_layers))}
+
+
+def to_frame(candidates: list[Candidate]) -> pd.DataFrame:
+    """One row per candidate, best first."""
+    return pd.DataFrame([c.row() for c in candidates])

@@ -1,0 +1,184 @@
+"""LayerScores and WidthScores: what was measured about layers and channels, with standard errors.
+
+`scores/layers.csv` is the layer table as a spreadsheet reads it; `search --scores` takes any such CSV
+with `layer,kind` and one metric column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from minipuzzle.core.errors import CorruptArtifact, RecipeError
+
+LAYER_METRICS = ("mse", "nmse", "kl", "loss_delta", "cosine")
+COLUMNS = ("layer", "kind", "mse", "mse_stderr", "nmse", "kl", "kl_stderr", "loss_delta", "cosine", "samples")
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """One row per layer of the parent: `table` has COLUMNS (a CSV from elsewhere may have fewer)."""
+
+    table: pd.DataFrame
+    source: str = ""
+
+    def metric(self, name: str) -> np.ndarray:
+        """[layers] of a metric; larger is more important.
+
+        Raises:
+            RecipeError: the table has no such column.
+        """
+        if name not in self.table.columns:
+            have = [c for c in self.table.columns if c in LAYER_METRICS]
+            raise RecipeError(f"scores {self.source or 'given'} have no column {name!r}; they have "
+                              f"{', '.join(have) or 'no metric'}; choose one with --set scores.layer_metric=NAME")
+        return self.table[name].to_numpy(float)
+
+    def stderr(self, name: str) -> np.ndarray:
+        """[layers] of the metric's standard error; NaN where it was not measured."""
+        column = f"{name}_stderr"
+        if column in self.table.columns:
+            return self.table[column].to_numpy(float)
+        return np.full(len(self.table), np.nan)
+
+    @property
+    def pattern(self) -> str:
+        return "".join(self.table["kind"])
+
+    def ranking(self, name: str, kind: str) -> list[int]:
+        """Layers of a kind from least to most important; ties go to the earlier layer."""
+        rows = self.table.index[self.table["kind"] == kind].to_numpy()
+        values = self.metric(name)[rows]
+        return [int(rows[i]) for i in np.lexsort((rows, values))]
+
+    def write(self, path: Path) -> None:
+        self.table.to_csv(path, index=False, float_format="%.9g")
+
+    @classmethod
+    def read(cls, path: Path) -> LayerScores:
+        """Read `layers.csv` or any CSV with `layer,kind` and a metric.
+
+        Raises:
+            RecipeError: no such file or no such columns.
+            CorruptArtifact: layers that repeat or are missing, or values that are not numbers.
+        """
+        if path.is_dir():
+            path = path / "scores" if (path / "scores").is_dir() else path
+            path = path / "layers.csv"
+        if not path.is_file():
+            raise RecipeError(f"no scores at {path}; make them with 'minipuzzle score'")
+        try:
+            table = pd.read_csv(path)
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+            raise CorruptArtifact(f"{path} is not a CSV file ({error})") from None
+        if not {"layer", "kind"} <= set(table.columns) or not set(LAYER_METRICS) & set(table.columns):
+            raise RecipeError(f"{path} needs the columns layer, kind and one of {', '.join(LAYER_METRICS)}; "
+                              f"it has {', '.join(map(str, table.columns))}")
+        table = table.sort_values("layer", kind="stable").reset_index(drop=True)
+        if list(table["layer"]) != list(range(len(table))):
+            raise CorruptArtifact(f"{path}: layers must be 0 to {len(table) - 1}, each once")
+        for metric in set(LAYER_METRICS) & set(table.columns):
+            if not pd.api.types.is_numeric_dtype(table[metric]) or not np.isfinite(table[metric]).all():
+                raise CorruptArtifact(f"{path}: column {metric} holds something that is not a finite number")
+        return cls(table, str(path))
+
+
+@dataclass(frozen=True)
+class WidthScores:
+    """Activation scores of channels.
+
+    hidden: [D], summed over layers. ffn: layer -> [F]. mamba: layer -> [heads, channels], the L2 over samples
+    of mean |x| (Group-Aware SSM Pruning, arXiv:2504.11409, eq. 19), from which heads and channels are ranked.
+    """
+
+    hidden: np.ndarray
+    ffn: dict[int, np.ndarray] = field(default_factory=dict)
+    mamba: dict[int, np.ndarray] = field(default_factory=dict)
+    samples: int = 0
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Flat names for safetensors: `hidden`, `layers.3.ffn`, `layers.0.mamba`."""
+        out = {"hidden": self.hidden}
+        out |= {f"layers.{i}.ffn": a for i, a in self.ffn.items()}
+        out |= {f"layers.{i}.mamba": a for i, a in self.mamba.items()}
+        return out
+
+    def write(self, path: Path) -> None:
+        from safetensors.numpy import save_file
+
+        save_file({k: np.ascontiguousarray(v) for k, v in self.arrays().items()}, path,
+                  metadata={"samples": str(self.samples), "criterion": "l2_over_samples_of_mean_abs"})
+
+    @classmethod
+    def read(cls, path: Path) -> WidthScores:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                samples = int((file.metadata() or {}).get("samples", 0))
+        except (SafetensorError, OSError) as error:
+            raise CorruptArtifact(f"{path} cannot be read ({error}); delete it and run again") from None
+        per_layer: dict[str, dict[int, np.ndarray]] = {"ffn": {}, "mamba": {}}
+        for name, array in arrays.items():
+            if name != "hidden":
+                _, layer, axis = name.split(".")
+                per_layer[axis][int(layer)] = array
+        return cls(arrays["hidden"], per_layer["ffn"], per_layer["mamba"], samples)
+
+
+WIDTH_AXES = ("hidden_size", "ffn_size", "mamba_num_heads", "mamba_head_dim")
+
+
+@dataclass(frozen=True)
+class WidthCurves:
+    """What one axis alone costs at a few widths: measured by slicing the whole model, no training.
+
+    `table` has axis (one of WIDTH_AXES), width, and the layer metrics with their standard errors, against the
+    full model; in the same units as LayerScores, so that both may be added.
+    """
+
+    table: pd.DataFrame
+
+    def damage(self, axis: str, metric: str, widths: np.ndarray, parent_width: int) -> np.ndarray:
+        """[n] damage at `widths`: linear between measured widths, 0 at the parent's, constant below the smallest."""
+        rows = self.table[self.table["axis"] == axis]
+        x = np.append(rows["width"].to_numpy(float), parent_width)
+        y = np.append(rows[metric].to_numpy(float), 0.0)
+        order = np.argsort(x)
+        return np.interp(np.asarray(widths, float), x[order], y[order])
+
+    def write(self, path: Path) -> None:
+        self.table.to_csv(path, index=False, float_format="%.9g")
+
+    @classmethod
+    def read(cls, path: Path) -> WidthCurves:
+        try:
+            table = pd.read_csv(path)
+        except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+            raise CorruptArtifact(f"{path} cannot be read ({error}); delete it and run again") from None
+        if not {"axis", "width"} <= set(table.columns) or not set(table["axis"]) <= set(WIDTH_AXES):
+            raise CorruptArtifact(f"{path} needs the columns axis (one of {', '.join(WIDTH_AXES)}) and width")
+        return cls(table)
+
+
+def top(scores: np.ndarray, keep: int) -> np.ndarray:
+    """Indices of the `keep` largest scores, in ascending order; ties go to the lower index."""
+    order = np.lexsort((np.arange(len(scores)), -scores))
+    return np.sort(order[:keep])
+
+
+def mamba_selection(scores_HP: np.ndarray, n_groups: int, num_heads: int, head_dim: int) -> tuple[np.ndarray, ...]:
+    """(kept heads, kept channels) of a Mamba block, nested and group-aware.
+
+    1. channel score = L2 over heads, one order for all heads, keep `head_dim`; 2. head score = L2 over the kept
+    channels; 3. the same number of heads kept inside each group (arXiv:2504.11409, eq. 20-24).
+    """
+    channels = top(np.linalg.norm(scores_HP, axis=0), head_dim)
+    head_scores = np.linalg.norm(scores_HP[:, channels], axis=1)
+    per, kept = len(scores_HP) // n_groups, num_heads // n_groups
+    heads = [group * per + top(head_scores[group * per : (group + 1) * per], kept) for group in range(n_groups)]
+    return np.concatenate(heads), channels

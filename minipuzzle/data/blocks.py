@@ -1,0 +1,154 @@
+"""Token blocks: tokenise once, memory-map, and let block i of a run be a function of (seed, step).
+
+A corpus becomes one flat file of token ids (documents joined by the end-of-text token) for each
+split, `train` and `held_out`. A block is `sequence_length` consecutive tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.data.corpus import Document, documents, is_held_out
+
+SPLITS = ("train", "held_out")
+_BATCH = 64  # documents handed to the tokenizer at once
+
+
+class Tokenizer(Protocol):
+    """What is needed of a Hugging Face fast tokenizer."""
+
+    eos_token_id: int | None
+
+    def __call__(self, text: list[str], **options: Any) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Blocks of consecutive tokens over a memory-mapped file. `tokens` is [n] of uint16 or uint32."""
+
+    tokens: np.ndarray
+    sequence_length: int
+    source: str
+    corpus_hash: str
+    num_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.sequence_length
+
+    def block(self, i: int) -> np.ndarray:
+        """Block i, int64 [T]."""
+        return self.tokens[i * self.sequence_length : (i + 1) * self.sequence_length].astype(np.int64)
+
+    def first(self, count: int) -> np.ndarray:
+        """`count` blocks spread evenly over the corpus (all of them if there are fewer), int64 [count, T]."""
+        count = min(count, len(self))
+        return np.stack([self.block(int(i)) for i in np.linspace(0, len(self) - 1, count).round()])
+
+    def batch(self, seed: int, step: int, size: int) -> np.ndarray:
+        """The blocks of a training step, int64 [size, T]: every block once an epoch, shuffled by (seed, epoch)."""
+        out = []
+        for position in range(step * size, (step + 1) * size):
+            epoch, place = divmod(position, len(self))
+            out.append(self.block(int(_order(seed, epoch, len(self))[place])))
+        return np.stack(out)
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.num_bytes / len(self.tokens)
+
+
+_orders: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    key = (seed, epoch, count)
+    if key not in _orders:
+        _orders.clear()  # only the current epoch is worth remembering
+        _orders[key] = np.random.default_rng([seed, epoch]).permutation(count)
+    return _orders[key]
+
+
+def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
+             progress: Callable[[int], None] = lambda done: None) -> None:
+    """Write `train.bin`, `held_out.bin` and, last, `tokens.json` into `folder`; do nothing if they are there.
+
+    `identity` (a hash of the tokenizer) is recorded; a cache made with another one is made again.
+    `progress` hears the number of documents done.
+    """
+    manifest = folder / "tokens.json"
+    if manifest.is_file() and json.loads(manifest.read_text())["tokenizer"] == identity:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    digest = hashlib.sha256()
+    counts = dict.fromkeys(SPLITS, 0)
+    sizes = dict.fromkeys(SPLITS, 0)
+    done = 0
+    files = {split: (folder / f"{split}.bin.tmp").open("wb") for split in SPLITS}
+    try:
+        for chunk in _chunks(documents(source), _BATCH):
+            encoded = tokenizer([text for _, text in chunk], add_special_tokens=False, return_attention_mask=False)
+            for (name, text), ids in zip(chunk, encoded["input_ids"], strict=True):
+                split = "held_out" if is_held_out(name) else "train"
+                raw = text.encode()
+                digest.update(name.encode() + b"\0" + raw + b"\0")
+                if tokenizer.eos_token_id is not None:
+                    ids = [*ids, tokenizer.eos_token_id]
+                files[split].write(np.asarray(ids, dtype=dtype).tobytes())
+                counts[split] += len(ids)
+                sizes[split] += len(raw)
+            done += len(chunk)
+            progress(done)
+    finally:
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+    for split in SPLITS:
+        os.replace(folder / f"{split}.bin.tmp", folder / f"{split}.bin")
+    text = json.dumps({"source": source, "corpus_hash": digest.hexdigest(), "tokenizer": identity, "documents": done,
+                       "dtype": np.dtype(dtype).name, "tokens": counts, "bytes": sizes}, indent=1)
+    temporary = manifest.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, manifest)
+
+
+def load_blocks(folder: Path, split: str, sequence_length: int) -> TokenBlocks:
+    """Memory-map a split of a tokenised corpus.
+
+    Raises:
+        RecipeError: the split is shorter than one block.
+        CorruptArtifact: the file is not as long as its manifest says.
+    """
+    about = json.loads((folder / "tokens.json").read_text())
+    count = about["tokens"][split]
+    if count < sequence_length:
+        raise RecipeError(f"data {about['source']!r}: the {split} part has {count} tokens, less than one block of "
+                          f"{sequence_length}; give more data or a smaller sequence_length")
+    path = folder / f"{split}.bin"
+    if path.stat().st_size != count * np.dtype(about["dtype"]).itemsize:
+        raise CorruptArtifact(f"{path}: {path.stat().st_size} bytes for {count} tokens; delete {folder} and run again")
+    tokens = np.memmap(path, dtype=about["dtype"], mode="r")
+    return TokenBlocks(tokens, sequence_length, about["source"], about["corpus_hash"], about["bytes"][split])
+
+
+def _chunks(items: Iterable[Document], size: int) -> Iterable[list[Document]]:
+    chunk: list[Document] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

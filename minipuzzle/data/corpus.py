@@ -1,0 +1,111 @@
+"""Documents: the standard library's own source, or a text, JSONL or parquet file or folder, or a Hub data set.
+
+A document is (name, text). One in `HELD_OUT_EVERY` documents, chosen by the hash of its name, is
+set apart for evaluation and is never calibrated on or trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from minipuzzle.core.errors import RecipeError
+
+Document = tuple[str, str]
+HELD_OUT_EVERY = 50
+TEXT_KEYS = ("text", "content", "document")
+# Tests are not prose, and site-packages is not the standard library.
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the document is set apart for evaluation. A function of its name alone."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") % HELD_OUT_EVERY == 0
+
+
+def documents(source: str) -> Iterator[Document]:
+    """The documents of `source` in a fixed order.
+
+    Raises:
+        RecipeError: nothing is found there, or a row has no text.
+    """
+    if source == "stdlib":
+        yield from _stdlib()
+        return
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in _READERS)
+        if not files:
+            raise RecipeError(f"data folder {source} holds no {', '.join(_READERS)} file; name a folder that does")
+        for file in files:
+            yield from _READERS[file.suffix](file, str(file.relative_to(path)))
+    elif path.is_file():
+        yield from _READERS.get(path.suffix, _text)(path, path.name)
+    else:
+        yield from _hub(source)
+
+
+def _stdlib() -> Iterator[Document]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(s for s in subfolders if s not in SKIPPED_FOLDERS)
+        for file in sorted(files):
+            if file.endswith(".py"):
+                path = Path(folder) / file
+                yield str(path.relative_to(root).as_posix()), path.read_text(encoding="utf-8", errors="replace")
+
+
+def _text(path: Path, name: str) -> Iterator[Document]:
+    try:
+        yield name, path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); data files are .txt, .md, .py, "
+                          ".jsonl or .parquet") from None
+
+
+def _rows(rows: Iterator[dict], name: str) -> Iterator[Document]:
+    for number, row in enumerate(rows):
+        key = next((k for k in TEXT_KEYS if isinstance(row.get(k), str)), None)
+        if key is None:
+            raise RecipeError(f"{name}, row {number}: no text; one of the keys {', '.join(TEXT_KEYS)} must hold it")
+        yield f"{name}:{number}", row[key]
+
+
+def _jsonl(path: Path, name: str) -> Iterator[Document]:
+    def parse() -> Iterator[dict]:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise RecipeError(f"{path}, line {number + 1}: not JSON ({error.msg})") from None
+                yield row if isinstance(row, dict) else {}
+    yield from _rows(parse(), name)
+
+
+def _parquet(path: Path, name: str) -> Iterator[Document]:
+    import pyarrow.parquet as pq  # comes with `datasets`
+
+    yield from _rows((row for batch in pq.ParquetFile(path).iter_batches() for row in batch.to_pylist()), name)
+
+
+def _hub(source: str) -> Iterator[Document]:
+    if source.startswith((".", "/")) or source.count("/") > 1:
+        raise RecipeError(f"data {source!r}: no such file or folder")
+    from datasets import load_dataset
+
+    try:
+        stream = load_dataset(source, split="train", streaming=True)
+    except Exception as error:  # the library raises a different class for every way a name can be wrong
+        raise RecipeError(f"data {source!r} is neither a file, a folder, 'stdlib' nor a Hub data set that could be "
+                          f"opened ({type(error).__name__})") from None
+    yield from _rows(iter(stream), source)
+
+
+_READERS = {".txt": _text, ".md": _text, ".py": _text, ".rst": _text, ".jsonl": _jsonl, ".parquet": _parquet}

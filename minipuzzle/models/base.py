@@ -1,0 +1,71 @@
+"""What a model family must tell: its named axes, and how one block is computed.
+
+Every dimension of every weight has a name. Pruning is one index list per axis and layer, slicing
+one generic function over the table (models/axes.py). What the table does not list is an error.
+
+To add a family: subclass `Family`, fill the two tables, write `block`, `embed` and `final_norm`, add it
+to `FAMILIES` in models/__init__.py, and subclass tests/test_family.py's class for it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from minipuzzle.core.architecture import Architecture
+
+if TYPE_CHECKING:
+    import torch
+
+Axes = tuple[str, ...]
+Weights = Mapping[str, "torch.Tensor"]
+# a place inside a block where scores may look: (name of the place, tensor there)
+Probe = Callable[[str, "torch.Tensor"], None]
+
+
+class Family(ABC):
+    """One family of hybrid models. Stateless: weights come in as dicts of tensors."""
+
+    model_type: str
+
+    @abstractmethod
+    def top_axes(self, arch: Architecture) -> dict[str, Axes]:
+        """Name on disk -> axes, for the weights outside the layers."""
+
+    @abstractmethod
+    def layer_axes(self, arch: Architecture, kind: str) -> dict[str, Axes]:
+        """Name inside the layer -> axes, for a layer of this kind."""
+
+    @abstractmethod
+    def axis_size(self, arch: Architecture, axis: str, layer: int | None) -> int:
+        """Length of an axis; `layer` matters where widths differ per layer."""
+
+    @abstractmethod
+    def layer_prefix(self, layer: int) -> str:
+        """What precedes a layer's weight names on disk."""
+
+    @abstractmethod
+    def embed(self, top: Weights, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Token ids to the residual stream [B, T, D]."""
+
+    @abstractmethod
+    def block(self, arch: Architecture, kind: str, weights: Weights, x_BTD: torch.Tensor,
+              probe: Probe | None = None) -> torch.Tensor:
+        """What the layer adds to the stream: mixer(norm(x)), [B, T, D]. `probe` sees the scored places."""
+
+    @abstractmethod
+    def final_norm(self, arch: Architecture, top: Weights, x_BTD: torch.Tensor) -> torch.Tensor:
+        """The activations that enter the LM head."""
+
+    @abstractmethod
+    def lm_head(self, top: Weights) -> torch.Tensor:
+        """The LM head, [V, D]."""
+
+    def shapes(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
+        """Name on disk -> shape, for the whole model: what a checkpoint must hold, no more, no less."""
+        out = {name: tuple(self.axis_size(arch, a, None) for a in axes) for name, axes in self.top_axes(arch).items()}
+        for i, kind in enumerate(arch.pattern):
+            for name, axes in self.layer_axes(arch, kind).items():
+                out[self.layer_prefix(i) + name] = tuple(self.axis_size(arch, a, i) for a in axes)
+        return out

@@ -1,0 +1,71 @@
+"""A trainable model: the family's blocks with their weights as torch parameters.
+
+Parameters keep their names on disk (`parameters_by_name`), so that what is trained is what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from minipuzzle.core.architecture import Architecture
+from minipuzzle.models.base import Family
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)) for one layer."""
+
+    def __init__(self, family: Family, arch: Architecture, kind: str, weights: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.family, self.arch, self.kind = family, arch, kind
+        self.names = {name.replace(".", "_"): name for name in weights}
+        for attribute, name in self.names.items():
+            self.register_parameter(attribute, nn.Parameter(weights[name]))
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        return {name: getattr(self, attribute) for attribute, name in self.names.items()}
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return x_BTD + self.family.block(self.arch, self.kind, self.weights(), x_BTD)
+
+
+class HybridLM(nn.Module):
+    """Token ids [B, T] -> the activations that enter the LM head [B, T, D]. `head` is [V, D]."""
+
+    def __init__(self, family: Family, arch: Architecture, weights: Mapping[str, torch.Tensor]) -> None:
+        """`weights` by name on disk, each copied once; all of `family.shapes(arch)`."""
+        super().__init__()
+        self.family, self.arch = family, arch
+        layers = [family.layer_prefix(i) for i in range(arch.num_layers)]
+        self.blocks = nn.ModuleList(
+            Block(family, arch, kind,
+                  {n: weights[prefix + n].detach().clone() for n in family.layer_axes(arch, kind)})
+            for prefix, kind in zip(layers, arch.pattern, strict=True)
+        )
+        self.names = {name.replace(".", "_"): name for name in family.top_axes(arch)}
+        for attribute, name in self.names.items():
+            self.register_parameter(attribute, nn.Parameter(weights[name].detach().clone()))
+
+    def top(self) -> dict[str, nn.Parameter]:
+        return {name: getattr(self, attribute) for attribute, name in self.names.items()}
+
+    @property
+    def head(self) -> torch.Tensor:
+        return self.family.lm_head(self.top())
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        top = self.top()
+        x = self.family.embed(top, ids_BT)
+        for block in self.blocks:
+            x = block(x)
+        return self.family.final_norm(self.arch, top, x)
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """Name on disk -> parameter."""
+        out: dict[str, nn.Parameter] = dict(self.top())
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            out |= {self.family.layer_prefix(i) + name: p for name, p in block.weights().items()}
+        return out

@@ -1,0 +1,84 @@
+"""The state-space scan of Mamba-2 (SSD), in plain torch, for CPU and as the reference on GPU.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t          y_t = C_t h_t + D x_t
+
+(Mamba-2, arXiv:2405.21060, section 6: the chunked form.) Inside a chunk the sum over the past is
+a masked matrix product; between chunks only the state travels.
+
+Shapes: B batch, T time, H heads, P channels of a head, G groups, N state, c chunks, l and s places
+in a chunk, r = H/G heads of a group. Head h reads the B and C of group h // r: they are never
+repeated per head, which is where the time goes in the straightforward version.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+# Small chunks make the [l, s] decay matrices cheap; larger ones make fewer state hand-overs.
+CHUNK = 32
+
+
+def ssd(
+    x_BTHP: torch.Tensor,
+    dt_BTH: torch.Tensor,
+    a_H: torch.Tensor,
+    b_BTGN: torch.Tensor,
+    c_BTGN: torch.Tensor,
+    d_H: torch.Tensor,
+    chunk: int = CHUNK,
+) -> torch.Tensor:
+    """y_BTHP of the scan. `dt` is already softplus'ed, `a` negative. Computes in float32 or better."""
+    bsz, seq, heads, chan = x_BTHP.shape
+    groups, state = b_BTGN.shape[2:]
+    per = heads // groups
+    dtype = torch.promote_types(x_BTHP.dtype, torch.float32)
+    x, dt = x_BTHP.to(dtype), dt_BTH.to(dtype)
+    pad = -seq % chunk
+    xdt = x * dt[..., None]
+    da = dt * a_H.to(dtype)
+    b, c = b_BTGN.to(dtype), c_BTGN.to(dtype)
+    if pad:
+        xdt = F.pad(xdt, (0, 0, 0, 0, 0, pad))
+        da = F.pad(da, (0, 0, 0, pad))
+        b, c = F.pad(b, (0, 0, 0, 0, 0, pad)), F.pad(c, (0, 0, 0, 0, 0, pad))
+    n = (seq + pad) // chunk
+    # [B, c, G, ...] so that every product below is one batched matmul
+    xdt_cGrlP = xdt.view(bsz, n, chunk, groups, per, chan).permute(0, 1, 3, 4, 2, 5)
+    cum_cGrl = da.view(bsz, n, chunk, groups, per).permute(0, 1, 3, 4, 2).cumsum(-1)
+    b_cGlN = b.view(bsz, n, chunk, groups, state).transpose(2, 3)
+    c_cGlN = c.view(bsz, n, chunk, groups, state).transpose(2, 3)
+
+    # 1. inside a chunk: y_l = sum_{s<=l} (C_l.B_s) exp(cum_l - cum_s) dt_s x_s
+    past = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
+    # the mask goes in before exp: above the diagonal the exponent is positive and may overflow
+    decay_ls = (cum_cGrl[..., :, None] - cum_cGrl[..., None, :]).masked_fill(~past, -torch.inf).exp()
+    scores = (c_cGlN @ b_cGlN.transpose(-1, -2)).unsqueeze(3) * decay_ls
+    y = scores @ xdt_cGrlP
+
+    # 2. what each chunk leaves behind, and 3. the state at each chunk's start
+    to_end = (cum_cGrl[..., -1:] - cum_cGrl).exp()
+    left = (xdt_cGrlP * to_end[..., None]).transpose(-1, -2).reshape(bsz, n, groups, per * chan, chunk) @ b_cGlN
+    left = left.view(bsz, n, groups, per, chan, state)
+    if n > 1:
+        whole = cum_cGrl[..., -1].exp()[..., None, None]
+        states = [torch.zeros_like(left[:, 0])]
+        for i in range(n - 1):
+            states.append(states[-1] * whole[:, i] + left[:, i])
+        start = torch.stack(states, 1).view(bsz, n, groups, per * chan, state)
+        # 4. the past of other chunks
+        far = (c_cGlN @ start.transpose(-1, -2)).view(bsz, n, groups, chunk, per, chan).transpose(3, 4)
+        y = y + far * cum_cGrl.exp()[..., None]
+
+    y = y.permute(0, 1, 4, 2, 3, 5).reshape(bsz, seq + pad, heads, chan)[:, :seq]
+    return y + x * d_H.to(dtype)[:, None]
+
+
+def causal_conv(x_BTC: torch.Tensor, weight_C1K: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
+    """Depthwise causal convolution as K shifted products: on CPU faster than conv1d in [B, C, T]."""
+    seq, kernel = x_BTC.shape[1], weight_C1K.shape[-1]
+    x = F.pad(x_BTC, (0, 0, kernel - 1, 0))
+    out = x[:, :seq] * weight_C1K[:, 0, 0]
+    for k in range(1, kernel):
+        out = torch.addcmul(out, x[:, k : k + seq], weight_C1K[:, 0, k])
+    return out if bias_C is None else out + bias_C
