@@ -1,6 +1,6 @@
 """Train the small Nemotron-H model that comes with the package, from nothing but the standard library's source.
 
-    python examples/train_bundled_model.py --work runs/bundled --tokens 12M
+    python examples/train_bundled_model.py --work runs/bundled --tokens 14M
     python examples/train_bundled_model.py --work runs/bundled --export minipuzzle/bundled/model
 
 Checkpoints every few minutes; the same command continues. Muon on the matrices of the blocks, AdamW on
@@ -167,9 +167,9 @@ def train(work: Path, tokens: int, muon_lr: float, adam_lr: float, stop_after: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--tokens", default="12M")
+    parser.add_argument("--tokens", default="14M")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--muon-lr", type=float, default=4e-3)
+    parser.add_argument("--muon-lr", type=float, default=5e-3)
     parser.add_argument("--adam-lr", type=float, default=4e-3)
     parser.add_argument("--stop-after", type=int, help="stop at this step; for trials")
     args = parser.parse_args()

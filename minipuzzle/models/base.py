@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING
 from minipuzzle.core.architecture import Architecture
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+    from minipuzzle.models.axes import Selection
 
 Axes = tuple[str, ...]
 Weights = Mapping[str, "torch.Tensor"]
@@ -40,6 +43,10 @@ class Family(ABC):
     @abstractmethod
     def axis_size(self, arch: Architecture, axis: str, layer: int | None) -> int:
         """Length of an axis; `layer` matters where widths differ per layer."""
+
+    @abstractmethod
+    def axis_index(self, arch: Architecture, selection: Selection, axis: str, layer: int | None) -> np.ndarray | None:
+        """The indices along an axis of the parent's layer that `selection` keeps; None keeps all."""
 
     @abstractmethod
     def layer_prefix(self, layer: int) -> str:

@@ -11,10 +11,12 @@ Axes whose rows are made of parts: `mamba_in` = [z: I | x: I | B: G N | C: G N |
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from minipuzzle.core.architecture import ATTENTION, FFN, MAMBA, Architecture
+from minipuzzle.models.axes import Selection
 from minipuzzle.models.base import Axes, Family, Probe, Weights
 from minipuzzle.models.ssd import causal_conv, ssd
 
@@ -77,6 +79,28 @@ class NemotronH(Family):
             "kernel": arch.conv_kernel,
             "one": 1,
         }[axis]
+
+    def axis_index(self, arch: Architecture, selection: Selection, axis: str, layer: int | None) -> np.ndarray | None:
+        if axis == "hidden":
+            return selection.hidden
+        if layer is None:
+            return None
+        if axis == "ffn":
+            return selection.ffn.get(layer)
+        if not axis.startswith("mamba") or layer not in selection.heads:
+            return None
+        heads, channels = selection.heads[layer], selection.channels[layer]
+        if axis == "mamba_heads":
+            return heads
+        inner = (heads[:, None] * arch.mamba_head_dim + channels).reshape(-1)
+        if axis == "mamba_inner":
+            return inner
+        bc = np.arange(2 * arch.n_groups * arch.state_size)  # groups and state are never cut
+        if axis == "mamba_conv":
+            return np.concatenate([inner, arch.mamba_inner + bc])
+        assert axis == "mamba_in"
+        z, x, bc_at, dt = 0, arch.mamba_inner, 2 * arch.mamba_inner, arch.mamba_inner + arch.mamba_conv
+        return np.concatenate([z + inner, x + inner, bc_at + bc, dt + heads])
 
     def layer_prefix(self, layer: int) -> str:
         return f"backbone.layers.{layer}."

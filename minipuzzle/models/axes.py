@@ -1,0 +1,86 @@
+"""Slicing: index lists per axis and layer, and one generic function over a family's table.
+
+What the table does not list is an error, and so is a result whose shape is not the one the target
+architecture asks for: a slice that silently changes nothing is how others lost their Mamba pruning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from minipuzzle.core.architecture import FFN, MAMBA, Architecture
+from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.scores import WidthScores, mamba_selection, top
+from minipuzzle.models.base import Family
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept of a parent: layers, and ascending index lists by parent layer. A list left out keeps all.
+
+    hidden: channels of the residual stream. ffn: neurons. heads, channels: Mamba heads, and channels of every
+    head, of a layer. Heads keep the same number in each group (arXiv:2504.11409, eq. 17).
+    """
+
+    kept_layers: tuple[int, ...]
+    hidden: np.ndarray | None = None
+    ffn: dict[int, np.ndarray] = field(default_factory=dict)
+    heads: dict[int, np.ndarray] = field(default_factory=dict)
+    channels: dict[int, np.ndarray] = field(default_factory=dict)
+
+
+def select(parent: Architecture, target: Architecture, kept_layers: tuple[int, ...],
+           scores: WidthScores | None) -> Selection:
+    """The highest-scored channels for every width that `target` cuts.
+
+    Raises:
+        RecipeError: a width is cut and there are no width scores.
+    """
+    cut = {"hidden_size": target.hidden_size < parent.hidden_size,
+           "ffn_size": any(target.ffn_size_of(i) < parent.ffn_size_of(old)
+                           for i, old in enumerate(kept_layers) if parent.pattern[old] == FFN),
+           "mamba": target.mamba_inner < parent.mamba_inner}
+    if scores is None:
+        if any(cut.values()):
+            raise RecipeError(f"cutting {', '.join(k for k, v in cut.items() if v)} needs width scores; "
+                              "make them with 'minipuzzle score'")
+        return Selection(kept_layers)
+    ffn, heads, channels = {}, {}, {}
+    for i, old in enumerate(kept_layers):
+        kind = parent.pattern[old]
+        if kind == FFN and cut["ffn_size"]:
+            ffn[old] = top(scores.ffn[old], target.ffn_size_of(i))
+        elif kind == MAMBA and cut["mamba"]:
+            heads[old], channels[old] = mamba_selection(scores.mamba[old], parent.n_groups, target.mamba_num_heads,
+                                                        target.mamba_head_dim)
+    hidden = top(scores.hidden, target.hidden_size) if cut["hidden_size"] else None
+    return Selection(kept_layers, hidden, ffn, heads, channels)
+
+
+def slice_model(family: Family, parent: Architecture, target: Architecture, selection: Selection,
+                read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the smaller model, one weight at a time; `read` gives the parent's by name.
+
+    Nothing is cut: the parent's tensors, bit for bit.
+    """
+    shapes = family.shapes(target)
+
+    def cut(name: str, old_name: str, axes: tuple[str, ...], layer: int | None) -> tuple[str, torch.Tensor]:
+        tensor = read(old_name)
+        for dim, axis in enumerate(axes):
+            index = family.axis_index(parent, selection, axis, layer)
+            if index is not None:
+                tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
+        if tuple(tensor.shape) != shapes[name]:
+            raise AssertionError(f"{old_name} cut to {tuple(tensor.shape)}, but {name} must be {shapes[name]}")
+        return name, tensor
+
+    for name, axes in family.top_axes(parent).items():
+        yield cut(name, name, axes, None)
+    for new, old in enumerate(selection.kept_layers):
+        for name, axes in family.layer_axes(parent, parent.pattern[old]).items():
+            yield cut(family.layer_prefix(new) + name, family.layer_prefix(old) + name, axes, old)

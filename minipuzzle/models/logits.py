@@ -1,0 +1,95 @@
+"""Cross entropy, KL and agreement from hidden states, in chunks over tokens: no [tokens, vocabulary] outlives a chunk.
+
+    kl(t) = sum_v p_v (log p_v - log q_v),  p = softmax(h_ref W_ref'),  q = softmax(h W')      nats per token
+
+Shapes: B samples, T tokens of a sample, D hidden, V vocabulary, n tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+CHUNK_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class TokenMetrics:
+    """Means over the tokens of each sample, [B] float64. KL and agreement are against the reference."""
+
+    loss: torch.Tensor
+    accuracy: torch.Tensor
+    kl: torch.Tensor
+    agreement: torch.Tensor
+
+
+@torch.no_grad()
+def token_metrics(hidden_BTD: torch.Tensor, head_VD: torch.Tensor, ids_BT: torch.Tensor,
+                  reference_BTD: torch.Tensor | None = None, reference_head_VD: torch.Tensor | None = None,
+                  chunk_tokens: int = CHUNK_TOKENS) -> TokenMetrics:
+    """Next-token loss and accuracy, KL(reference || this) and greedy agreement, per sample.
+
+    All are over the first T - 1 places, whose next token is known. Without a reference kl is 0, agreement 1.
+    """
+    bsz, seq = ids_BT.shape
+    step = max(1, chunk_tokens // (seq - 1))
+    parts: list[torch.Tensor] = []
+    for i in range(0, bsz, step):
+        targets = ids_BT[i : i + step, 1:]
+        log_q = _log_probs(hidden_BTD[i : i + step, :-1], head_VD)
+        rows = [-log_q.gather(-1, targets[..., None]).squeeze(-1), (log_q.argmax(-1) == targets)]
+        if reference_BTD is None or reference_head_VD is None:
+            rows += [torch.zeros_like(rows[0]), torch.ones_like(rows[0])]
+        else:
+            log_p = _log_probs(reference_BTD[i : i + step, :-1], reference_head_VD)
+            rows += [(log_p.exp() * (log_p - log_q)).sum(-1), log_p.argmax(-1) == log_q.argmax(-1)]
+        parts.append(torch.stack([row.double().mean(-1) for row in rows]))
+    return TokenMetrics(*torch.cat(parts, 1))
+
+
+def _log_probs(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(hidden, head)
+    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+
+class _ChunkedKL(torch.autograd.Function):
+    """Mean KL over tokens; the gradient (q - p) / tau is made in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, temperature, chunk_tokens):  # type: ignore[no-untyped-def]
+        count = hidden.shape[0]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=wide)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        for i in range(0, count, chunk_tokens):
+            h = hidden[i : i + chunk_tokens]
+            log_q = F.log_softmax(F.linear(h, head).to(wide) / temperature, dim=-1)
+            log_p = F.log_softmax(F.linear(teacher_hidden[i : i + chunk_tokens], teacher_head).to(wide) / temperature,
+                                  dim=-1)
+            p = log_p.exp()
+            total += (p * (log_p - log_q)).sum()
+            delta = ((log_q.exp() - p) / (count * temperature)).to(h.dtype)
+            grad_hidden[i : i + chunk_tokens] = delta @ head
+            grad_head += (delta.T @ h).to(wide)
+        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        grad_hidden, grad_head = ctx.saved_tensors
+        return grad * grad_hidden, grad * grad_head, None, None, None, None
+
+
+def kl_loss(hidden_nD: torch.Tensor, head_VD: torch.Tensor, teacher_hidden_nD: torch.Tensor,
+            teacher_head_VD: torch.Tensor, temperature: float = 1.0,
+            chunk_tokens: int = CHUNK_TOKENS) -> torch.Tensor:
+    """KL(teacher || student) in nats, summed over the vocabulary, mean over the n tokens; differentiable in the student.
+
+    Forward KL on logits only (Nemotron-H, section 3; Minitron, arXiv:2407.14679, eq. 5), without the factor
+    temperature squared.
+    """
+    loss: torch.Tensor = _ChunkedKL.apply(hidden_nD, head_VD, teacher_hidden_nD, teacher_head_VD, temperature,
+                                          chunk_tokens)
+    return loss

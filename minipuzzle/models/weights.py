@@ -1,0 +1,206 @@
+"""Hugging Face folders: read weights by name from safetensors shards, write them shard by shard.
+
+Safetensors only. A name that is missing or one too many, a shape that the config does not ask for, a
+truncated shard: all are errors here, before anything is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from minipuzzle.core.architecture import Architecture
+from minipuzzle.core.errors import CorruptArtifact, RecipeError, UnsupportedModel
+from minipuzzle.models import family_of
+from minipuzzle.models.base import Family
+
+SHARD_BYTES = 5 * 10**9
+# Copied as they are from parent to result, where they exist.
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
+              "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json",
+              "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+_TYPOS = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # transformers 5.14 wrote this
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk: its config, and where each weight lies (name -> (file, name in the file))."""
+
+    path: Path
+    config: dict[str, Any]
+    arch: Architecture
+    files: dict[str, tuple[Path, str]]
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.arch.model_type)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One weight in the dtype it is stored in.
+
+        Raises:
+            CorruptArtifact: it can't be read, or holds NaN or infinity.
+        """
+        file, stored = self.files[name]
+        try:
+            with safe_open(file, framework="pt") as shard:
+                tensor = shard.get_tensor(stored)
+        except (SafetensorError, OSError) as error:
+            raise CorruptArtifact(f"{file}: {name} cannot be read ({error}); fetch the file again") from None
+        if not torch.isfinite(tensor).all():
+            raise CorruptArtifact(f"{file}: {name} holds NaN or infinity; the model cannot be used")
+        return tensor
+
+    def weights(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+        """All weights by name on disk."""
+        return {name: self.read(name).to(device, dtype) for name in self.files}
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype that most of the model is written in: that of the embeddings."""
+        return self.read(next(iter(self.family.top_axes(self.arch)))).dtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the config and of the weights: sizes, headers, and up to 64 spread samples of every shard."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for path in sorted({file for file, _ in self.files.values()}):
+            size = path.stat().st_size
+            digest.update(f"{path.name}:{size}".encode())
+            with path.open("rb") as file:
+                step = max(2**16, size // 64)
+                for offset in range(0, size, step):
+                    file.seek(offset)
+                    digest.update(file.read(2**16))
+        return digest.hexdigest()[:16]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a folder, or the file itself.
+
+    Raises:
+        RecipeError: there is none.
+        CorruptArtifact: it is not a JSON object.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise RecipeError(f"{path} has no config.json; give a Hugging Face model folder")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptArtifact(f"{file} is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise CorruptArtifact(f"{file} is not a JSON object")
+    return config
+
+
+def open_model(path: Path) -> ModelFolder:
+    """Open a model folder and check every weight's name and shape against its config; reads headers only.
+
+    Raises:
+        RecipeError, UnsupportedModel, CorruptArtifact: as the parts do.
+    """
+    config = read_config(path)
+    arch = Architecture.from_config(config)
+    family = family_of(arch.model_type)
+    shards = sorted(path.glob("*.safetensors"))
+    if not shards:
+        others = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt"))
+        raise UnsupportedModel(f"{path} has no .safetensors file{' (only ' + others[0] + ')' if others else ''}; "
+                               "convert the weights to safetensors first")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            listed = set(json.loads(index.read_text())["weight_map"].values())
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise CorruptArtifact(f"{index} cannot be read ({error})") from None
+        missing = sorted(listed - {s.name for s in shards})
+        if missing:
+            raise CorruptArtifact(f"{path}: {len(missing)} of {len(listed)} shards are missing, first {missing[0]}")
+        shards = [s for s in shards if s.name in listed]
+    found: dict[str, tuple[Path, str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for stored in file.keys():  # noqa: SIM118 (not a dict)
+                    name = _TYPOS.get(stored, stored)
+                    name = "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
+                    if name.startswith("mtp."):
+                        continue  # multi-token prediction: not part of the model, as in transformers
+                    found[name] = (shard, stored)
+                    shapes[name] = tuple(file.get_slice(stored).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CorruptArtifact(f"{shard} cannot be read ({error}); fetch the file again") from None
+    wanted = family.shapes(arch)
+    _check_names(path, set(wanted), set(found))
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise CorruptArtifact(f"{found[name][0]}: {name} is {list(shapes[name])}, config.json says {list(shape)}")
+    return ModelFolder(path, config, arch, {name: found[name] for name in wanted})
+
+
+def _check_names(path: Path, wanted: set[str], found: set[str]) -> None:
+    for what, names in (("lacks", wanted - found), ("has unknown", found - wanted)):
+        if names:
+            raise CorruptArtifact(f"{path} {what} {len(names)} weights, first {sorted(names)[0]}")
+
+
+def write_model(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]],
+                companions_from: Path | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a model folder so that it is whole or absent: all files under a temporary name, then one rename.
+
+    Tensors are written as they come, a shard at a time; no more than a shard is held.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    shards: list[list[str]] = []
+    batch: dict[str, torch.Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal batch, size
+        save_file(batch, temporary / f"part-{len(shards):05d}.safetensors", metadata={"format": "pt"})
+        shards.append(list(batch))
+        batch, size = {}, 0
+
+    for name, tensor in tensors:
+        count = tensor.numel() * tensor.element_size()
+        if batch and size + count > shard_bytes:
+            flush()
+        batch[name] = tensor.detach().cpu().contiguous()
+        size += count
+        total += count
+    flush()
+    if len(shards) == 1:
+        os.rename(temporary / "part-00000.safetensors", temporary / "model.safetensors")
+    else:
+        weight_map = {}
+        for i, names in enumerate(shards):
+            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            os.rename(temporary / f"part-{i:05d}.safetensors", temporary / file)
+            weight_map |= dict.fromkeys(names, file)
+        (temporary / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in COMPANIONS if companions_from is not None else ():
+        assert companions_from is not None
+        if (companions_from / name).is_file():
+            shutil.copy2(companions_from / name, temporary / name)
+    for file_path in temporary.iterdir():
+        with file_path.open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
