@@ -7,6 +7,7 @@ Shapes: B samples, T tokens of a sample, D hidden, V vocabulary, n tokens of a c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,27 +27,34 @@ class TokenMetrics:
 
 
 @torch.no_grad()
-def token_metrics(hidden_BTD: torch.Tensor, head_VD: torch.Tensor, ids_BT: torch.Tensor,
+def token_metrics(hiddens_BTD: Sequence[torch.Tensor], head_VD: torch.Tensor, ids_BT: torch.Tensor,
                   reference_BTD: torch.Tensor | None = None, reference_head_VD: torch.Tensor | None = None,
-                  chunk_tokens: int = CHUNK_TOKENS) -> TokenMetrics:
-    """Next-token loss and accuracy, KL(reference || this) and greedy agreement, per sample.
+                  chunk_tokens: int = CHUNK_TOKENS) -> list[TokenMetrics]:
+    """Next-token loss and accuracy, KL(reference || variant) and greedy agreement, for each of several variants.
 
-    All are over the first T - 1 places, whose next token is known. Without a reference kl is 0, agreement 1.
+    All are over the first T - 1 places, whose next token is known. The reference's probabilities are computed
+    once for all variants. Without a reference kl is 0 and agreement 1.
     """
     bsz, seq = ids_BT.shape
     step = max(1, chunk_tokens // (seq - 1))
-    parts: list[torch.Tensor] = []
+    rows: list[list[torch.Tensor]] = [[] for _ in hiddens_BTD]
     for i in range(0, bsz, step):
         targets = ids_BT[i : i + step, 1:]
-        log_q = _log_probs(hidden_BTD[i : i + step, :-1], head_VD)
-        rows = [-log_q.gather(-1, targets[..., None]).squeeze(-1), (log_q.argmax(-1) == targets)]
-        if reference_BTD is None or reference_head_VD is None:
-            rows += [torch.zeros_like(rows[0]), torch.ones_like(rows[0])]
-        else:
+        log_p = p = best = None
+        if reference_BTD is not None and reference_head_VD is not None:
             log_p = _log_probs(reference_BTD[i : i + step, :-1], reference_head_VD)
-            rows += [(log_p.exp() * (log_p - log_q)).sum(-1), log_p.argmax(-1) == log_q.argmax(-1)]
-        parts.append(torch.stack([row.double().mean(-1) for row in rows]))
-    return TokenMetrics(*torch.cat(parts, 1))
+            p, best = log_p.exp(), log_p.argmax(-1)
+        for row, hidden in zip(rows, hiddens_BTD, strict=True):
+            log_q = _log_probs(hidden[i : i + step, :-1], head_VD)
+            guess = log_q.argmax(-1)
+            loss = -log_q.gather(-1, targets[..., None]).squeeze(-1)
+            parts = [loss, guess == targets]
+            if log_p is None or p is None:
+                parts += [torch.zeros_like(loss), torch.ones_like(loss)]
+            else:
+                parts += [(p * (log_p - log_q)).sum(-1), guess == best]
+            row.append(torch.stack([part.double().mean(-1) for part in parts]))
+    return [TokenMetrics(*torch.cat(row, 1)) for row in rows]
 
 
 def _log_probs(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:

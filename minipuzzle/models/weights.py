@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.errors import CorruptArtifact, RecipeError, UnsupportedModel
+from minipuzzle.core.rundir import file_hash
 from minipuzzle.models import family_of
 from minipuzzle.models.base import Family
 
@@ -73,16 +74,10 @@ class ModelFolder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the config and of the weights: sizes, headers, and up to 64 spread samples of every shard."""
+        """Hash of the config and of the weights files (`file_hash`)."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for path in sorted({file for file, _ in self.files.values()}):
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size}".encode())
-            with path.open("rb") as file:
-                step = max(2**16, size // 64)
-                for offset in range(0, size, step):
-                    file.seek(offset)
-                    digest.update(file.read(2**16))
+            digest.update(f"{path.name}:{file_hash(path)}".encode())
         return digest.hexdigest()[:16]
 
 

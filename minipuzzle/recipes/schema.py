@@ -1,0 +1,231 @@
+"""Recipe: what the user asks for, as a closed schema. Here dicts end and typed values begin.
+
+Precedence, weakest first: these defaults, the YAML, `--data`, `--budget`, `--set a.b=c`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from minipuzzle.core.budget import BUDGET_KEYS, Workload, parse_quantity
+from minipuzzle.core.errors import RecipeError
+
+Decimal = Annotated[int, BeforeValidator(lambda v: parse_quantity(v, "decimal"))]
+Binary = Annotated[int, BeforeValidator(lambda v: parse_quantity(v, "binary"))]
+Range = list[int | str] | int | str | None
+Text = Annotated[str, BeforeValidator(str), PlainSerializer(str)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WorkloadSection(_Section):
+    """What is served; memory is counted for it."""
+
+    precision: Literal["bf16", "fp8", "nvfp4"] = "bf16"
+    kv_precision: Literal["bf16", "fp8", "nvfp4"] = "bf16"
+    state_precision: Literal["fp32", "bf16"] = "fp32"
+    keep_16bit: list[str] = []
+    context: Binary = 1024
+    batch: int = Field(1, ge=1)
+
+    def build(self) -> Workload:
+        return Workload(self.precision, self.kv_precision, self.state_precision, tuple(self.keep_16bit),
+                        self.context, self.batch)
+
+
+class CalibrationSection(_Section):
+    """What the scores are measured on."""
+
+    data: str = "stdlib"
+    samples: int = Field(64, ge=2)
+    sequence_length: Binary = Field(256, ge=2)
+
+
+class ScoresSection(_Section):
+    layer_metric: Literal["mse", "nmse", "kl", "loss_delta", "cosine"] = "kl"
+    iterative: bool = False
+    racing: bool = False
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+
+class SpaceSection(_Section):
+    """Ranges `[low, high]` or `[low, high, step]`; numbers, or parts of the parent such as `0.5x`."""
+
+    drop_mamba: Range = [0, "0.4x"]
+    drop_ffn: Range = [0, "0.4x"]
+    drop_attention: Range = [0, "0.5x"]
+    hidden_size: Range = ["0.625x", "1x", "0.125x"]
+    ffn_size: Range = ["0.25x", "1x", "0.125x"]
+    mamba_num_heads: Range = ["0.5x", "1x", "0.25x"]
+    mamba_head_dim: Range = ["1x", "1x"]
+
+
+class SearchSection(_Section):
+    strategy: Literal["grid", "milp"] = "grid"
+    damage: Literal["additive", "quadratic"] = "additive"
+    export: Literal["uniform", "per_layer"] = "uniform"
+    measure: int = Field(64, ge=1)
+    finalists: int = Field(3, ge=1)
+    keep: int = Field(10_000, ge=1)
+
+
+class EvaluationSection(_Section):
+    """Held-out blocks: about every 50th document, never calibrated on or trained on."""
+
+    data: str = "stdlib"
+    samples: int = Field(64, ge=2)
+
+
+class SurgerySection(_Section):
+    hidden: Literal["select", "rotate"] = "select"
+    refit: Literal["none", "ridge"] = "none"
+
+
+class DistillationSection(_Section):
+    """`tokens` includes the winner's share of the tournament; 0 prunes only."""
+
+    data: str = "stdlib"
+    tournament_tokens: Decimal = Field(100_000, ge=0)
+    tokens: Decimal = Field(600_000, ge=0)
+    sequence_length: Binary = Field(256, ge=2)
+    batch_tokens: Binary = Field(4096, ge=1)
+    learning_rate: float = Field(1.0e-3, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+
+
+class Recipe(_Section):
+    """Everything that decides the result, but for the model and the seed."""
+
+    recipe: Literal[1] = 1
+    budget: dict[str, Text] = {"memory": "0.5x"}
+    workload: WorkloadSection = WorkloadSection()
+    calibration: CalibrationSection = CalibrationSection()
+    scores: ScoresSection = ScoresSection()
+    space: SpaceSection = SpaceSection()
+    search: SearchSection = SearchSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    surgery: SurgerySection = SurgerySection()
+    distillation: DistillationSection = DistillationSection()
+
+    @classmethod
+    def load(cls, name_or_file: str | Path = "default", **overrides: Any) -> Recipe:
+        """A shipped recipe by name, or a YAML file. `overrides`: see `with_overrides`.
+
+        Raises:
+            RecipeError: no such recipe, not YAML, a key that does not exist, or a value that does not fit.
+        """
+        text, origin = recipe_text(str(name_or_file))
+        return cls.parse(text, origin).with_overrides(**overrides) if overrides else cls.parse(text, origin)
+
+    @classmethod
+    def parse(cls, text: str, origin: str) -> Recipe:
+        try:
+            data = yaml.safe_load(text)
+            lines = _line_numbers(yaml.compose(text, Loader=yaml.SafeLoader))
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f", line {mark.line + 1}" if mark else ""
+            raise RecipeError(f"{origin}{where}: not YAML ({getattr(error, 'problem', error)})") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"{origin}: a recipe is a YAML mapping that starts with 'recipe: 1'")
+        if "recipe" not in data:
+            raise RecipeError(f"{origin}: the first line must be 'recipe: 1'")
+        return _validate(data, origin, lines)
+
+    def with_overrides(self, budget: Mapping[str, str] | None = None, data: str | None = None,
+                       settings: Mapping[str, Any] | None = None) -> Recipe:
+        """A copy with another budget (in place of the recipe's), other data everywhere, and `a.b` settings."""
+        values = self.model_dump()
+        if data is not None:
+            for section in ("calibration", "evaluation", "distillation"):
+                values[section]["data"] = data
+        if budget:
+            values["budget"] = dict(budget)
+        for path, value in (settings or {}).items():
+            section, _, key = path.partition(".")
+            target = values.get(section)
+            if not key or not isinstance(target, dict) or (section != "budget" and key not in target):
+                names = [f"{s}.{k}" for s, v in values.items() if isinstance(v, dict) for k in v]
+                raise RecipeError(f"--set {path}: no such key{_suggest(path, names)}")
+            target[key] = value
+        return _validate(values, "settings", {})
+
+    def dump(self) -> str:
+        """YAML that `parse` reads back to the same recipe."""
+        return str(yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=None, width=110))
+
+
+def recipe_text(name: str) -> tuple[str, str]:
+    """(text, where it is from) of a shipped recipe or of a file."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {name} cannot be read ({error})") from None
+    shipped = {file.name.removesuffix(".yaml"): file for file in shipped_recipes()}
+    if name not in shipped:
+        raise RecipeError(f"no recipe {name!r}{_suggest(name, list(shipped))}; shipped: {', '.join(sorted(shipped))}")
+    return shipped[name].read_text(encoding="utf-8"), f"recipe {name}"
+
+
+def shipped_recipes() -> list[Any]:
+    """The recipe files of the package."""
+    folder = resources.files("minipuzzle.recipes") / "library"
+    return sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+
+
+def _validate(data: dict[str, Any], origin: str, lines: dict[tuple[Any, ...], int]) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(data)
+        recipe.workload.build()
+    except ValidationError as error:
+        raise RecipeError(_explain(error, origin, lines)) from None
+    unknown = [key for key in recipe.budget if key not in BUDGET_KEYS]
+    if unknown:
+        raise RecipeError(f"{origin}: unknown budget {unknown[0]!r}{_suggest(unknown[0], list(BUDGET_KEYS))}; "
+                          f"known: {', '.join(BUDGET_KEYS)}")
+    return recipe
+
+
+def _explain(error: ValidationError, origin: str, lines: dict[tuple[Any, ...], int]) -> str:
+    """The first problem of a ValidationError in one line, with its line number and the nearest right key."""
+    first = error.errors()[0]
+    path = tuple(first["loc"])
+    name = ".".join(str(part) for part in path)
+    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+    where = f"{origin}, line {line}" if line else origin
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in path[:-1]:
+            section = section.model_fields[part].annotation
+        known = list(section.model_fields)
+        return f"{where}: unknown key {name!r}{_suggest(str(path[-1]), known)}; known: {', '.join(known)}{more}"
+    return f"{where}: {name} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}{more}"
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _line_numbers(node: yaml.Node | None, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:
+    """(key, key, ...) -> 1-based line."""
+    out: dict[tuple[Any, ...], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, key.value)
+            out[here] = key.start_mark.line + 1
+            out |= _line_numbers(value, here)
+    return out

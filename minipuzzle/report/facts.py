@@ -1,0 +1,237 @@
+"""What the report says in words and numbers, read from the dict of report.json; any part of it may be missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from minipuzzle.core.architecture import ATTENTION, FFN, KINDS, MAMBA, Architecture
+from minipuzzle.core.budget import BUDGET_KEYS, Workload, human_bytes, human_count
+
+KIND_WORDS = {MAMBA: "Mamba", ATTENTION: "attention", FFN: "FFN"}
+WIDTH_WORDS = {"hidden_size": "hidden size", "ffn_size": "FFN width", "mamba_num_heads": "Mamba heads",
+               "mamba_head_dim": "Mamba head channels"}
+TABLE_ROWS = 50
+
+
+def at(data: Any, *keys: str) -> Any:
+    """data[key][key]...; None where a step is missing."""
+    for key in keys:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data
+
+
+def clean(value: Any) -> Any:
+    """The same as plain JSON values: NaN and infinity become None, numpy's numbers Python's, paths text."""
+    if isinstance(value, Mapping):
+        return {str(k): clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(v) for v in value]
+    if hasattr(value, "tolist"):  # a numpy number or array
+        return clean(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def architecture_of(data: Any) -> Architecture | None:
+    """The Architecture of a part of the report; None if it is absent or incomplete."""
+    try:
+        return Architecture.from_json(at(data, "architecture"))
+    except (TypeError, KeyError):
+        return None
+
+
+def workload_of(report: dict[str, Any]) -> Workload:
+    """The workload that memory is counted at; the defaults where the report is silent."""
+    known = {k: v for k, v in (at(report, "workload") or {}).items() if v is not None}
+    return Workload(**known | {"keep_16bit": tuple(known.get("keep_16bit", ()))})
+
+
+# formats ---------------------------------------------------------------------------------------------
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def size(value: float | None) -> str:
+    return "–" if value is None else human_bytes(value)
+
+
+def count(value: float | None) -> str:
+    return "–" if value is None else human_count(value)
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+# candidates ------------------------------------------------------------------------------------------
+
+
+def candidates(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [c for c in at(report, "candidates") or [] if isinstance(c, dict)]
+
+
+def measured(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [c for c in candidates(report) if c.get("measured")]
+
+
+def finalists(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [c for c in candidates(report) if c.get("after_distillation")]
+
+
+def winner(report: dict[str, Any]) -> dict[str, Any] | None:
+    """The candidate that became the result."""
+    chosen = [c for c in candidates(report) if c.get("chosen") or c.get("name") == at(report, "result", "candidate")]
+    return chosen[0] if chosen and chosen[0].get("name") else None
+
+
+def best(report: dict[str, Any], limit: int) -> list[dict[str, Any]]:
+    """The winner, the other finalists, then the rest in the order of the search."""
+    first = winner(report)
+    order = ([first] if first else []) + finalists(report) + candidates(report)
+    seen: dict[int, dict[str, Any]] = {id(c): c for c in order}
+    return list(seen.values())[:limit]
+
+
+def quality(report: dict[str, Any]) -> str:
+    """The measured quality that the figures use: KL to the parent, else loss."""
+    return "kl" if any(at(c, "measured", "kl") is not None for c in candidates(report)) else "loss"
+
+
+def summary(candidate: dict[str, Any]) -> str:
+    """One line for a hover text."""
+    parts = [str(candidate.get("name", "?"))]
+    arch = architecture_of(candidate)
+    if arch:
+        parts.append(str(arch))
+    for text, value, form in (("memory", at(candidate, "cost", "memory_bytes"), size),
+                              ("parameters", at(candidate, "cost", "parameters"), count),
+                              ("KL", at(candidate, "measured", "kl"), number),
+                              ("loss", at(candidate, "measured", "loss"), number),
+                              ("loss after distillation", at(candidate, "after_distillation", "loss"), number)):
+        if value is not None:
+            parts.append(f"{text} {form(value)}")
+    return "; ".join(parts)
+
+
+def budget_of(report: dict[str, Any]) -> tuple[str, int | None]:
+    """(budget key, limit) of the axis that figures use: memory, or the first budget asked for."""
+    limits = {k: at(v, "limit") for k, v in (at(report, "budget") or {}).items() if k in BUDGET_KEYS}
+    key = "memory" if "memory" in limits or not limits else next(iter(limits))
+    return key, limits.get(key)
+
+
+def candidate_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table; each cell is (text, value to sort by)."""
+    rows = []
+    for rank, c in enumerate(best(report, TABLE_ROWS), 1):
+        arch = architecture_of(c)
+        cells: list[tuple[str, Any]] = [(str(rank), rank), (str(c.get("name", "?")), str(c.get("name", "?")))]
+        for kind in KINDS:
+            layers = arch.pattern.count(kind) if arch else None
+            cells.append((number(layers, "d"), layers))
+        for axis in WIDTH_WORDS:
+            width = widths_text(at(c, "architecture", axis))
+            cells.append((width, width.split("–")[0]))
+        for value, form in ((at(c, "cost", "parameters"), count), (at(c, "cost", "memory_bytes"), size),
+                            (at(c, "predicted", "damage"), number), (at(c, "measured", "kl"), number),
+                            (at(c, "measured", "loss"), number), (at(c, "measured", "agreement"), percent),
+                            (at(c, "after_distillation", "loss"), number)):
+            cells.append((form(value), value))
+        role = "winner" if c is winner(report) else "finalist" if c.get("after_distillation") else ""
+        rows.append({"cells": cells, "role": role})
+    return rows
+
+
+# words -----------------------------------------------------------------------------------------------
+
+
+def widths_text(value: Any) -> str:
+    """One width, or the range of a list of widths."""
+    if isinstance(value, list | tuple) and value:
+        return str(value[0]) if min(value) == max(value) else f"{min(value)}–{max(value)}"
+    return "–" if value is None or value == [] else str(value)
+
+
+def workload_text(report: dict[str, Any]) -> str:
+    load = workload_of(report)
+    return f"{load.precision}, context {load.context:,}, batch {load.batch}"
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """Size, memory and loss before and after, as far as they are known."""
+    parent, result = at(report, "parent") or {}, at(report, "result") or {}
+    parts = []
+    if parent.get("parameters") and result.get("parameters"):
+        parts.append(f"{count(parent['parameters'])} parameters became {count(result['parameters'])}")
+    if parent.get("memory_bytes") and result.get("memory_bytes"):
+        parts.append(f"{size(parent['memory_bytes'])} of memory became {size(result['memory_bytes'])} "
+                     f"({workload_text(report)})")
+    text = " and ".join(parts)
+    steps = [f"{number(value)} {name}" for value, name in
+             ((parent.get("loss"), "(parent)"), (result.get("loss_sliced"), "(sliced)"),
+              (result.get("loss_distilled"), "(distilled)")) if value is not None]
+    if steps:
+        text += ("; held-out loss" if text else "Held-out loss")
+        text += f" went from {' to '.join(steps)} nats per token" if len(steps) > 1 else f" is {steps[0]} nats per token"
+    if result.get("recovery") is not None:
+        text += f", so distillation recovered {percent(result['recovery'])} of the gap that slicing opened"
+        if result.get("gap_left") is not None:
+            text += f" and leaves {number(result['gap_left'])}"
+    return f"{text}." if text else "The report has no results yet."
+
+
+def removed(report: dict[str, Any]) -> str:
+    """Which layers by kind and which widths went."""
+    parent, result = architecture_of(at(report, "parent")), architecture_of(at(report, "result"))
+    if parent is None or result is None:
+        return ""
+    gone = parent.num_layers - result.num_layers
+    kinds = [f"{parent.pattern.count(k) - result.pattern.count(k)} of {parent.pattern.count(k)} {KIND_WORDS[k]}"
+             for k in KINDS if parent.pattern.count(k) > result.pattern.count(k)]
+    text = f"Removed: {gone} of {parent.num_layers} layers ({', '.join(kinds)})" if gone else "No layer was removed"
+    before, after = parent.to_json(), result.to_json()
+    widths = [f"{words} {widths_text(before[axis])} → {widths_text(after[axis])}"
+              for axis, words in WIDTH_WORDS.items() if widths_text(before[axis]) != widths_text(after[axis])]
+    return f"{text}; {', '.join(widths) if widths else 'all widths are the parent’s'}."
+
+
+def key_figures(report: dict[str, Any]) -> list[dict[str, str]]:
+    """Tiles: label, value, note. Only what is known."""
+    parent, result = at(report, "parent") or {}, at(report, "result") or {}
+    tiles = []
+
+    def add(label: str, known: Any, value: str, note: str) -> None:
+        if known is not None:
+            tiles.append({"label": label, "value": value, "note": note})
+
+    for label, key, form in (("parameters", "parameters", count), ("memory at the workload", "memory_bytes", size)):
+        before, after = parent.get(key), result.get(key)
+        note = f"parent {form(before)}" + (f", {percent(after / before)} of it" if before and after else "")
+        add(label, after, form(after), note)
+    error = result.get("loss_distilled_stderr")
+    add("held-out loss", result.get("loss_distilled"), number(result.get("loss_distilled")),
+        f"parent {number(parent.get('loss'))}" + (f"; ± {number(error)} standard error" if error else ""))
+    add("gap recovered", result.get("recovery"), percent(result.get("recovery")),
+        f"{number(result.get('gap_left'))} nats per token are left")
+    agreement = result.get("agreement_distilled")
+    add("KL to the parent", result.get("kl_distilled"), number(result.get("kl_distilled")),
+        f"before distillation {number(result.get('kl_pruned'))}"
+        + (f"; same next token {percent(agreement)}" if agreement is not None else ""))
+    seconds = [s["seconds"] for s in at(report, "stages") or [] if at(s, "seconds") is not None]
+    add("time", seconds or None, duration(sum(seconds)), str(at(report, "hardware") or ""))
+    return tiles

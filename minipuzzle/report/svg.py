@@ -1,0 +1,101 @@
+"""From a matplotlib figure to SVG that lives inside a page: its colours are CSS variables, its points have titles.
+
+The colours below are ordinary ones in a figure, and are replaced by variables of the page in the SVG, so that one
+drawing serves light and dark. The same figure gives the same bytes: fixed hash salt, no date.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+
+from minipuzzle.core.architecture import ATTENTION, FFN, MAMBA
+
+INK, MUTED, LINE, CARD = "#1a1b1c", "#6a6b6c", "#d8d9da", "#fdfefe"
+# Okabe and Ito's palette; the dark page lightens the blue. A kind also has its marker and its letter.
+KIND_COLORS = {MAMBA: "#0072b2", ATTENTION: "#d55e00", FFN: "#009e73"}
+KIND_MARKERS = {MAMBA: "o", ATTENTION: "s", FFN: "^"}
+KIND_LABELS = {MAMBA: "Mamba (M)", ATTENTION: "attention (*)", FFN: "FFN (-)"}
+WINNER, FINALIST = "#e69f00", "#cc79a7"
+SERIES = (WINNER, FINALIST, "#56b4e9", "#8b6f47")  # runs side by side
+
+_VARIABLES = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", CARD: "var(--card)",
+              KIND_COLORS[MAMBA]: "var(--mamba)", KIND_COLORS[ATTENTION]: "var(--attention)",
+              KIND_COLORS[FFN]: "var(--ffn)", WINNER: "var(--winner)", FINALIST: "var(--finalist)"}
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none", "text.parse_math": False, "font.family": "DejaVu Sans", "font.size": 8.5,
+    "axes.titlesize": 9, "axes.titlelocation": "left", "axes.labelsize": 8.5, "legend.fontsize": 8,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.frameon": False,
+    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": MUTED, "ytick.color": MUTED,
+    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.edgecolor": MUTED, "axes.facecolor": "none",
+    "figure.facecolor": "none", "savefig.facecolor": "none", "grid.color": LINE, "grid.linewidth": 0.6,
+    "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.formatter.useoffset": False, "axes.formatter.use_mathtext": False,
+    "lines.linewidth": 1.4, "lines.markersize": 4.5, "path.simplify": True,
+}
+_HOVER = "hover:"
+_SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
+
+
+def hover(artist: Artist, titles: Sequence[str]) -> None:
+    """Give the marks of an artist, in their order, a text that a browser shows on hover."""
+    artist.set_gid(_HOVER + json.dumps(list(titles)))
+
+
+def draw(function: Callable[[dict[str, Any]], Figure | None], report: dict[str, Any], label: str) -> str:
+    """Inline SVG of `function(report)`; '' where the report has nothing to draw."""
+    name = function.__name__
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = function(report)
+        if figure is None:
+            return ""
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return _inline(buffer.getvalue(), name, label)
+
+
+def _inline(source: bytes, name: str, label: str) -> str:
+    """An SVG document as an HTML fragment: no prolog, unique ids, sized by the page."""
+    root = ET.fromstring(source)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.removeprefix(_SVG) in ("metadata", "style"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        element.tail = None
+        if element.tag not in ("text", "tspan", "title"):
+            element.text = None  # white space
+        if element.get("id", "").startswith(_HOVER):
+            _add_titles(element, json.loads(element.attrib.pop("id")[len(_HOVER):]))
+        for key in list(element.attrib):
+            value = element.attrib.pop(key)
+            key = key.replace(_XLINK, "")
+            if key == "id":
+                value = f"{name}-{value}"
+            elif key == "href" and value.startswith("#"):
+                value = f"#{name}-{value[1:]}"
+            element.set(key, value.replace("url(#", f"url(#{name}-"))
+    for key in ("width", "height", "version"):
+        root.attrib.pop(key, None)
+    root.set("role", "img")
+    root.set("aria-label", label)
+    text = ET.tostring(root, encoding="unicode")
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, variable)
+    return text
+
+
+def _add_titles(group: ET.Element, titles: list[str]) -> None:
+    hidden = {id(e) for defs in group.iter(f"{_SVG}defs") for e in defs.iter()}
+    marks = [e for e in group.iter() if e.tag.removeprefix(_SVG) in ("use", "path") and id(e) not in hidden]
+    assert len(marks) == len(titles), f"{len(marks)} marks for {len(titles)} titles"
+    for mark, title in zip(marks, titles, strict=True):
+        ET.SubElement(mark, f"{_SVG}title").text = title

@@ -1,0 +1,78 @@
+"""What to say when nothing meets the budget: which limit binds, the least this space can do, what would help.
+
+Every cost grows with every count and every width, so one point, the smallest architecture of the space, has the
+least of all costs at once: budgets that are each feasible alone are always feasible together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from minipuzzle.core.architecture import Architecture
+from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload, human_budget, parse_quantity
+from minipuzzle.core.cost import cost
+from minipuzzle.core.errors import Infeasible
+from minipuzzle.core.scores import WIDTH_AXES
+from minipuzzle.search.prices import KINDS
+from minipuzzle.search.space import DROPS, WIDTHS, axes_of
+
+
+def shape(parent: Architecture, counts: Sequence[int], widths: Sequence[int]) -> Architecture:
+    """An architecture with so many (Mamba, FFN, attention) layers, in any order: for its price only."""
+    pattern = "".join(kind * int(n) for kind, n in zip(KINDS, counts, strict=True))
+    return dataclasses.replace(parent, pattern=pattern, **dict(zip(WIDTH_AXES, map(int, widths), strict=True)))
+
+
+def round_up(key: str, value: int) -> str:
+    """A budget as short text that reads back as at least `value`: 2473901163 -> '2.305GiB'."""
+    text, asked = human_budget(key, value), value
+    while parse_quantity(text, BUDGET_KEYS[key][1]) < value:
+        asked += 1 + asked // 20000  # half a unit of the fourth digit, or less
+        text = human_budget(key, asked)
+    return text.replace(" ", "")
+
+
+def infeasible(parent: Architecture, smallest: Architecture, budget: Budget, workload: Workload) -> Infeasible:
+    """The error for a space whose smallest architecture is too large. One line."""
+    least = cost(smallest, workload).to_json()
+    limits, texts, binding = dict(budget.limits), dict(budget.texts), budget.exceeded(least)
+    missed, needed = [], []
+    for key in binding:
+        limit, asked = human_budget(key, limits[key]), texts.get(key)
+        same = asked is None or asked.replace(" ", "") == limit.replace(" ", "")
+        missed.append(f"{key} {limit if same else f'{asked} ({limit})'}: the smallest has "
+                      f"{human_budget(key, least[BUDGET_KEYS[key][0]])}")
+        needed.append(f"{key}={round_up(key, least[BUDGET_KEYS[key][0]])}")
+    return Infeasible(f"no architecture of this space meets {'; '.join(missed)}. Raise the budget to at least "
+                      f"{' '.join(needed)}, or {_advice(parent, smallest, budget, workload)}")
+
+
+def _advice(parent: Architecture, smallest: Architecture, budget: Budget, workload: Workload) -> str:
+    """The one wider range that brings the worst budget down the most."""
+    def excess(arch: Architecture) -> float:
+        costs = cost(arch, workload).to_json()
+        return max(costs[BUDGET_KEYS[key][0]] / max(limit, 1) for key, limit in budget.limits)
+
+    now = excess(smallest)
+    options = [(excess(arch), text) for arch, text in _wider(parent, smallest)]
+    after, text = min(options, default=(now, ""))
+    if after >= now:
+        return "serve a shorter context, a smaller batch or a lower precision: no architecture is much smaller"
+    return f"widen the space, e.g. {text} ({after / now:.0%} of that)"
+
+
+def _wider(parent: Architecture, smallest: Architecture) -> Iterator[tuple[Architecture, str]]:
+    """The smallest architecture with one axis taken further, and how to ask for it."""
+    axes = axes_of(dataclasses.replace(parent, ffn_size=max(parent.ffn_sizes, default=1)))
+    counts = [smallest.pattern.count(kind) for kind in KINDS]
+    widths = [getattr(smallest, name) for name in WIDTHS]
+    for i, name in enumerate(DROPS):
+        most = axes[name].most
+        if axes[name].whole - counts[i] < most:
+            fewer = [*counts[:i], axes[name].whole - most, *counts[i + 1 :]]
+            yield shape(parent, fewer, widths), f"space.{name} up to {most}"
+    for i, name in enumerate(WIDTHS):
+        half = max(axes[name].divisor, widths[i] // 2 // axes[name].divisor * axes[name].divisor)
+        if half < widths[i]:
+            yield shape(parent, counts, [*widths[:i], half, *widths[i + 1 :]]), f"space.{name} down to {half}"
