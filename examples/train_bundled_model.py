@@ -10,6 +10,7 @@ the rest; Mamba-2 initialised as its authors do (dt log-uniform in [0.001, 0.1],
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import math
 import sys
@@ -21,11 +22,15 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minipuzzle.core.architecture import Architecture
+from minipuzzle.core.architecture import KIND_NAMES, KINDS, Architecture
 from minipuzzle.data.blocks import load_blocks, tokenize
 from minipuzzle.data.corpus import documents, is_held_out
+from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.nemotron_h import NemotronH
+from minipuzzle.models.walk import Model, final_hidden
+from minipuzzle.models.weights import open_model, write_model
+from minipuzzle.recipes.results import hardware, versions
 
 END = "<|endoftext|>"
 SEED = 0
@@ -43,6 +48,16 @@ ARCHITECTURE = Architecture(
     num_key_value_heads=2,
     head_dim=32,
 )
+
+CONFIG = {
+    "architectures": ["NemotronHForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
+    "eos_token_id": 0, "pad_token_id": 0, "chunk_size": 64, "expand": 2, "hidden_dropout": 0.0, "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-5, "mamba_hidden_act": "silu", "mamba_proj_bias": False, "max_position_embeddings": 8192,
+    "mlp_bias": False, "mlp_hidden_act": "relu2", "model_type": "nemotron_h", "num_logits_to_keep": 1,
+    "rescale_prenorm_residual": True, "residual_in_fp32": False, "rms_norm_eps": 1e-5, "sliding_window": None,
+    "time_step_floor": 1e-4, "time_step_max": 0.1, "time_step_min": 0.001, "torch_dtype": "bfloat16", "use_bias": False,
+    "use_cache": True, "use_conv_bias": True, "mamba_ssm_cache_dtype": "float32",
+}
 
 
 def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -164,6 +179,55 @@ def train(work: Path, tokens: int, muon_lr: float, adam_lr: float, stop_after: i
             running = 0.0
 
 
+def export(work: Path, folder: Path) -> None:
+    """Write the Hugging Face folder in bf16, and measure what was written."""
+    saved = torch.load(work / "state.pt", weights_only=True)
+    model = HybridLM(NemotronH(), ARCHITECTURE, initial_weights(ARCHITECTURE))
+    model.load_state_dict(saved["model"])
+    weights = {n: p.detach().to(torch.bfloat16) for n, p in model.parameters_by_name().items()}
+    write_model(folder, ARCHITECTURE.to_config(CONFIG), weights.items(), work / "tokenizer")
+    # the class name that transformers 4 and 5 both know
+    about = json.loads((folder / "tokenizer_config.json").read_text())
+    about["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    numbers = measure_bundled(folder, work) | {"tokens_trained": saved["step"] * SEQUENCE_LENGTH * BATCH}
+    Path("benchmarks/results").mkdir(parents=True, exist_ok=True)
+    Path("benchmarks/results/bundled_model.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    Path("benchmarks/results/bundled_model_log.jsonl").write_text((work / "log.jsonl").read_text())
+    print(json.dumps(numbers, indent=1))
+
+
+def measure_bundled(folder: Path, work: Path) -> dict:
+    """Held-out loss, against gzip -9 on the same bytes, and what zeroing each kind of block costs."""
+    opened = open_model(folder)
+    model = Model.load(opened)
+    held = load_blocks(work / "tokens", "held_out", SEQUENCE_LENGTH)
+    ids = torch.from_numpy(held.first(len(held)))
+    loss = float(nn_loss(model, ids))
+    text = b"".join(text.encode() for name, text in documents("stdlib") if is_held_out(name))
+    gzipped = len(gzip.compress(text, 9, mtime=0)) * 8 * math.log(2) / len(text)
+    without = {}
+    for kind in KINDS:
+        silent = {n: torch.zeros_like(t) if kind_of(n) == kind else t for n, t in model.by_name().items()}
+        without[KIND_NAMES[kind]] = float(nn_loss(Model.build(model.family, model.arch, silent.items()), ids)) - loss
+    return {"parameters": sum(t.numel() for t in model.by_name().values()), "held_out_tokens": ids.numel(),
+            "held_out_bytes": len(text), "loss_nats_per_token": loss, "loss_nats_per_byte": loss / held.bytes_per_token,
+            "gzip9_nats_per_byte": gzipped, "loss_increase_without": without, "corpus_hash": held.corpus_hash,
+            "date": time.strftime("%Y-%m-%d"), "versions": versions(), "hardware": hardware()}
+
+
+def kind_of(name: str) -> str | None:
+    """The kind of block whose output a weight makes: zeroing it silences the block."""
+    ends = {"mixer.out_proj.weight": "M", "mixer.o_proj.weight": "*", "mixer.down_proj.weight": "-"}
+    return next((kind for end, kind in ends.items() if name.endswith(end)), None)
+
+
+@torch.no_grad()
+def nn_loss(model: Model, ids: torch.Tensor) -> torch.Tensor:
+    parts = [token_metrics([final_hidden(model, part)], model.head, part)[0].loss for part in ids.split(16)]
+    return torch.cat(parts).mean()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -171,10 +235,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--muon-lr", type=float, default=5e-3)
     parser.add_argument("--adam-lr", type=float, default=4e-3)
+    parser.add_argument("--export", type=Path, help="write the trained model to this folder, and measure it")
     parser.add_argument("--stop-after", type=int, help="stop at this step; for trials")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.export:
+        export(args.work, args.export)
+        return
     train(args.work, int(float(args.tokens.rstrip("M")) * 1e6), args.muon_lr, args.adam_lr, args.stop_after)
 
 

@@ -8,10 +8,12 @@ first is written, because every engine reads that one (docs/method.md, "The conf
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from minipuzzle.core.errors import UnsupportedModel
+from minipuzzle.core.errors import CorruptArtifact, RecipeError, UnsupportedModel
 
 MAMBA, ATTENTION, FFN, MOE = "M", "*", "-", "E"
 KINDS = (MAMBA, ATTENTION, FFN)
@@ -199,6 +201,25 @@ class Architecture:
         if dtype is not None:
             out["torch_dtype"] = dtype
         return out
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a folder, or the file itself.
+
+    Raises:
+        RecipeError: there is none.
+        CorruptArtifact: it is not a JSON object.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise RecipeError(f"{path} has no config.json; give a Hugging Face model folder")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptArtifact(f"{file} is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise CorruptArtifact(f"{file} is not a JSON object")
+    return config
 
 
 def read_pattern(config: dict[str, Any]) -> str:

@@ -48,12 +48,6 @@ class LayerScores:
     def pattern(self) -> str:
         return "".join(self.table["kind"])
 
-    def ranking(self, name: str, kind: str) -> list[int]:
-        """Layers of a kind from least to most important; ties go to the earlier layer."""
-        rows = self.table.index[self.table["kind"] == kind].to_numpy()
-        values = self.metric(name)[rows]
-        return [int(rows[i]) for i in np.lexsort((rows, values))]
-
     def write(self, path: Path) -> None:
         self.table.to_csv(path, index=False, float_format="%.9g")
 

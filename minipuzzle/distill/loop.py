@@ -111,7 +111,7 @@ def distill_model(student: HybridLM, teacher: Model, blocks: TokenBlocks, settin
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
-            value = float(loss)
+            value = float(loss.detach())
             if math.isfinite(value) and math.isfinite(float(norm)):
                 optimizer.step()
             else:

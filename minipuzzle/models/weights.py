@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minipuzzle.core.architecture import Architecture
-from minipuzzle.core.errors import CorruptArtifact, RecipeError, UnsupportedModel
+from minipuzzle.core.architecture import Architecture, read_config
+from minipuzzle.core.errors import CorruptArtifact, UnsupportedModel
 from minipuzzle.core.rundir import file_hash
 from minipuzzle.models import family_of
 from minipuzzle.models.base import Family
@@ -79,25 +79,6 @@ class ModelFolder:
         for path in sorted({file for file, _ in self.files.values()}):
             digest.update(f"{path.name}:{file_hash(path)}".encode())
         return digest.hexdigest()[:16]
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a folder, or the file itself.
-
-    Raises:
-        RecipeError: there is none.
-        CorruptArtifact: it is not a JSON object.
-    """
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise RecipeError(f"{path} has no config.json; give a Hugging Face model folder")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptArtifact(f"{file} is not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise CorruptArtifact(f"{file} is not a JSON object")
-    return config
 
 
 def open_model(path: Path) -> ModelFolder:
@@ -195,6 +176,7 @@ def write_model(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[st
         if (companions_from / name).is_file():
             shutil.copy2(companions_from / name, temporary / name)
     for file_path in temporary.iterdir():
+        file_path.chmod(0o644)  # safetensors writes for the owner alone
         with file_path.open("rb") as file:
             os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,7 @@ from minipuzzle.core.budget import human_bytes, human_count
 from minipuzzle.core.cost import cost
 from minipuzzle.report import facts
 from minipuzzle.report.facts import at
-from minipuzzle.report.plots import HALF, METRIC_WORDS, WIDE, plain_ticks, wide_scale
+from minipuzzle.report.plots import HALF, METRIC_WORDS, TALL, WIDE, in_units, plain_ticks, wide_scale
 from minipuzzle.report.svg import CARD, INK, KIND_COLORS, LINE, MUTED, SERIES, WINNER, hover
 
 # weights are grey; the caches have the colour of the layers that keep them
@@ -45,13 +45,16 @@ def widths(report: dict[str, Any]) -> Figure | None:
               [f"{facts.WIDTH_WORDS[name]} {a}: {metric} {b:.4g}" for a, b in zip(x, y, strict=True)])
         _mark_width(panel, report, name)
         panel.set_title(facts.WIDTH_WORDS[name])
-        panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        if len(x) <= 6:
+            panel.set_xticks(x)
+        else:
+            panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         panel.invert_xaxis()
     for panel in panels[len(names):]:
         panel.set_visible(False)
     wide_scale(panels[0], "y", [r[metric] for r in rows if r.get(metric)])
     plain_ticks(panels[0])
-    panels[0].set_ylabel(METRIC_WORDS.get(metric, metric).replace(" (", "\n("))
+    panels[0].set_ylabel(METRIC_WORDS.get(metric, metric).replace(" at ", "\nat ").replace(" (", "\n("))
     return figure
 
 
@@ -85,7 +88,7 @@ def ranks(report: dict[str, Any]) -> Figure | None:
     some = [s for s in some if s[0] is not None and s[1] is not None]
     if len(some) < 2:
         return None
-    figure = Figure(figsize=(HALF, 0.5 * len(some) + 1.0), layout="constrained")
+    figure = Figure(figsize=(HALF, max(TALL, 0.4 * len(some) + 1)), layout="constrained")
     axis = figure.subplots()
     before = sorted(range(len(some)), key=lambda i: some[i][0])
     after = sorted(range(len(some)), key=lambda i: some[i][1])
@@ -115,7 +118,7 @@ def tournament(report: dict[str, Any]) -> Figure | None:
     runs = [r for r in runs if len(r[1]) > 1]
     if not runs:
         return None
-    figure = Figure(figsize=(HALF, 2.9), layout="constrained")
+    figure = Figure(figsize=(HALF, TALL), layout="constrained")
     axis = figure.subplots()
     win = at(facts.winner(report), "name")
     others = iter(SERIES[1:] * len(runs))
@@ -173,25 +176,23 @@ def memory(report: dict[str, Any]) -> Figure | None:
     bars = [(name, c) for name, c in bars if c.get("memory_bytes") and c.get("weights_bytes")]
     if not bars:
         return None
-    figure = Figure(figsize=(HALF, 2.5), layout="constrained")
+    figure = Figure(figsize=(HALF, TALL), layout="constrained")
     axis = figure.subplots()
+    divisor, unit = in_units("memory", max(c["memory_bytes"] for _, c in bars))
     for y, (name, priced) in enumerate(bars):
-        left = 0
+        left = 0.0
         for key, label, color in MEMORY_PARTS:
             part = priced.get(key) or 0
-            bar = axis.barh(y, part, left=left, color=color, edgecolor=CARD, lw=0.6, height=0.55,
+            bar = axis.barh(y, part / divisor, left=left, color=color, edgecolor=CARD, lw=0.6, height=0.55,
                             label=label if y == 0 else None)
             hover(bar.patches[0], [f"{name}: {label} {human_bytes(part)}"])
-            left += part
-        axis.text(left, y, f" {human_bytes(left)}", va="center")
-    axis.set_yticks(range(len(bars)), [name for name, _ in bars])
+            left += part / divisor
+    axis.set_yticks(range(len(bars)), [f"{name}\n{human_bytes(c['memory_bytes'])}" for name, c in bars])
     axis.set_ylim(len(bars) - 0.5, -0.5)
-    axis.set_xlim(0, 1.22 * max(c["memory_bytes"] for _, c in bars))
     limit = at(report, "budget", "memory", "limit")
     if limit is not None:
-        axis.axvline(limit, color=INK, ls="--", lw=1, label=f"budget {human_bytes(limit)}")
-    axis.xaxis.set_major_locator(MaxNLocator(4))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: human_bytes(v)))
+        axis.axvline(limit / divisor, color=INK, ls="--", lw=1, label=f"budget {human_bytes(limit)}")
+    axis.set_xlabel(f"memory ({unit})")
     axis.grid(axis="y", visible=False)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
@@ -203,11 +204,9 @@ def memory_by_context(report: dict[str, Any]) -> Figure | None:
     if parent is None or result is None:
         return None
     load = facts.workload_of(report)
-    contexts = [load.context * 2**i for i in range(-4, 9) if load.context * 2.0**i >= 1 and i >= 0] + \
-               [load.context // 2**i for i in range(1, 5) if load.context >= 2**i]
-    contexts.sort()
+    contexts = sorted({max(1, load.context * 2**i // 16) for i in range(13)})
     before, after = ([cost(a, dataclasses.replace(load, context=n)) for n in contexts] for a in (parent, result))
-    figure = Figure(figsize=(HALF, 2.9), layout="constrained")
+    figure = Figure(figsize=(HALF, TALL), layout="constrained")
     axis = figure.subplots()
     axis.plot(contexts, [c.memory_bytes for c in before], color=INK, ls="--", label="parent")
     axis.plot(contexts, [c.memory_bytes for c in after], color=INK, lw=2, label="result")

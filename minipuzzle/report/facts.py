@@ -8,11 +8,13 @@ from typing import Any
 
 from minipuzzle.core.architecture import ATTENTION, FFN, KINDS, MAMBA, Architecture
 from minipuzzle.core.budget import BUDGET_KEYS, Workload, human_bytes, human_count
+from minipuzzle.core.errors import UnsupportedModel
 
 KIND_WORDS = {MAMBA: "Mamba", ATTENTION: "attention", FFN: "FFN"}
 WIDTH_WORDS = {"hidden_size": "hidden size", "ffn_size": "FFN width", "mamba_num_heads": "Mamba heads",
                "mamba_head_dim": "Mamba head channels"}
 TABLE_ROWS = 50
+ABSENT = "-"  # what stands for a number that was not measured
 
 
 def at(data: Any, *keys: str) -> Any:
@@ -38,8 +40,8 @@ def clean(value: Any) -> Any:
 def architecture_of(data: Any) -> Architecture | None:
     """The Architecture of a part of the report; None if it is absent or incomplete."""
     try:
-        return Architecture.from_json(at(data, "architecture"))
-    except (TypeError, KeyError):
+        return Architecture.from_json({k: v for k, v in at(data, "architecture").items() if v is not None})
+    except (AttributeError, TypeError, KeyError, UnsupportedModel):
         return None
 
 
@@ -53,24 +55,24 @@ def workload_of(report: dict[str, Any]) -> Workload:
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    return "–" if value is None else format(value, form)
+    return ABSENT if value is None else format(value, form)
 
 
 def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return ABSENT if value is None else f"{100 * value:.1f} %"
 
 
 def size(value: float | None) -> str:
-    return "–" if value is None else human_bytes(value)
+    return ABSENT if value is None else human_bytes(value)
 
 
 def count(value: float | None) -> str:
-    return "–" if value is None else human_count(value)
+    return ABSENT if value is None else human_count(value)
 
 
 def duration(seconds: float | None) -> str:
     if seconds is None:
-        return "–"
+        return ABSENT
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -146,7 +148,7 @@ def candidate_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
             cells.append((number(layers, "d"), layers))
         for axis in WIDTH_WORDS:
             width = widths_text(at(c, "architecture", axis))
-            cells.append((width, width.split("–")[0]))
+            cells.append((width, width.split("..")[0]))
         for value, form in ((at(c, "cost", "parameters"), count), (at(c, "cost", "memory_bytes"), size),
                             (at(c, "predicted", "damage"), number), (at(c, "measured", "kl"), number),
                             (at(c, "measured", "loss"), number), (at(c, "measured", "agreement"), percent),
@@ -163,8 +165,8 @@ def candidate_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 def widths_text(value: Any) -> str:
     """One width, or the range of a list of widths."""
     if isinstance(value, list | tuple) and value:
-        return str(value[0]) if min(value) == max(value) else f"{min(value)}–{max(value)}"
-    return "–" if value is None or value == [] else str(value)
+        return str(value[0]) if min(value) == max(value) else f"{min(value)}..{max(value)}"
+    return ABSENT if value is None or value == [] else str(value)
 
 
 def workload_text(report: dict[str, Any]) -> str:
@@ -187,7 +189,8 @@ def verdict(report: dict[str, Any]) -> str:
               (result.get("loss_distilled"), "(distilled)")) if value is not None]
     if steps:
         text += ("; held-out loss" if text else "Held-out loss")
-        text += f" went from {' to '.join(steps)} nats per token" if len(steps) > 1 else f" is {steps[0]} nats per token"
+        text += f" went from {' to '.join(steps)}" if len(steps) > 1 else f" is {steps[0]}"
+        text += " nats per token"
     if result.get("recovery") is not None:
         text += f", so distillation recovered {percent(result['recovery'])} of the gap that slicing opened"
         if result.get("gap_left") is not None:
@@ -207,7 +210,7 @@ def removed(report: dict[str, Any]) -> str:
     before, after = parent.to_json(), result.to_json()
     widths = [f"{words} {widths_text(before[axis])} → {widths_text(after[axis])}"
               for axis, words in WIDTH_WORDS.items() if widths_text(before[axis]) != widths_text(after[axis])]
-    return f"{text}; {', '.join(widths) if widths else 'all widths are the parent’s'}."
+    return f"{text}; " + (", ".join(widths) or "all widths are the parent's") + "."
 
 
 def key_figures(report: dict[str, Any]) -> list[dict[str, str]]:
@@ -219,9 +222,9 @@ def key_figures(report: dict[str, Any]) -> list[dict[str, str]]:
         if known is not None:
             tiles.append({"label": label, "value": value, "note": note})
 
-    for label, key, form in (("parameters", "parameters", count), ("memory at the workload", "memory_bytes", size)):
+    for label, key, form in (("parameters", "parameters", count), ("memory", "memory_bytes", size)):
         before, after = parent.get(key), result.get(key)
-        note = f"parent {form(before)}" + (f", {percent(after / before)} of it" if before and after else "")
+        note = f"{percent(after / before)} of the parent's {form(before)}" if before and after else ""
         add(label, after, form(after), note)
     error = result.get("loss_distilled_stderr")
     add("held-out loss", result.get("loss_distilled"), number(result.get("loss_distilled")),

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from minipuzzle.core.architecture import KINDS
 from minipuzzle.core.budget import BUDGET_KEYS, human_budget
@@ -29,7 +29,7 @@ from minipuzzle.report.svg import (
     hover,
 )
 
-WIDE, HALF = 8.6, 4.2  # inches of a figure over the page's width, and of one of two beside each other
+WIDE, HALF, TALL = 8.6, 4.2, 2.9  # inches: over the page's width; one of two beside each other; their height
 GRID_ROWS = 20
 METRIC_WORDS = {"mse": "mean squared error at the LM head", "nmse": "relative squared error at the LM head",
                 "kl": "KL to the parent (nats per token)", "loss_delta": "change of loss (nats per token)",
@@ -42,12 +42,13 @@ def wide_scale(axis: Axes, which: str, values: Any, factor: float = 30) -> None:
     positive = values[values > 0]
     if len(positive) < 2 or np.abs(values).max() <= factor * positive.min():
         return
-    set_scale = axis.set_xscale if which == "x" else axis.set_yscale
+    set_scale, target = (axis.set_xscale, axis.xaxis) if which == "x" else (axis.set_yscale, axis.yaxis)
     if len(positive) == len(values):
         set_scale("log")
+        target.set_major_locator(LogLocator(subs=(1, 2, 5) if positive.max() < 100 * positive.min() else (1,)))
     else:
         set_scale("symlog", linthresh=float(np.abs(values).max()) / 300)
-    (axis.xaxis if which == "x" else axis.yaxis).set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    target.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
 
 def plain_ticks(axis: Axes, which: str = "y") -> None:
@@ -59,7 +60,21 @@ def plain_ticks(axis: Axes, which: str = "y") -> None:
         target.set_minor_formatter(FuncFormatter(lambda *_: ""))
 
 
+def in_units(key: str, largest: float) -> tuple[float, str]:
+    """(divisor, unit) that make the numbers of a budget key short: (1048576, 'MiB')."""
+    step, names = (1024.0, ("B", "KiB", "MiB", "GiB", "TiB")) if BUDGET_KEYS[key][1] == "bytes" else \
+                  (1000.0, ("", "k", "M", "B"))
+    power = 0
+    while largest >= step ** (power + 1) and power + 1 < len(names):
+        power += 1
+    return step**power, names[power]
+
+
 # candidates ------------------------------------------------------------------------------------------
+
+
+def damage_words(report: dict[str, Any]) -> str:
+    return f"predicted damage ({at(report, 'scores', 'metric') or 'sum of scores'})"
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -76,9 +91,11 @@ def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric
     key, limit = facts.budget_of(report)
     column = BUDGET_KEYS[key][0]
     have = [(c, at(c, "cost", column), at(c, section, metric)) for c in facts.candidates(report)]
-    points = [(c, x, y) for c, x, y in have if x is not None and y is not None]
-    if not points:
+    have = [(c, x, y) for c, x, y in have if x is not None and y is not None]
+    if not have:
         return False
+    divisor, unit = in_units(key, max(x for _, x, _ in have))
+    points = [(c, x / divisor, y) for c, x, y in have]
     win, last = facts.winner(report), facts.finalists(report)
     groups = (("candidate", [p for p in points if p[0] is not win and p[0] not in last], MUTED, "o", 16, CARD, 2),
               ("finalist", [p for p in points if p[0] is not win and p[0] in last], FINALIST, "D", 42, INK, 4),
@@ -91,11 +108,11 @@ def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric
     front = pareto([(p[1], p[2]) for p in points])
     axis.plot(*zip(*front, strict=True), drawstyle="steps-post", color=INK, lw=1, zorder=1, label="Pareto front")
     if limit is not None:
-        axis.axvline(limit, color=INK, ls="--", lw=1, label=f"budget {human_budget(key, limit)}")
+        axis.axvline(limit / divisor, color=INK, ls="--", lw=1, label=f"budget {human_budget(key, limit)}")
     wide_scale(axis, "y", [p[2] for p in points])
     plain_ticks(axis)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: human_budget(key, int(v))))
-    axis.xaxis.set_major_locator(MaxNLocator(6))
+    axis.set_xlabel(f"{'memory at the workload' if key == 'memory' else key.replace('_', ' ')} ({unit})")
+    axis.label_outer()
     return True
 
 
@@ -104,7 +121,7 @@ def tradeoff(report: dict[str, Any]) -> Figure | None:
     metric = facts.quality(report)
     panels = [("measured", metric, f"measured {METRIC_WORDS[metric]}")]
     if len(facts.measured(report)) < 8:
-        panels.append(("predicted", "damage", f"predicted damage ({at(report, 'scores', 'metric') or 'sum of scores'})"))
+        panels.append(("predicted", "damage", damage_words(report)))
     panels = [p for p in panels if any(at(c, p[0], p[1]) is not None for c in facts.candidates(report))]
     if not panels:
         return None
@@ -116,8 +133,6 @@ def tradeoff(report: dict[str, Any]) -> Figure | None:
         return None
     for axis, (_, _, label) in zip(axes, panels, strict=True):
         axis.set_title(label)
-    axes[-1].set_xlabel({"memory": "memory at the workload"}.get(facts.budget_of(report)[0],
-                                                                  facts.budget_of(report)[0]))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
@@ -129,7 +144,7 @@ def prediction(report: dict[str, Any]) -> Figure | None:
     pairs = [p for p in pairs if p[0] is not None and p[1] is not None]
     if len(pairs) < 3:
         return None
-    figure = Figure(figsize=(HALF, 3.3), layout="constrained")
+    figure = Figure(figsize=(WIDE, 3.0), layout="constrained")
     axis = figure.subplots()
     win, last = facts.winner(report), facts.finalists(report)
     colors = [WINNER if c is win else FINALIST if c in last else MUTED for _, _, c in pairs]
@@ -138,7 +153,7 @@ def prediction(report: dict[str, Any]) -> Figure | None:
     for which, values in (("x", [p[0] for p in pairs]), ("y", [p[1] for p in pairs])):
         wide_scale(axis, which, values)
         plain_ticks(axis, which)
-    axis.set_xlabel(f"predicted damage ({at(report, 'scores', 'metric') or 'sum of scores'})")
+    axis.set_xlabel(damage_words(report))
     axis.set_title(f"measured {METRIC_WORDS[metric]}")
     return figure
 
@@ -155,7 +170,7 @@ def kind_legend(figure: Figure, extra: list[Line2D] | None = None, kinds: tuple[
 def layer_ticks(axis: Axes, kinds: str) -> None:
     """Letters of the kinds under the layers, with a number every five; numbers only where the layers are many."""
     if len(kinds) <= 64:
-        axis.set_xticks(range(len(kinds)), [f"{k}\n{i}" if i % 5 == 0 else k for i, k in enumerate(kinds)])
+        axis.set_xticks(range(len(kinds)), [f"{k}\n{i if i % 5 == 0 else ' '}" for i, k in enumerate(kinds)])
     axis.set_xlim(-0.7, len(kinds) - 0.3)
     axis.set_xlabel("layer")
     axis.tick_params(axis="x", length=0)
@@ -181,7 +196,7 @@ def layers(report: dict[str, Any]) -> Figure | None:
     for axis, metric in zip(axes, metrics, strict=True):
         _importance(axis, rows, metric, gone)
         axis.set_title(f"without the layer: {METRIC_WORDS.get(metric, metric)}"
-                       + (" – used for the search" if metric == first and len(metrics) > 1 else ""))
+                       + (" (used for the search)" if metric == first and len(metrics) > 1 else ""))
         axis.label_outer()
     layer_ticks(axes[-1], "".join(r["kind"] for r in rows))
     for axis in axes[:-1]:

@@ -54,7 +54,8 @@ class _Damage:
         """[W]"""
         if self.axes is None:
             return None
-        return np.sum([values[index_W4[:, i]] for i, values in enumerate(self.axes)], axis=0)
+        damage_4W = np.stack([values[index_W4[:, i]] for i, values in enumerate(self.axes)])
+        return np.asarray(damage_4W.sum(0))
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,12 @@ def search_architectures(parent: Architecture, space: Space, budget: Budget, wor
         raise RecipeError(f"search.keep {keep} must be at least 1")
     counts_C3 = np.array([[parent.pattern.count(kind) - n for kind, n in zip(KINDS, drops, strict=True)]
                           for drops in itertools.product(*space.drops)])
-    assert counts_C3.min() >= 0 and counts_C3.sum(1).min() >= 1, "a space of another parent"
+    assert counts_C3.min() >= 0, "a space of another parent"
+    assert counts_C3.sum(1).min() >= 1, "a point without layers"
     smallest = shape(parent, counts_C3[-1], [values[0] for values in space.widths])
     if budget.exceeded(cost(smallest, workload).to_json()):
         raise infeasible(parent, smallest, budget, workload)
-    check_range(shape(parent, counts_C3[0], [values[-1] for values in space.widths]), workload)
+    check_range(parent, workload)
     damage = _damage(parent, space, scores, curves, metric)
     best, feasible = _scan(parent, space, budget, workload, counts_C3, damage, keep)
     candidates = _candidates(parent, space, budget, workload, damage, best)
@@ -146,7 +148,7 @@ def _dropped_sums(values_L: np.ndarray, orders: tuple[list[int], ...], space: Sp
     """[C] sum of the values of the layers that go."""
     sums = [np.concatenate([[0.0], np.cumsum(values_L[order])])[list(drops)]
             for order, drops in zip(orders, space.drops, strict=True)]
-    return (sums[0][:, None, None] + sums[1][:, None] + sums[2]).ravel()
+    return np.ravel(sums[0][:, None, None] + sums[1][:, None] + sums[2])
 
 
 def _curve(parent: Architecture, curves: WidthCurves, axis: str, metric: str, widths: tuple[int, ...]) -> np.ndarray:
@@ -226,7 +228,8 @@ def _candidates(parent: Architecture, space: Space, budget: Budget, workload: Wo
             kept_of[c] = tuple(layer for layer in range(parent.num_layers) if layer not in gone)
         arch = dataclasses.replace(parent.keep(kept_of[c]), **dict(zip(WIDTH_AXES, widths, strict=True)))
         exact = cost(arch, workload)
-        assert exact.parameters == points.parameters_P[i] and not budget.exceeded(exact.to_json()), arch
+        assert exact.parameters == points.parameters_P[i], (exact, points.parameters_P[i])
+        assert not budget.exceeded(exact.to_json()), (exact, budget)
         predicted = {"layers": _at(damage.layers_C, c), "widths": _at(widths_P, i), "damage": None,
                      "layers_stderr": _at(damage.stderr_C, c)}
         if predicted["layers"] is not None or predicted["widths"] is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload, human_budget, parse_quantity
@@ -21,7 +22,8 @@ from minipuzzle.search.space import DROPS, WIDTHS, axes_of
 def shape(parent: Architecture, counts: Sequence[int], widths: Sequence[int]) -> Architecture:
     """An architecture with so many (Mamba, FFN, attention) layers, in any order: for its price only."""
     pattern = "".join(kind * int(n) for kind, n in zip(KINDS, counts, strict=True))
-    return dataclasses.replace(parent, pattern=pattern, **dict(zip(WIDTH_AXES, map(int, widths), strict=True)))
+    values: dict[str, Any] = dict(zip(WIDTH_AXES, map(int, widths), strict=True))
+    return dataclasses.replace(parent, pattern=pattern, **values)
 
 
 def round_up(key: str, value: int) -> str:
@@ -54,24 +56,26 @@ def _advice(parent: Architecture, smallest: Architecture, budget: Budget, worklo
         costs = cost(arch, workload).to_json()
         return max(costs[BUDGET_KEYS[key][0]] / max(limit, 1) for key, limit in budget.limits)
 
-    now = excess(smallest)
-    options = [(excess(arch), text) for arch, text in _wider(parent, smallest)]
-    after, text = min(options, default=(now, ""))
-    if after >= now:
-        return "serve a shorter context, a smaller batch or a lower precision: no architecture is much smaller"
-    return f"widen the space, e.g. {text} ({after / now:.0%} of that)"
+    options = [(excess(arch), text, arch) for arch, text in _wider(parent, smallest)]
+    after, text, arch = min(options, default=(excess(smallest), "", smallest), key=lambda option: option[0])
+    if after >= excess(smallest):
+        return "serve a shorter context, a smaller batch or a lower precision: no wider space helps"
+    costs = cost(arch, workload).to_json()
+    then = ", ".join(f"{key} {human_budget(key, costs[BUDGET_KEYS[key][0]])}"
+                     for key in budget.exceeded(cost(smallest, workload).to_json()))
+    return f"widen the space, e.g. {text} (then {then})"
 
 
 def _wider(parent: Architecture, smallest: Architecture) -> Iterator[tuple[Architecture, str]]:
-    """The smallest architecture with one axis taken further, and how to ask for it."""
+    """The smallest architecture with one axis cut in half, as far as it goes, and how to ask for it."""
     axes = axes_of(dataclasses.replace(parent, ffn_size=max(parent.ffn_sizes, default=1)))
     counts = [smallest.pattern.count(kind) for kind in KINDS]
     widths = [getattr(smallest, name) for name in WIDTHS]
     for i, name in enumerate(DROPS):
-        most = axes[name].most
-        if axes[name].whole - counts[i] < most:
-            fewer = [*counts[:i], axes[name].whole - most, *counts[i + 1 :]]
-            yield shape(parent, fewer, widths), f"space.{name} up to {most}"
+        half = max(axes[name].whole - axes[name].most, -(-counts[i] // 2))
+        if half < counts[i]:
+            fewer = [*counts[:i], half, *counts[i + 1 :]]
+            yield shape(parent, fewer, widths), f"space.{name} up to {axes[name].whole - half}"
     for i, name in enumerate(WIDTHS):
         half = max(axes[name].divisor, widths[i] // 2 // axes[name].divisor * axes[name].divisor)
         if half < widths[i]:

@@ -41,7 +41,7 @@ class Line:
 
     def grid(self, counts_C3: np.ndarray) -> np.ndarray:
         """[C, W]"""
-        value_CW = self.base_W + self.extra[counts_C3[:, 2], None]
+        value_CW: np.ndarray = self.base_W + self.extra[counts_C3[:, 2], None]
         for kind in range(3):
             value_CW += counts_C3[:, kind, None] * self.each_3W[kind]
         return value_CW
@@ -49,7 +49,8 @@ class Line:
     def points(self, counts_P3: np.ndarray, widths_P: np.ndarray) -> np.ndarray:
         """[P]: the prices of single points; `widths_P` are indices into W."""
         each_3P = self.each_3W[:, widths_P]
-        return self.base_W[widths_P] + self.extra[counts_P3[:, 2]] + (counts_P3.T * each_3P).sum(0)
+        value_P: np.ndarray = self.base_W[widths_P] + self.extra[counts_P3[:, 2]] + (counts_P3.T * each_3P).sum(0)
+        return value_P
 
 
 def prices(parent: Architecture, workload: Workload, widths_W4: np.ndarray) -> dict[str, Line]:
@@ -77,7 +78,7 @@ def prices(parent: Architecture, workload: Workload, widths_W4: np.ndarray) -> d
     scan = 3 * arch.mamba_inner * parent.state_size
     attend = 2 * parent.num_attention_heads * parent.head_dim * workload.context
     flops = line(2 * table_W, [2 * (matrix + small + extra)
-                               for (matrix, small), extra in zip(blocks, (scan, 0, attend), strict=True)])
+                               for (matrix, small), extra in zip(blocks, (scan, none_W, none_W + attend), strict=True)])
     return {"memory": memory, "params": parameters, "active_params": parameters, "flops_per_token": flops,
             "kv_cache": line(none_W, [none_W] * 3, kv)}
 
@@ -91,9 +92,9 @@ def fits(lines: Mapping[str, Line], limits: tuple[tuple[str, int], ...], counts_
     return fits_CW
 
 
-def check_range(largest: Architecture, workload: Workload) -> None:
-    """Raises RecipeError if a cost of the largest architecture leaves int64, which then all intermediates may."""
-    most = max(cost(largest, workload).to_json().values())
+def check_range(parent: Architecture, workload: Workload) -> None:
+    """Raises RecipeError if a cost of the parent, the largest of every space, comes near the end of int64."""
+    most = max(cost(parent, workload).to_json().values())
     if most * 32 >= 2**63:
         raise RecipeError(f"a cost of {most:.3g} at context {workload.context} and batch {workload.batch} is above "
                           f"{2**63 // 32:.3g}, the most the search can count; lower context or batch")

@@ -52,7 +52,8 @@ def diverse(candidates: list[Candidate], count: int) -> list[Candidate]:
     """
     ordered = sorted(candidates, key=lambda c: _number(c.predicted, "damage"))
     quota, taken = math.ceil(count / 8), Counter[tuple[int, ...]]()
-    chosen, left_out = [], []
+    chosen: list[int] = []
+    left_out: list[int] = []
     for position, c in enumerate(ordered):
         shape = (*(c.architecture.pattern.count(kind) for kind in KINDS), c.architecture.hidden_size)
         taken[shape] += 1

@@ -36,7 +36,8 @@ class Space:
 
     def __post_init__(self) -> None:
         for name, values in asdict(self).items():
-            assert values and list(values) == sorted(set(values)), f"{name} {values}: ascending, each once"
+            assert values, f"{name} has no values"
+            assert list(values) == sorted(set(values)), f"{name} {values}: ascending, each once"
 
     @property
     def drops(self) -> tuple[tuple[int, ...], ...]:

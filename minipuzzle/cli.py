@@ -1,0 +1,332 @@
+"""The command line: parse, call minipuzzle.recipes, print. No algorithm, and no torch until a verb needs it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import yaml
+
+from minipuzzle._version import __version__
+from minipuzzle.core import interrupt
+from minipuzzle.core.budget import human_bytes, human_count
+from minipuzzle.core.errors import MinipuzzleError, RecipeError
+
+if TYPE_CHECKING:
+    from minipuzzle.recipes.schema import Recipe
+
+
+class _Group(click.Group):
+    """Errors of the user's making become one line on stderr and their own exit code; bugs keep their traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MinipuzzleError as error:
+            click.echo(f"minipuzzle: {' '.join(str(error).split())}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("minipuzzle: interrupted", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def main() -> None:
+    """Make hybrid language models (Mamba-2 + attention + FFN) smaller.
+
+    \b
+    minipuzzle prune                                  the bundled model to half its memory
+    minipuzzle prune FOLDER --budget memory=8GiB      your own
+    """
+    interrupt.install()
+
+
+def _pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
+    out = {}
+    for value in values:
+        key, equals, right = value.partition("=")
+        if not equals or not key or not right:
+            raise RecipeError(f"{option} {value!r}: write KEY=VALUE")
+        out[key.strip()] = right.strip()
+    return out
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--recipe, --budget, --data, --set; the command gets `recipe`."""
+    @click.option("--recipe", "name", default="default", show_default=True, help="A shipped recipe or a YAML file.")
+    @click.option("--budget", "budgets", multiple=True, metavar="KEY=VALUE",
+                  help="memory=31.7GiB, params=4.5B, kv_cache=0.5x, ...; in place of the recipe's. Repeatable.")
+    @click.option("--data", help="stdlib, a text, JSONL or parquet file or folder, or a Hub data set.")
+    @click.option("--set", "settings", multiple=True, metavar="A.B=C", help="One key of the recipe. Repeatable.")
+    @functools.wraps(command)
+    def wrapped(name: str, budgets: tuple[str, ...], data: str | None, settings: tuple[str, ...], **rest: Any) -> Any:
+        from minipuzzle.recipes.schema import Recipe
+
+        recipe = Recipe.load(name, budget=_pairs(budgets, "--budget"), data=data,
+                             settings={k: yaml.safe_load(v) for k, v in _pairs(settings, "--set").items()})
+        return command(recipe=recipe, **rest)
+    return wrapped
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """-o, --seed, --device, --json."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+        click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
+        click.option("--seed", default=0, show_default=True),
+        click.option("-o", "--output-dir", type=click.Path(path_type=Path), help="Default: a function of model and recipe."),
+    ):
+        command = option(command)
+    return command
+
+
+def _print(data: Any, as_json: bool, lines: list[str]) -> None:
+    click.echo(json.dumps(data, indent=1, allow_nan=False) if as_json else "\n".join(lines))
+
+
+def _command() -> str:
+    return shlex.join(["minipuzzle", *sys.argv[1:]])
+
+
+@main.command()
+@click.argument("model", required=False)
+@recipe_options
+@run_options
+@click.option("--dry-run", is_flag=True, help="Print the plan; touch no weight.")
+@click.option("--redo", is_flag=True, help="Make the stages again that a changed recipe invalidates.")
+@click.option("--fresh", is_flag=True, help="Forget what the run directory holds.")
+def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool,
+          dry_run: bool, redo: bool, fresh: bool) -> None:
+    """The whole pipeline: score, search, measure, distil, export, report.
+
+    MODEL is a Hugging Face folder or a Hub id; left out: the bundled model.
+
+    \b
+    minipuzzle prune
+    minipuzzle prune my-model --budget memory=0.6x --data texts/ -o runs/mine
+    """
+    from minipuzzle.recipes import pipeline
+    from minipuzzle.recipes.progress import Terminal
+
+    if dry_run:
+        _, plan = pipeline.prepare(model, recipe)
+        _print(plan.to_json(), as_json, plan.lines())
+        return
+    run = pipeline.prune(model, recipe, output_dir, seed=seed, device=device, redo=redo, fresh=fresh,
+                         reporter=Terminal(), command=_command())
+    parent, result = run.report["parent"], run.report["result"]
+    recovered = "" if result["recovery"] is None else f" ({result['recovery']:.0%} of the gap recovered)"
+    _print(run.report, as_json, [
+        f"parameters  {human_count(parent['parameters'])} -> {human_count(result['parameters'])}",
+        f"memory      {human_bytes(parent['memory_bytes'])} -> {human_bytes(result['memory_bytes'])}",
+        f"loss        {parent['loss']:.3f} parent, {result['loss_sliced']:.3f} sliced, "
+        f"{result['loss_distilled']:.3f} distilled{recovered}",
+        f"model       {run.model_path}",
+        f"report      {run.report_path}",
+    ])
+
+
+@main.command()
+@click.argument("model")
+@click.option("--precision", default="bf16", show_default=True)
+@click.option("--kv-precision", default="bf16", show_default=True)
+@click.option("--state-precision", default="fp32", show_default=True)
+@click.option("--context", default="1k", show_default=True, help="Tokens; k = 1024, M = 1024^2.")
+@click.option("--batch", default=1, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def inspect(model: str, precision: str, kv_precision: str, state_precision: str, context: str, batch: int,
+            as_json: bool) -> None:
+    """Architecture, parameters and memory of a folder or a config.json.
+
+    \b
+    minipuzzle inspect my-model --precision nvfp4 --context 1M
+    """
+    from minipuzzle.core.architecture import Architecture, read_config
+    from minipuzzle.core.budget import Workload, parse_quantity
+    from minipuzzle.core.cost import inspect as inspect_architecture
+
+    arch = Architecture.from_config(read_config(Path(model)))
+    workload = Workload(precision, kv_precision, state_precision, (), parse_quantity(context, "binary"), batch)
+    data = inspect_architecture(arch, workload)
+    counts, memory = data["parameters"], data["memory"]
+    _print(data, as_json, [
+        f"{arch.model_type}: {arch}", f"pattern     {arch.pattern}",
+        f"parameters  {counts['total']:,} (" + ", ".join(f"{k} {human_count(v)}" for k, v in counts.items()
+                                                         if v and k not in ("total", "active")) + ")",
+        f"memory      {human_bytes(memory['total_bytes'])} (weights {human_bytes(memory['weights_bytes'])}, KV cache "
+        f"{human_bytes(memory['kv_cache_bytes'])}, Mamba state {human_bytes(memory['mamba_state_bytes'])}) "
+        f"at {precision}, KV {kv_precision}, state {state_precision}, context {workload.context}, batch {batch}"])
+
+
+@main.command()
+@click.argument("model")
+@recipe_options
+@run_options
+def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool) -> None:
+    """Importance only: layers by ablation, widths by activations -> OUTPUT_DIR/scores/.
+
+    \b
+    minipuzzle score my-model --data texts/ -o scored
+    """
+    from minipuzzle.recipes import single
+    from minipuzzle.recipes.progress import Terminal
+
+    path, table = single.score(model, recipe, output_dir, seed, device, Terminal(), _command())
+    _print({"path": str(path), "layers": json.loads(table.to_json(orient="records"))}, as_json,
+           [table.to_string(index=False), f"scores      {path}"])
+
+
+@main.command()
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option("--model", "config", type=click.Path(path_type=Path), help="A model folder or a config.json.")
+@click.option("--scores", type=click.Path(path_type=Path), help="A run, its scores folder, or a CSV with layer,kind,METRIC.")
+@recipe_options
+@click.option("-o", "--output-dir", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def search(run: Path | None, config: Path | None, scores: Path | None, recipe: Recipe, output_dir: Path | None,
+           as_json: bool) -> None:
+    """Candidates from scores and a budget; no weights. RUN: search a finished run again, into RUN/searches/.
+
+    \b
+    minipuzzle search --model config.json --scores layers.csv --budget memory=31.7GiB -o found
+    minipuzzle search runs/mine --budget memory=0.4x
+    """
+    from minipuzzle.recipes.research import research
+
+    path, data, frame = research(recipe, run, config, scores, output_dir)
+    columns = [c for c in ("name", "pattern", "hidden_size", "ffn_size", "mamba_num_heads", "mamba_head_dim", "parameters",
+                           "memory_bytes", "predicted_damage") if c in frame.columns]
+    _print(data, as_json, [frame[columns].head(20).to_string(index=False),
+                           f"{len(frame):,} candidates in {path}"])
+
+
+@main.command()
+@click.argument("model")
+@click.option("--teacher", help="A model folder to compare with: KL and agreement.")
+@recipe_options
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def evaluate(model: str, teacher: str | None, recipe: Recipe, device: str, as_json: bool) -> None:
+    """Held-out loss, perplexity and accuracy; with --teacher also KL and agreement.
+
+    \b
+    minipuzzle evaluate runs/mine/model --teacher my-model --data texts/
+    """
+    from minipuzzle.recipes import single
+
+    data = single.evaluate(model, teacher, recipe, device)
+    _print(data, as_json, [f"{key:12} {value:.5g}" if isinstance(value, float) else f"{key:12} {value}"
+                           for key, value in data.items()])
+
+
+@main.command()
+@click.argument("student")
+@click.option("--teacher", required=True, help="The parent's folder.")
+@recipe_options
+@run_options
+def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str,
+            as_json: bool) -> None:
+    """Distillation alone: STUDENT learns the teacher's logits -> OUTPUT_DIR/model/.
+
+    \b
+    minipuzzle distill small --teacher big --data texts/ --set distillation.tokens=10M -o distilled
+    """
+    from minipuzzle.recipes import single
+    from minipuzzle.recipes.progress import Terminal
+
+    if output_dir is None:
+        raise RecipeError("distill needs an output folder: -o FOLDER")
+    data = single.distill(student, teacher, recipe, output_dir, seed, device, Terminal(), _command())
+    _print(data, as_json, [f"loss        {data['loss_before']:.3f} -> {data['loss']:.3f} (teacher {data['loss_teacher']:.3f})",
+                           f"model       {data['path']}"])
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def report(run: Path) -> None:
+    """report.json -> report.html again.
+
+    \b
+    minipuzzle report runs/mine
+    """
+    from minipuzzle.report.html import write_report
+
+    path = run / "report.json"
+    if not path.is_file():
+        raise RecipeError(f"{path} does not exist; the run is not finished: 'minipuzzle prune' continues it")
+    click.echo(str(write_report(json.loads(path.read_text()), run)))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def doctor(as_json: bool) -> None:
+    """Is this installation able and right: versions, devices, causality and chunk invariance of the SSM path.
+
+    \b
+    minipuzzle doctor
+    """
+    from minipuzzle.recipes.doctor import examine
+
+    checks = examine()
+    _print(checks, as_json, [f"{'ok ' if c['ok'] else 'BAD'} {c['name']}: {c['value']}" for c in checks])
+    if not all(c["ok"] for c in checks):
+        sys.exit(1)
+
+
+@main.group()
+def recipes() -> None:
+    """The shipped recipes: ls, show, copy, validate."""
+
+
+@recipes.command("ls")
+def recipes_ls() -> None:
+    """Names and first lines. Example: minipuzzle recipes ls"""
+    from minipuzzle.recipes.schema import shipped_recipes
+
+    for file in shipped_recipes():
+        click.echo(f"{file.name.removesuffix('.yaml'):20} {file.read_text().splitlines()[0].lstrip('# ')}")
+
+
+@recipes.command("show")
+@click.argument("name")
+def recipes_show(name: str) -> None:
+    """Print a recipe. Example: minipuzzle recipes show default"""
+    from minipuzzle.recipes.schema import recipe_text
+
+    click.echo(recipe_text(name)[0].rstrip())
+
+
+@recipes.command("copy")
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path))
+def recipes_copy(name: str, file: Path) -> None:
+    """Copy a recipe to a file of yours. Example: minipuzzle recipes copy default mine.yaml"""
+    from minipuzzle.recipes.schema import recipe_text
+
+    if file.exists():
+        raise RecipeError(f"{file} exists already; choose another name")
+    file.write_text(recipe_text(name)[0])
+    click.echo(str(file))
+
+
+@recipes.command("validate")
+@click.argument("names", nargs=-1)
+def recipes_validate(names: tuple[str, ...]) -> None:
+    """Check recipes (all shipped ones if none is named). Example: minipuzzle recipes validate mine.yaml"""
+    from minipuzzle.recipes.schema import Recipe, shipped_recipes
+
+    every = names or tuple(f.name.removesuffix(".yaml") for f in shipped_recipes())
+    for name in every:
+        Recipe.load(name)
+        click.echo(f"{name}: valid")
+
+
+if __name__ == "__main__":
+    main()

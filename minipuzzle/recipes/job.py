@@ -1,0 +1,139 @@
+"""A job: one recipe on one model in one run directory, and what its stages share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minipuzzle.core.candidate import Candidate
+from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.rundir import RunDir, digest
+from minipuzzle.data.blocks import TokenBlocks, load_blocks
+from minipuzzle.evaluate.quality import Reference
+from minipuzzle.models.weights import COMPANIONS, ModelFolder
+from minipuzzle.models.walk import Model
+from minipuzzle.recipes.plan import Plan
+from minipuzzle.recipes.progress import Reporter, Update
+from minipuzzle.search.rank import rank
+
+STAGES = ("tokenise", "score", "curves", "search", "measure", "tournament", "distil", "export")
+
+
+@dataclass
+class Job:
+    """State of a run while it runs. Everything that lasts is in `run`."""
+
+    plan: Plan
+    folder: ModelFolder
+    run: RunDir
+    seed: int
+    device: torch.device
+    reporter: Reporter
+    command: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+    @cached_property
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        return self.plan.stage_inputs(self.folder.fingerprint, self.tokenizer_hash, self.seed)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        parts = [self.folder.path / name for name in COMPANIONS if "token" in name or name in ("vocab.json", "merges.txt")]
+        data = b"".join(p.read_bytes() for p in parts if p.is_file())
+        return hashlib.sha256(data).hexdigest()[:16]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(str(self.folder.path), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{self.folder.path} has no tokenizer that transformers can load "
+                              f"({str(error).splitlines()[0]})") from None
+
+    @cached_property
+    def model(self) -> Model:
+        """The parent in memory, in float32."""
+        return Model.load(self.folder, self.device)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The parent on the held-out blocks."""
+        return Reference(self.model, self.evaluation_ids)
+
+    # data ------------------------------------------------------------------------------------------
+
+    def token_folder(self, source: str) -> Path:
+        return self.run.path / "tokens" / digest([source, self.tokenizer_hash])
+
+    def blocks(self, source: str, split: str, sequence_length: int) -> TokenBlocks:
+        return load_blocks(self.token_folder(source), split, sequence_length)
+
+    @property
+    def calibration_ids(self) -> torch.Tensor:
+        c = self.plan.recipe.calibration
+        return self._ids(self.blocks(c.data, "train", c.sequence_length).first(c.samples))
+
+    @property
+    def evaluation_blocks(self) -> TokenBlocks:
+        return self.blocks(self.plan.recipe.evaluation.data, "held_out", self.plan.recipe.calibration.sequence_length)
+
+    @property
+    def evaluation_ids(self) -> torch.Tensor:
+        return self._ids(self.evaluation_blocks.first(self.plan.recipe.evaluation.samples))
+
+    def _ids(self, blocks: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(blocks).to(self.device)
+
+    # stages ----------------------------------------------------------------------------------------
+
+    def stage(self, name: str, total: float, make: Callable[[Update], list[Path]]) -> None:
+        """Run `make` unless the stage is done with the same inputs; commit the files it returns."""
+        inputs = self.inputs[name]
+        if self.run.is_done(name, inputs):
+            self.reporter.skip(name)
+            return
+        begin = time.perf_counter()
+        with self.reporter.stage(name, total) as update:
+            files = make(update)
+        self.run.commit(name, inputs, files, time.perf_counter() - begin)
+
+    def refuse_changes(self, redo: bool) -> None:
+        """Compare the recipe with the finished stages.
+
+        Raises:
+            RecipeError: some were made with other settings, and `redo` is false.
+        """
+        changed = {name: self.run.differences(name, self.inputs[name]) for name in STAGES}
+        changed = {name: lines for name, lines in changed.items() if lines}
+        if not changed:
+            return
+        if not redo:
+            lines = [line for found in changed.values() for line in found if not line.startswith("after:")]
+            raise RecipeError(f"{self.run.path} was made with other settings ({'; '.join(lines)}); stages to make "
+                              f"again: {', '.join(changed)}. Use --redo for these, --fresh for all, or another -o")
+        for name in changed:
+            self.run.drop(name)
+
+    # candidates ------------------------------------------------------------------------------------
+
+    def write_candidates(self, path: Path, candidates: list[Candidate]) -> None:
+        text = json.dumps([c.to_json() for c in candidates], allow_nan=False)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+
+    def read_candidates(self, name: str) -> list[Candidate]:
+        """The candidates as a stage left them, best first."""
+        found = [Candidate.from_json(c) for c in json.loads((self.run.path / "search" / f"{name}.json").read_text())]
+        return rank(found)

@@ -1,0 +1,369 @@
+"""The pipeline: tokenise, score, curves, search, measure, tournament, distil, export, report; as plain calls.
+
+    Recipe -> tokens -> LayerScores, WidthScores, WidthCurves -> [Candidate] -> measured -> distilled -> model/ -> report
+
+Every stage leaves files and a manifest (core/rundir.py): the same command continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from minipuzzle.core.candidate import Candidate, to_frame
+from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.rundir import RunDir, digest, write_atomic, write_json
+from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores
+from minipuzzle.data.blocks import tokenize
+from minipuzzle.distill.loop import TrainSettings, distill_model, load_student, read_metrics
+from minipuzzle.evaluate.quality import Reference, measure
+from minipuzzle.importance.curves import measure_curves
+from minipuzzle.importance.layers import score_layers
+from minipuzzle.importance.widths import score_widths
+from minipuzzle.models.axes import select
+from minipuzzle.models.module import HybridLM
+from minipuzzle.models.walk import Model
+from minipuzzle.models.weights import ModelFolder, open_model, write_model
+from minipuzzle.recipes.job import Job
+from minipuzzle.recipes.plan import Plan, check_disk, make_plan
+from minipuzzle.recipes.progress import Reporter, Update
+from minipuzzle.recipes.results import make_report, model_card_files
+from minipuzzle.recipes.schema import Recipe
+from minipuzzle.recipes.source import bundled_model, default_output, find_model
+from minipuzzle.report.html import write_report
+from minipuzzle.search.grid import search_architectures
+from minipuzzle.search.rank import diverse, rank
+from minipuzzle.surgery.gate import reload_gate
+
+EVALUATIONS = 12  # looks at held-out blocks during the long distillation
+EVALUATION_BLOCKS = 16
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    report: dict[str, Any]
+    candidates: pd.DataFrame
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.html"
+
+
+def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_dir: str | Path | None = None, *,
+          seed: int = 0, device: str = "cpu", redo: bool = False, fresh: bool = False,
+          reporter: Reporter | None = None, command: str = "") -> Run:
+    """Make a model smaller: the whole pipeline. Left out: the bundled model, the default recipe, a folder of their names.
+
+    Raises:
+        MinipuzzleError: one of its kinds, each with its exit code (core/errors.py).
+    """
+    recipe = recipe or Recipe()
+    folder, plan = prepare(model, recipe)
+    path = Path(output_dir) if output_dir else default_output(folder, recipe, seed)
+    check_disk(plan, path)
+    run = RunDir(path)
+    try:
+        if fresh:
+            run.clear()
+        job = Job(plan, folder, run, seed, torch.device(device), reporter or Reporter(), command)
+        job.refuse_changes(redo)
+        return _run(job)
+    finally:
+        run.close()
+
+
+def prepare(model: str | Path | None, recipe: Recipe) -> tuple[ModelFolder, Plan]:
+    """Find the model, check its headers, and plan; reads no weight."""
+    path = find_model(model) if model is not None else bundled_model()
+    folder = open_model(path)
+    return folder, make_plan(folder.arch, recipe)
+
+
+def _run(job: Job) -> Run:
+    job.reporter.start(job.plan.estimates())
+    write_json(job.run.path / "run.json", _about(job))
+    tokenise(job)
+    score(job)
+    curves(job)
+    search(job)
+    measure_candidates(job)
+    tournament(job)
+    distil(job)
+    export(job)
+    return report(job)
+
+
+def tokenise(job: Job) -> None:
+    """data -> RUN/tokens/"""
+    recipe = job.plan.recipe
+    sources = sorted({recipe.calibration.data, recipe.evaluation.data, recipe.distillation.data})
+
+    def make(update: Update) -> list[Path]:
+        files = []
+        for i, source in enumerate(sources):
+            folder = job.token_folder(source)
+            tokenize(source, job.tokenizer, folder, job.tokenizer_hash,
+                     lambda done, i=i, source=source: update(i, f"{source}: {done} documents"))
+            files += [folder / "tokens.json", folder / "train.bin", folder / "held_out.bin"]
+        _check_length(job)
+        return files
+
+    job.stage("tokenise", len(sources), make)
+
+
+def _check_length(job: Job) -> None:
+    """Raise RecipeError if a part of the data is shorter than one block."""
+    recipe, d = job.plan.recipe, job.plan.recipe.distillation
+    wanted = [(recipe.calibration.data, "train", recipe.calibration.sequence_length),
+              (recipe.evaluation.data, "held_out", recipe.calibration.sequence_length)]
+    if d.tokens:
+        wanted.append((d.data, "train", d.sequence_length))
+    for source, split, length in wanted:
+        try:
+            job.blocks(source, split, length)
+        except RecipeError:
+            shutil.rmtree(job.token_folder(source))
+            raise
+
+
+def score(job: Job) -> None:
+    """calibration blocks -> RUN/scores/layers.csv, widths.safetensors"""
+    def make(update: Update) -> list[Path]:
+        folder = job.run.path / "scores"
+        folder.mkdir(exist_ok=True)
+        ids = job.calibration_ids
+        layers = score_layers(job.model, ids, lambda done: update(done, "layers"))
+        widths = score_widths(job.model, ids, lambda done: update(len(ids) + done / 10, "widths"))
+        layers.write(folder / "layers.csv")
+        widths.write(folder / "widths.safetensors")
+        return [folder / "layers.csv", folder / "widths.safetensors"]
+
+    job.stage("score", len(job.calibration_ids) * 1.1, make)
+
+
+def curves(job: Job) -> None:
+    """width scores -> RUN/scores/width_curves.csv"""
+    def make(update: Update) -> list[Path]:
+        widths = WidthScores.read(job.run.path / "scores" / "widths.safetensors")
+        measured = measure_curves(job.model, widths, job.plan.curve_widths, job.calibration_ids, update_count(update))
+        path = job.run.path / "scores" / "width_curves.csv"
+        measured.write(path)
+        return [path]
+
+    job.stage("curves", sum(len(w) for w in job.plan.curve_widths.values()), make)
+
+
+def search(job: Job) -> None:
+    """scores and budget -> RUN/search/predicted.json"""
+    def make(update: Update) -> list[Path]:
+        plan, scores = job.plan, job.run.path / "scores"
+        found = search_architectures(plan.parent, plan.space, plan.budget, plan.workload,
+                                     LayerScores.read(scores / "layers.csv"), WidthCurves.read(scores / "width_curves.csv"),
+                                     plan.recipe.scores.layer_metric, plan.recipe.search.keep)
+        path = job.run.path / "search" / "predicted.json"
+        path.parent.mkdir(exist_ok=True)
+        job.write_candidates(path, found.candidates)
+        update(1, f"{found.feasible:,} of {found.points:,} architectures within the budget")
+        return [path]
+
+    job.stage("search", 1, make)
+
+
+def sliced(job: Job, candidate: Candidate) -> Model:
+    """The candidate by plain selection, as its written checkpoint would be."""
+    scores = WidthScores.read(job.run.path / "scores" / "widths.safetensors")
+    selection = select(job.plan.parent, candidate.architecture, candidate.kept_layers, scores)
+    return job.model.slice(candidate.architecture, selection)
+
+
+def measure_candidates(job: Job) -> None:
+    """The best predicted candidates, sliced and measured on held-out blocks -> RUN/search/measured.json"""
+    chosen = diverse(job.read_candidates("predicted"), job.plan.recipe.search.measure) if job.run.manifest("search") else []
+
+    def make(update: Update) -> list[Path]:
+        partial = job.run.path / "search" / f"measured-{digest(job.inputs['measure'])}.jsonl"
+        known = dict(json.loads(line) for line in partial.read_text().splitlines()) if partial.is_file() else {}
+        with partial.open("a") as lines:
+            for done, candidate in enumerate(chosen):
+                if candidate.name not in known:
+                    known[candidate.name] = measure(sliced(job, candidate), job.reference)
+                    lines.write(json.dumps([candidate.name, known[candidate.name]]) + "\n")
+                    lines.flush()
+                update(done + 1, f"best KL {min(m['kl'] for m in known.values()):.3f}")
+        every = [dataclasses.replace(c, measured=known.get(c.name)) for c in job.read_candidates("predicted")]
+        path = job.run.path / "search" / "measured.json"
+        job.write_candidates(path, rank(every))
+        partial.unlink()
+        return [path]
+
+    job.stage("measure", len(chosen), make)
+
+
+def tournament(job: Job) -> None:
+    """A short distillation of the best few: the first part of the long cosine -> RUN/search/tournament.json"""
+    d = job.plan.recipe.distillation
+    share = min(d.tournament_tokens, d.tokens)
+
+    def make(update: Update) -> list[Path]:
+        every = job.read_candidates("measured")
+        finalists = every[: job.plan.recipe.search.finalists]
+        if share == 0 or len(finalists) == 1:
+            finalists = []
+        results: dict[str, dict[str, float]] = {}
+        for i, candidate in enumerate(finalists):
+            student = _student(job, candidate)
+            distill_model(student, job.model, _training_blocks(job), settings(job), _state_folder(job, candidate), share,
+                          progress=lambda done, loss, i=i, name=candidate.name: update(
+                              i * share + done, f"{name} KL {loss:.3f}"))
+            results[candidate.name] = measure(_as_written(job, student), job.reference)
+        path = job.run.path / "search" / "tournament.json"
+        every = rank([dataclasses.replace(c, after_distillation=results.get(c.name)) for c in every])
+        job.write_candidates(path, [dataclasses.replace(c, chosen=i == 0) for i, c in enumerate(every)])
+        return [path]
+
+    job.stage("tournament", share * job.plan.recipe.search.finalists, make)
+
+
+def settings(job: Job) -> TrainSettings:
+    d = job.plan.recipe.distillation
+    return TrainSettings(d.tokens, d.batch_tokens, d.learning_rate, d.temperature, seed=job.seed)
+
+
+def _training_blocks(job: Job) -> Any:
+    d = job.plan.recipe.distillation
+    return job.blocks(d.data, "train", d.sequence_length)
+
+
+def _state_folder(job: Job, candidate: Candidate) -> Path:
+    """Where a student's training state lies: another recipe gets another folder."""
+    return job.run.path / "distillation" / f"{candidate.name}-{digest(job.inputs['tournament'])}"
+
+
+def _student(job: Job, candidate: Candidate) -> HybridLM:
+    return HybridLM(job.folder.family, candidate.architecture, sliced(job, candidate).by_name())
+
+
+def _as_written(job: Job, student: HybridLM) -> Model:
+    """The student rounded to the parent's dtype, as its checkpoint will hold it."""
+    tensors = ((n, p.detach().to(job.folder.dtype).float()) for n, p in student.parameters_by_name().items())
+    return Model.build(job.folder.family, student.arch, tensors)
+
+
+def winner(job: Job) -> Candidate:
+    return next(c for c in job.read_candidates("tournament") if c.chosen)
+
+
+def distil(job: Job) -> None:
+    """The winner goes on from its own state to the end of the cosine -> RUN/metrics.jsonl"""
+    d = job.plan.recipe.distillation
+
+    def make(update: Update) -> list[Path]:
+        metrics = job.run.path / "metrics.jsonl"
+        if d.tokens == 0:
+            write_atomic(metrics, "")
+            return [metrics]
+        candidate = winner(job)
+        student, state = _student(job, candidate), _state_folder(job, candidate)
+        some = Reference(job.model, job.evaluation_ids[:EVALUATION_BLOCKS])
+        steps = settings(job).steps(d.sequence_length)
+        distill_model(student, job.model, _training_blocks(job), settings(job), state,
+                      evaluate=lambda s: measure(_as_written(job, s), some), evaluate_every=max(1, steps // EVALUATIONS),
+                      progress=lambda done, loss: update(done, f"KL {loss:.3f}"))
+        shutil.copyfile(state / "metrics.jsonl", metrics)
+        return [metrics]
+
+    job.stage("distil", max(d.tokens, 1), make)
+
+
+def export(job: Job) -> None:
+    """The winner's weights -> RUN/model/, through the reload gate; measured on that folder -> RUN/search/result.json"""
+    def make(update: Update) -> list[Path]:
+        candidate = winner(job)
+        student = _student(job, candidate)
+        cut = measure(_as_written(job, student), job.reference)
+        if job.plan.recipe.distillation.tokens:
+            load_student(_state_folder(job, candidate), student)
+        unchecked, final = job.run.path / "model-unchecked", job.run.path / "model"
+        config = candidate.architecture.to_config(job.folder.config)
+        config["torch_dtype"] = str(job.folder.dtype).removeprefix("torch.")
+        write_model(unchecked, config, ((n, p.detach().to(job.folder.dtype))
+                                        for n, p in student.parameters_by_name().items()), job.folder.path)
+        update(0.3, "written; reloading in transformers")
+        difference = reload_gate(unchecked, job.evaluation_ids[:2])
+        written = open_model(unchecked)
+        result = {"reload_difference": difference, "sliced": cut, "parameters": sum(
+            written.read(name).numel() for name in written.files)}
+        if result["parameters"] != candidate.cost.parameters:
+            raise AssertionError(f"{result['parameters']} parameters written, {candidate.cost.parameters} priced")
+        model = Model.load(written, job.device)
+        result["distilled"] = measure(model, job.reference)
+        result["parent"] = measure(job.model, job.reference)
+        update(0.7, "writing samples")
+        result["samples"] = _samples(job, {"parent": job.model, "pruned": sliced(job, candidate), "distilled": model})
+        shutil.rmtree(final, ignore_errors=True)
+        unchecked.replace(final)
+        path = job.run.path / "search" / "result.json"
+        write_json(path, result)
+        return [path, *sorted(final.glob("*.safetensors")), final / "config.json"]
+
+    job.stage("export", 1, make)
+
+
+def _samples(job: Job, models: dict[str, Model], prompt_tokens: int = 48, new_tokens: int = 48) -> dict[str, str]:
+    """The same held-out prompt continued greedily by each model."""
+    from minipuzzle.evaluate.sample import greedy
+
+    prompt = job.evaluation_blocks.block(0)[:prompt_tokens]
+    out = {"prompt": job.tokenizer.decode(prompt.tolist())}
+    for name, model in models.items():
+        out[name] = job.tokenizer.decode(greedy(model, torch.from_numpy(prompt), new_tokens).tolist())
+    return out
+
+
+def report(job: Job) -> Run:
+    """Everything that was found -> candidates.csv, candidates.json, report.json, report.html, the model card."""
+    candidates = job.read_candidates("tournament")
+    parent = {"name": job.folder.path.name, "architecture": job.plan.parent.to_json(),
+              "cost": job.plan.parent_cost.to_json()}
+    write_json(job.run.path / "candidates.json", {
+        "schema": 1, "budget": job.plan.budget.to_json(), "workload": job.plan.workload.to_json(), "parent": parent,
+        "candidates": [c.to_json() for c in candidates]})
+    frame = to_frame(candidates)
+    write_atomic(job.run.path / "candidates.csv", frame.to_csv(index=False))
+    data = make_report(job, candidates)
+    for name, text in model_card_files(job, data).items():
+        write_atomic(job.run.path / "model" / name, text)
+    write_report(data, job.run.path)
+    write_json(job.run.path / "run.json", _about(job))
+    return Run(job.run.path, data, frame)
+
+
+def _about(job: Job) -> dict[str, Any]:
+    from minipuzzle.recipes.results import stage_list, versions
+
+    return {"schema": 1, "model": str(job.folder.path), "recipe": job.plan.recipe.model_dump(), "seed": job.seed,
+            "command": job.command, "versions": versions(), "stages": stage_list(job),
+            "hashes": {"model": job.folder.fingerprint, "tokenizer": job.tokenizer_hash}}
+
+
+def update_count(update: Update) -> Any:
+    return lambda done: update(done, "")
+
+
+def training_log(job: Job, candidate: Candidate) -> list[dict[str, Any]]:
+    """The metrics of a finalist's tournament."""
+    return read_metrics(_state_folder(job, candidate))

@@ -1,0 +1,178 @@
+"""The plan: everything that can be known, or be wrong, before the first weight is read."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minipuzzle.core.architecture import Architecture
+from minipuzzle.core.budget import Budget, Workload, human_budget, human_bytes, human_count
+from minipuzzle.core.cost import Cost, cost
+from minipuzzle.core.errors import RecipeError, ResourceError
+from minipuzzle.core.rundir import digest
+from minipuzzle.core.scores import WIDTH_AXES
+from minipuzzle.recipes.schema import Recipe
+from minipuzzle.search.grid import search_architectures
+from minipuzzle.search.space import Space, resolve_space
+
+# key, the only value that exists so far, and what to say. Accepting and ignoring a setting would be a lie.
+_NOT_YET = (("scores.iterative", False), ("scores.racing", False), ("search.strategy", "grid"),
+            ("search.damage", "additive"), ("search.export", "uniform"), ("distillation.precision", "fp32"),
+            ("surgery.refit", "none"), ("surgery.hidden", "select"))
+CURVE_POINTS = 3  # measured widths per axis; between them the search interpolates
+# of a large matrix product's speed: what the whole forward pass of a hybrid reaches on CPU, from
+# benchmarks/results/main_job.json; only the estimates of time depend on it
+EFFICIENCY = 0.3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved request. `points` and `feasible` count architectures of the space and those within the budget."""
+
+    parent: Architecture
+    recipe: Recipe
+    workload: Workload
+    budget: Budget
+    parent_cost: Cost
+    space: Space
+    points: int
+    feasible: int
+    largest: Cost
+
+    @property
+    def curve_widths(self) -> dict[str, tuple[int, ...]]:
+        """The widths of each axis at which curves are measured: spread over the space, its ends among them."""
+        out = {}
+        for axis in WIDTH_AXES:
+            widths = sorted(w for w in getattr(self.space, axis) if w != getattr(self.parent, axis))
+            count = min(CURVE_POINTS, len(widths))
+            places = [round(i * (len(widths) - 1) / max(1, count - 1)) for i in range(count)]
+            out[axis] = tuple(widths[p] for p in places)
+        return out
+
+    def stage_inputs(self, model: str, tokenizer: str, seed: int) -> dict[str, dict[str, Any]]:
+        """What each stage reads: the keys by which a finished stage is recognised. Later stages hold the earlier's hash."""
+        r = self.recipe
+        d = r.distillation.model_dump()
+        out: dict[str, dict[str, Any]] = {}
+        out["tokenise"] = {"data": {"calibration": r.calibration.data, "evaluation": r.evaluation.data,
+                                    "distillation": r.distillation.data}, "tokenizer": tokenizer}
+        out["score"] = {"model": model, "calibration": r.calibration.model_dump(), "after": digest(out["tokenise"])}
+        out["curves"] = {"widths": self.curve_widths, "after": digest(out["score"])}
+        out["search"] = {"budget": self.budget.to_json(), "workload": self.workload.to_json(),
+                         "space": self.space.to_json(), "search": r.search.model_dump(exclude={"measure", "finalists"}),
+                         "layer_metric": r.scores.layer_metric, "after": digest(out["curves"])}
+        out["measure"] = {"measure": r.search.measure, "evaluation": r.evaluation.model_dump(),
+                          "sequence_length": r.calibration.sequence_length, "surgery": r.surgery.model_dump(),
+                          "after": digest(out["search"])}
+        out["tournament"] = {"finalists": r.search.finalists, "distillation": d, "seed": seed,
+                             "after": digest(out["measure"])}
+        out["distil"] = {"distillation": d, "after": digest(out["tournament"])}
+        out["export"] = {"after": digest(out["distil"])}
+        return out
+
+    def estimates(self) -> dict[str, float]:
+        """Seconds that each stage may take here, from its FLOPs and a quick look at this machine's speed."""
+        r = self.recipe
+        speed = _matmul_flops_per_second(self.parent) * EFFICIENCY
+        parent, child = self.parent_cost.flops_per_token, self.largest.flops_per_token
+        calibration = r.calibration.samples * r.calibration.sequence_length
+        held_out = r.evaluation.samples * r.calibration.sequence_length
+        points = sum(len(w) for w in self.curve_widths.values())
+        share = min(r.distillation.tournament_tokens, r.distillation.tokens)
+        per_token = parent + 3 * child
+        flops = {"tokenise": 0.0, "score": calibration * parent * (self.parent.num_layers / 2 + 2),
+                 "curves": calibration * parent * (points + 1), "search": 0.0,
+                 "measure": held_out * (parent + child * min(r.search.measure, self.feasible)),
+                 "tournament": float(per_token * share * min(r.search.finalists, self.feasible)),
+                 "distil": float(per_token * (r.distillation.tokens - share)), "export": held_out * 3.0 * parent}
+        fixed = {"tokenise": 5.0, "search": 1.0, "export": 15.0}
+        return {name: count / speed + fixed.get(name, 0.5) for name, count in flops.items()}
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        estimates = self.estimates()
+        limits = ", ".join(f"{key} {human_budget(key, limit)}" for key, limit in self.budget.limits)
+        p, w = self.parent_cost, self.workload
+        return [
+            f"parent     {self.parent}",
+            f"           {human_count(p.parameters)} parameters; {human_bytes(p.memory_bytes)} in memory "
+            f"(weights {human_bytes(p.weights_bytes)}, KV cache {human_bytes(p.kv_cache_bytes)}, "
+            f"Mamba state {human_bytes(p.mamba_state_bytes)})",
+            f"workload   {w.precision} weights, {w.kv_precision} KV, {w.state_precision} state, "
+            f"context {w.context}, batch {w.batch}",
+            f"budget     {limits}",
+            f"space      {self.points:,} architectures, {self.feasible:,} within the budget; the largest of them "
+            f"{human_count(self.largest.parameters)} parameters, {human_bytes(self.largest.memory_bytes)}",
+            f"then       measure {min(self.recipe.search.measure, self.feasible)}, tournament of "
+            f"{min(self.recipe.search.finalists, self.feasible)}, distil the winner on "
+            f"{human_count(self.recipe.distillation.tokens)} tokens",
+            "stages     " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in estimates.items()),
+            f"time       about {sum(estimates.values()) / 60:.1f} min on this machine (a rough estimate)",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"parent": self.parent.to_json(), "parent_cost": self.parent_cost.to_json(),
+                "workload": self.workload.to_json(), "budget": self.budget.to_json(), "points": self.points,
+                "feasible": self.feasible, "largest": self.largest.to_json(), "estimates": self.estimates(),
+                "recipe": self.recipe.model_dump()}
+
+
+def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True) -> Plan:
+    """Resolve a recipe for a parent. Scoring alone does not need the budget to be met.
+
+    Raises:
+        RecipeError: a setting that is wrong, does not fit the parent, or is not built yet.
+        Infeasible: nothing in the space meets the budget.
+    """
+    values = recipe.model_dump()
+    for path, only in _NOT_YET:
+        section, key = path.split(".")
+        if values[section][key] != only:
+            raise RecipeError(f"{path} = {values[section][key]!r} is not built yet; the only value is {only!r}")
+    d = recipe.distillation
+    if d.batch_tokens < d.sequence_length:
+        raise RecipeError(f"distillation.batch_tokens {d.batch_tokens} is less than one sequence of "
+                          f"{d.sequence_length} tokens; raise it or lower distillation.sequence_length")
+    workload = recipe.workload.build()
+    parent_cost = cost(parent, workload)
+    budget = Budget.parse(recipe.budget, parent_cost.to_json())
+    space = resolve_space(recipe.space.model_dump(), parent)
+    if not need_budget:
+        return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost)
+    # without scores the search only enumerates and prices, largest first
+    found = search_architectures(parent, space, budget, workload, keep=1)
+    return Plan(parent, recipe, workload, budget, parent_cost, space, found.points, found.feasible,
+                found.candidates[0].cost)
+
+
+def check_disk(plan: Plan, folder: Path) -> None:
+    """Room for the states of the tournament and of the winner (weights and two moments, float32) and for the result.
+
+    Raises:
+        ResourceError: too little.
+    """
+    there = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    states = plan.recipe.search.finalists + 1 if plan.recipe.distillation.tokens else 0
+    needed = plan.largest.parameters * (12 * states + 4)
+    if free < needed:
+        raise ResourceError(f"{there} has {human_bytes(free)} free, the run needs about {human_bytes(needed)}; "
+                            "choose another disk with -o, or fewer search.finalists")
+
+
+def _matmul_flops_per_second(arch: Architecture) -> float:
+    """A fraction of a second of matrix products of the model's own shape."""
+    import torch
+
+    tokens, hidden, wide = 2048, arch.hidden_size, max(*arch.ffn_sizes, arch.mamba_inner)
+    x, w = torch.randn(tokens, hidden), torch.randn(wide, hidden)
+    x @ w.T
+    count, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < 0.2:
+        x @ w.T
+        count += 1
+    return 2.0 * tokens * hidden * wide * count / (time.perf_counter() - begin)

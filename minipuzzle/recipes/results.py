@@ -1,0 +1,157 @@
+"""What a run found, as report.json and as the files beside the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from typing import Any
+
+from minipuzzle._version import __version__
+from minipuzzle.core.candidate import Candidate
+from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.distill.loop import read_metrics
+from minipuzzle.recipes.job import STAGES, Job
+from minipuzzle.report.card import model_card
+from minipuzzle.search.rank import rank_correlation
+
+REPORT_CANDIDATES = 200
+
+
+def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
+    """report.json (docs/files.md). Losses in nats per token, all on the same held-out blocks."""
+    chosen = next(c for c in candidates if c.chosen)
+    found = json.loads((job.run.path / "search" / "result.json").read_text())
+    parent, cut, final = found["parent"], found["sliced"], found["distilled"]
+    held_out = job.evaluation_blocks
+    stages = stage_list(job)
+    seconds = {s["name"]: s["seconds"] for s in stages}
+    gap = cut["loss"] - parent["loss"]
+    return {
+        "schema": 1,
+        "model": "bundled model" if job.folder.path.parent.name == "bundled" else job.folder.path.name,
+        "generated": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "command": job.command,
+        "seed": job.seed,
+        "parent": {"parameters": job.plan.parent_cost.parameters, "memory_bytes": job.plan.parent_cost.memory_bytes,
+                   "loss": parent["loss"], "loss_stderr": parent.get("loss_stderr"), "path": str(job.folder.path),
+                   "architecture": job.plan.parent.to_json(), "cost": job.plan.parent_cost.to_json()},
+        "result": {"parameters": found["parameters"], "memory_bytes": chosen.cost.memory_bytes,
+                   "loss_sliced": cut["loss"], "loss_pruned": cut["loss"], "loss_distilled": final["loss"],
+                   "loss_distilled_stderr": final.get("loss_stderr"), "kl_pruned": cut["kl"], "kl_distilled": final["kl"],
+                   "agreement_distilled": final["agreement"], "path": str(job.run.path / "model"),
+                   "candidate": chosen.name, "architecture": chosen.architecture.to_json(),
+                   "cost": chosen.cost.to_json(), "kept_layers": list(chosen.kept_layers),
+                   "recovery": (cut["loss"] - final["loss"]) / gap if gap > 0 else None,
+                   "gap_left": final["loss"] - parent["loss"], "reload_difference": found["reload_difference"]},
+        "budget": job.plan.budget.to_json(),
+        "workload": job.plan.workload.to_json(),
+        "evaluation": {"blocks": len(job.evaluation_ids), "sequence_length": held_out.sequence_length,
+                       "tokens": job.evaluation_ids.numel(), "bytes_per_token": held_out.bytes_per_token,
+                       "source": held_out.source, "corpus_hash": held_out.corpus_hash},
+        "scores": _scores(job),
+        "search": {"points": job.plan.points, "feasible": job.plan.feasible,
+                   "measured": sum(c.measured is not None for c in candidates),
+                   "rank_correlation": rank_correlation(candidates)},
+        "candidates": [c.to_json() for c in candidates[:REPORT_CANDIDATES]],
+        "distillation": _distillation(job, candidates, seconds),
+        "stages": stages,
+        "warnings": job.warnings + _warnings(job, gap),
+        "defaults": _defaults(job),
+        "samples": found["samples"],
+        "recipe": job.plan.recipe.dump(),
+        "versions": versions(),
+        "hashes": {"model": job.folder.fingerprint, "tokenizer": job.tokenizer_hash,
+                   "corpus": held_out.corpus_hash},
+        "hardware": hardware(),
+    }
+
+
+def _scores(job: Job) -> dict[str, Any]:
+    folder = job.run.path / "scores"
+    layers, curves = LayerScores.read(folder / "layers.csv"), WidthCurves.read(folder / "width_curves.csv")
+    return {"metric": job.plan.recipe.scores.layer_metric, "layers": _records(layers.table),
+            "curves": _records(curves.table)}
+
+
+def _records(table: Any) -> list[dict[str, Any]]:
+    return [{k: None if v != v else v for k, v in row.items()} for row in table.to_dict("records")]
+
+
+def _distillation(job: Job, candidates: list[Candidate], seconds: dict[str, float]) -> dict[str, Any]:
+    from minipuzzle.recipes.pipeline import training_log
+
+    curve = read_metrics(job.run.path)
+    share = job.plan.recipe.distillation.tournament_tokens
+    logs = [(c.name, training_log(job, c)) for c in candidates if c.after_distillation]
+    return {"tokens": curve[-1]["tokens"] if curve else 0,
+            "seconds": seconds.get("tournament", 0.0) + seconds.get("distil", 0.0),
+            "tokens_per_second": curve[-1]["tokens_per_second"] if curve else None, "curve": curve,
+            "tournament": [{"candidate": name, "curve": [row for row in rows if row["tokens"] <= 1.1 * share]}
+                           for name, rows in logs]}
+
+
+def _warnings(job: Job, gap: float) -> list[str]:
+    out = []
+    if gap <= 0:
+        out.append("slicing did not raise the loss: the share recovered by distillation is not defined")
+    workload = job.plan.workload
+    if workload.precision != "bf16":
+        out.append(f"memory is counted for {workload.precision}; the folder stays in {job.folder.dtype} and must be "
+                   "quantised to reach it")
+    out.append("transformers clamps dt at time_step_min while it reads a prompt; serving engines and the numbers here "
+               "do not (set mixer.time_step_limit = (0.0, inf) after loading to get them)")
+    return out
+
+
+def _defaults(job: Job) -> list[str]:
+    """Every setting that the user did not choose, against the schema's own defaults."""
+    default = type(job.plan.recipe)().model_dump()
+    chosen = job.plan.recipe.model_dump()
+    return [f"{section}: " + ", ".join(f"{k} = {v}" for k, v in values.items() if chosen[section].get(k) == v)
+            for section, values in default.items() if isinstance(values, dict)]
+
+
+def stage_list(job: Job) -> list[dict[str, Any]]:
+    """Stages in order with status and the seconds they took when they were made."""
+    out = []
+    for name in STAGES:
+        manifest = job.run.manifest(name)
+        out.append({"name": name, "status": "done" if manifest else "open",
+                    "seconds": manifest["seconds"] if manifest else 0.0})
+    return out
+
+
+def model_card_files(job: Job, report: dict[str, Any]) -> dict[str, str]:
+    """README.md and minipuzzle.json for the result's folder."""
+    keys = ("schema", "model", "generated", "command", "seed", "parent", "result", "budget", "workload", "evaluation",
+            "recipe", "versions", "hashes", "hardware", "warnings")
+    about = json.dumps({k: report[k] for k in keys}, indent=1, allow_nan=False) + "\n"
+    return {"README.md": model_card(report), "minipuzzle.json": about}
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "safetensors", "numpy", "scipy", "pandas", "tokenizers")
+    return {"minipuzzle": __version__, "python": platform.python_version()} | {n: metadata.version(n) for n in names}
+
+
+def hardware() -> str:
+    """Cores, memory and processor of this machine."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{cores} cores ({_processor()}), {memory:.0f} GiB{gpu}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        lines = subprocess.run(["lscpu"], capture_output=True, text=True, timeout=5, check=True).stdout  # noqa: S607
+    except (OSError, subprocess.SubprocessError):
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines.splitlines() if line.startswith("Model name")),
+                platform.machine())

@@ -1,0 +1,107 @@
+"""The README.md of the model that comes out: a Hugging Face model card that explains the folder."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from minipuzzle.report import facts
+from minipuzzle.report.facts import at
+
+# transformers (to 5.23) clamps the step size at `time_step_min`, which no other engine does: docs/method.md
+_LOAD = '''from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+for module in model.modules():  # see below
+    if hasattr(module, "time_step_limit"):
+        module.time_step_limit = (0.0, float("inf"))'''
+_DT_NOTE = """Transformers (as of 5.23) keeps the step size dt of Mamba-2 layers at 0.001 or more when it reads a whole
+sequence, though the configuration says otherwise; the original code, serving engines and its own single-token
+decoding do not. The loop removes that limit. The numbers above were measured without it; with it the model still
+works, but its logits differ slightly."""
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """Markdown with YAML front matter; what the report does not know is left out."""
+    report = facts.clean(report)
+    name = _plain(report.get("model") or "a hybrid model")
+    parts = [_front_matter(report), f"# {name}, made smaller", facts.verdict(report), facts.removed(report),
+             _architecture(report), "## Numbers", _numbers(report), "## Load it", _fence(_LOAD, "python"), _DT_NOTE,
+             "## How it was made", _made(report)]
+    if report.get("command"):
+        parts.append(_fence(str(report["command"]), "sh"))
+    if report.get("recipe"):
+        parts += ["The recipe:", _fence(str(report["recipe"]).rstrip("\n"), "yaml")]
+    if report.get("warnings"):
+        parts += ["## Warnings", "\n".join(f"- {_plain(w)}" for w in report["warnings"])]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(report: dict[str, Any]) -> str:
+    model_type = at(report, "parent", "architecture", "model_type")
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if report.get("model"):  # a folder's name where the parent was a folder: the Hub takes no path here
+        model = str(report["model"])
+        front["base_model"] = model if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) else re.split(r"[/\\]", model)[-1]
+    licence = report.get("license") or at(report, "parent", "license")
+    if licence:
+        front["license"] = licence
+    front["tags"] = [tag for tag in (model_type, "minipuzzle", "pruned", "distilled") if tag]
+    return "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---"
+
+
+def _architecture(report: dict[str, Any]) -> str:
+    lines = []
+    for part in ("parent", "result"):
+        arch = facts.architecture_of(at(report, part))
+        if arch:
+            lines += [f"- {part}: {arch}", f"  `{arch.pattern}`"]
+    return "\n".join(lines)
+
+
+def _numbers(report: dict[str, Any]) -> str:
+    parent, result = at(report, "parent") or {}, at(report, "result") or {}
+    number = facts.number
+    rows = [
+        ("parameters", facts.count(parent.get("parameters")), facts.count(result.get("parameters"))),
+        (f"memory ({facts.workload_text(report)})", facts.size(parent.get("memory_bytes")),
+         facts.size(result.get("memory_bytes"))),
+        ("held-out loss (nats per token)", number(parent.get("loss"), ".4f"),
+         number(result.get("loss_distilled"), ".4f")),
+        ("held-out loss, sliced only", "", number(result.get("loss_sliced"), ".4f")),
+        ("KL to the parent (nats per token)", "", number(result.get("kl_distilled"), ".4f")),
+        ("same most likely token as the parent", "", facts.percent(result.get("agreement_distilled"))),
+    ]
+    lines = ["| | parent | this model |", "|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows if row[2] != facts.ABSENT]
+    return "\n".join(lines) if len(lines) > 2 else "None yet."
+
+
+def _made(report: dict[str, Any]) -> str:
+    evaluation, training = at(report, "evaluation") or {}, at(report, "distillation") or {}
+    text = "Layers and channels were removed, then the model was distilled from its parent (forward KL on the logits)"
+    if training.get("tokens") is not None:
+        text += f" on {facts.count(training['tokens'])} tokens"
+    text += "."
+    if evaluation.get("tokens") is not None:
+        text += (f" Held-out numbers: {evaluation['tokens']:,} tokens of {_plain(evaluation.get('source') or 'text')}"
+                 " that were kept apart from calibration and training.")
+    versions = at(report, "versions") or {}
+    if versions:
+        text += " Versions: " + ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in versions.items()) + "."
+    return text
+
+
+def _plain(text: Any) -> str:
+    """One line of Markdown without markup of its own."""
+    return re.sub(r"([\\`*_<>\[\]|#])", r"\\\1", " ".join(str(text).split()))
+
+
+def _fence(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{ticks}{language}\n{text}\n{ticks}"

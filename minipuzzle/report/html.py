@@ -1,0 +1,147 @@
+"""report.json -> report.html: one file, no network."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, Template
+from markupsafe import Markup
+
+from minipuzzle.report import curves, facts, plots
+from minipuzzle.report.svg import draw
+
+# (section, heading of the section, [(figure, caption)]): the order of the page
+FIGURES = (
+    ("tradeoff", "Memory against quality", (
+        (plots.tradeoff, "One point is one candidate before any training; lower and further left is better, and right "
+                         "of the dashed line is over the budget. Hover a point for its numbers."),)),
+    ("layers", "Which layers matter", (
+        (plots.layers, "How far the output moves when one layer is taken out; bars are one standard error. "
+                       "Low layers are cheap to remove."),)),
+    ("grid", "Which layers the best candidates keep", (
+        (plots.kept_grid, "A row is a candidate, a column a layer of the parent; a dot is a removed layer. "
+                          "★ winner, ◆ finalist; on the right the measured quality before training."),)),
+    ("widths", "What narrower costs", (
+        (curves.widths, "The whole model cut along one axis only, without training; narrower to the right. "
+                       "Dotted: the parent's width; thick line: the width chosen."),)),
+    ("prediction", "Predicted against measured", (
+        (plots.prediction, "Each point is a measured candidate; a useful prediction rises from left to right."),)),
+    ("tournament", "The tournament", (
+        (curves.ranks, "Rank of the finalists, best on top: lines that cross are candidates that overtook another."),
+        (curves.tournament, "Short distillation of each finalist; lower is closer to the parent."))),
+    ("distillation", "Distillation", (
+        (curves.distillation, "Left: what training minimises. Right: loss on text that was kept apart; the dashed "
+                              "line is the parent."),)),
+    ("memory", "Where the memory goes", (
+        (curves.memory, "Parts of the memory at the workload."),
+        (curves.memory_by_context, "Memory as the context grows, both axes logarithmic; the grey line is the "
+                                   "workload."))),
+    ("stages", "Time by stage", (
+        (curves.stages, "Wall-clock time of each stage of the run."),)),
+)
+NARROW = ("tournament", "memory")  # sections whose figures take half the width
+HEADINGS = ("#", "candidate", "M", "*", "-", "hidden", "FFN", "heads", "channels", "parameters", "memory",
+            "predicted", "KL", "loss", "agreement", "loss after")
+SAMPLES = (("parent", "Parent"), ("pruned", "Pruned, not trained"), ("distilled", "Pruned and distilled"))
+
+
+@functools.cache
+def _template() -> Template:
+    source = resources.files("minipuzzle.report").joinpath("template.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(source)
+
+
+def render_html(report: dict[str, Any]) -> str:
+    """The page of a report; a part that the report lacks is left out. The same report gives the same bytes."""
+    report = facts.clean(report)
+    sections = []
+    for name, heading, figures in FIGURES:
+        drawn = [{"svg": Markup(svg), "caption": caption} for function, caption in figures  # noqa: S704 (our own SVG)
+                 if (svg := draw(function, report, f"{heading}. {caption}"))]
+        note = _note(report, name)
+        if drawn:
+            sections.append({"name": name, "heading": heading, "figures": drawn, "note": note})
+    samples = [(label, text) for key, label in SAMPLES if (text := facts.at(report, "samples", key)) is not None]
+    total = len(facts.candidates(report))
+    return _template().render(
+        report=report, at=facts.at, sections=sections, verdict=unbroken(facts.verdict(report)),
+        removed=facts.removed(report),
+        tiles=facts.key_figures(report), samples=samples, headings=HEADINGS, rows=facts.candidate_rows(report),
+        total=total, measured=len(facts.measured(report)), facts=_provenance(report), narrow=NARROW,
+        unbroken=unbroken)
+
+
+def unbroken(text: str) -> str:
+    """No line break between a number and its unit."""
+    return re.sub(r"(\d) (%|(?:[KMGT]iB|min|h|s)\b)", "\\1\N{NO-BREAK SPACE}\\2", text)
+
+
+def _note(report: dict[str, Any], section: str) -> str:
+    """A sentence with numbers under a heading."""
+    search, training = facts.at(report, "search") or {}, facts.at(report, "distillation") or {}
+    if section == "tradeoff" and search.get("feasible") is not None:
+        return (f"{search['feasible']:,} of {facts.number(search.get('points'), ',')} architectures meet the budget; "
+                f"{facts.number(search.get('measured'), ',')} of them were measured.")
+    if section == "prediction" and search.get("rank_correlation") is not None:
+        return f"Rank correlation (Spearman) {search['rank_correlation']:.2f}; 1 is a perfect order, 0 is chance."
+    if section == "distillation" and training.get("tokens") is not None:
+        speed = training.get("tokens_per_second")
+        return (f"{facts.count(training['tokens'])} tokens in {facts.duration(training.get('seconds'))}"
+                + (f", {speed:,.0f} tokens per second." if speed is not None else "."))
+    return ""
+
+
+def _provenance(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Label and text of the run's particulars, for the last part of the page."""
+    evaluation, out = facts.at(report, "evaluation") or {}, []
+    if evaluation.get("blocks") is not None:
+        per_byte = evaluation.get("bytes_per_token")
+        out.append(("held-out text", f"{evaluation['blocks']:,} blocks of "
+                    f"{facts.number(evaluation.get('sequence_length'), ',')} tokens from "
+                    f"{evaluation.get('source') or 'an unnamed source'}"
+                    + (f", {per_byte:.2f} bytes per token" if per_byte else "")))
+    load = facts.at(report, "workload")
+    if load:
+        out.append(("workload", ", ".join(f"{k} {v}" for k, v in load.items() if v not in (None, []))))
+    for label, value in (("generated", report.get("generated")), ("hardware", report.get("hardware")),
+                         ("seed", report.get("seed")), ("parent", facts.at(report, "parent", "path")),
+                         ("result", facts.at(report, "result", "path"))):
+        if value is not None:
+            out.append((label, str(value)))
+    for group in ("versions", "hashes"):
+        out += [(f"{name} ({group[:-1] if group == 'versions' else 'hash'})", str(value))
+                for name, value in (facts.at(report, group) or {}).items()]
+    return out
+
+
+def write_report(report: dict[str, Any], folder: Path) -> Path:
+    """Write report.json and report.html into `folder`, each whole or not at all; returns the page's path."""
+    page = render_html(report)
+    data = json.dumps(facts.clean(report), indent=1, ensure_ascii=False, allow_nan=False)
+    _write(folder / "report.json", data + "\n")
+    _write(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _write(path: Path, text: str) -> None:
+    """Write under a temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

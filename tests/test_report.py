@@ -1,0 +1,262 @@
+"""The report: one safe file that tells the story of a run, whatever part of it is missing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from report_data import RECIPE, build
+
+from minipuzzle.report import facts, html
+from minipuzzle.report.card import model_card
+from minipuzzle.report.html import render_html, write_report
+from minipuzzle.report.plots import pareto
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+NASTY = "<script>alert('$x_1$ & \"y\"')</script>"
+
+
+class Page(HTMLParser):
+    """Checks the nesting of tags and collects what a test asks for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"unclosed {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.ids += [v for k, v in attrs if k == "id" and v]
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "action", "srcset") and v]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    return build(count=60, measure=24)
+
+
+@pytest.fixture(scope="module")
+def page(report: dict[str, Any]) -> str:
+    return render_html(report)
+
+
+def test_page_is_well_formed_and_complete(page: str) -> None:
+    parsed = Page(page)
+    figures = sum(len(f) for *_, f in html.FIGURES)
+    assert parsed.tags.count("svg") == figures == 11
+    assert len(parsed.ids) == len(set(parsed.ids)) > 50
+    for section, *_ in html.FIGURES:
+        assert section in parsed.ids
+
+
+def test_page_needs_no_network(page: str) -> None:
+    links = Page(page).links
+    assert len(links) > 50
+    assert {link[0] for link in links if link != "data:,"} == {"#"}
+    assert "default-src 'none'" in page
+    assert not re.search(r"https?://|@import|url\((?!#)", page)
+    targets = {link[1:] for link in links if link.startswith("#")}
+    assert targets <= set(Page(page).ids)
+
+
+def test_size_of_a_long_run() -> None:
+    text = render_html(build(count=200, measure=64))
+    assert 100_000 < len(text.encode()) < 500_000
+
+
+def test_same_report_same_bytes(report: dict[str, Any], page: str) -> None:
+    assert render_html(copy.deepcopy(report)) == page
+
+
+def test_verdict_and_removed(report: dict[str, Any]) -> None:
+    verdict, removed = facts.verdict(report), facts.removed(report)
+    for part in ("2.35M parameters", "5.16 MiB", "bf16, context 1,024, batch 1", "1.842 (parent)", "4.018 (sliced)",
+                 "1.994 (distilled)", "93.0 %", "0.152"):
+        assert part in verdict
+    result = report["result"]["architecture"]
+    assert f"of {len(report['parent']['architecture']['pattern'])} layers" in removed
+    assert f"hidden size 96 → {result['hidden_size']}" in removed
+    assert f"FFN width 512 → {result['ffn_size']}" in removed
+
+
+def test_table_has_winner_first_and_every_name(report: dict[str, Any], page: str) -> None:
+    rows = facts.candidate_rows(report)
+    assert len(rows) == facts.TABLE_ROWS
+    assert [r["role"] for r in rows[:4]] == ["winner", "finalist", "finalist", ""]
+    assert rows[0]["cells"][1][0] == report["result"]["candidate"]
+    names = [c["name"] for c in report["candidates"][: facts.TABLE_ROWS]]
+    cells = re.findall(r"<td[^>]*>(c\d+)", page)
+    assert sorted(cells) == sorted(names)
+    assert all(len(r["cells"]) == len(html.HEADINGS) for r in rows)
+
+
+def test_points_have_titles(report: dict[str, Any], page: str) -> None:
+    titles = re.findall(r"<title>([^<]*)</title>", page)
+    measured = [c for c in report["candidates"] if c["measured"]]
+    assert len(measured) == 24
+    for c in measured:
+        assert sum(t.startswith(f"{c['name']};") for t in titles) >= 2  # trade-off, and prediction
+    assert sum(t.startswith("layer ") for t in titles) == 2 * len(report["scores"]["layers"])
+
+
+def test_everything_is_escaped(report: dict[str, Any]) -> None:
+    bad = copy.deepcopy(report)
+    for key in ("model", "command", "recipe", "hardware"):
+        bad[key] = NASTY
+    bad["samples"] = dict.fromkeys(("prompt", "parent", "pruned", "distilled"), NASTY)
+    bad["warnings"] = bad["defaults"] = [NASTY]
+    bad["versions"] = {NASTY: NASTY}
+    bad["evaluation"]["source"] = NASTY
+    bad["stages"][0]["name"] = NASTY
+    bad["distillation"]["tournament"][0]["candidate"] = NASTY
+    for c in bad["candidates"][:3]:
+        c["name"] += NASTY
+    text = render_html(bad)
+    parsed = Page(text)
+    assert parsed.tags.count("script") == 1
+    assert "alert(" not in "".join(re.findall(r"<script>(.*?)</script>", text, re.DOTALL))
+    assert "".join(parsed.words).count(NASTY) >= 15
+    front, _ = front_matter(model_card(bad))
+    assert front["library_name"] == "transformers"
+
+
+@pytest.mark.parametrize("minimal", [
+    {"schema": 1, "parent": {}, "result": {}},
+    {"schema": 1, "parent": {"parameters": 10, "memory_bytes": 20, "loss": 1.0}, "result": {"parameters": 5}},
+    {"schema": 1, "parent": None, "result": None, "candidates": None, "scores": None, "stages": None},
+    {"schema": 1, "parent": {}, "result": {}, "candidates": [{"name": "a"}, {"measured": {"kl": 1.0}}]},
+])
+def test_minimal_report(minimal: dict[str, Any]) -> None:
+    parsed = Page(render_html(minimal))
+    assert "h1" in parsed.tags
+    front_matter(model_card(minimal))
+
+
+# Each line is one report without these parts: rendering costs a second.
+MISSING: list[list[tuple[Any, ...]]] = [
+    [("parent", "architecture"), ("result", "cost"), ("scores", "metric"), ("candidates", 0, "cost"), ("search",)],
+    [("parent",), ("budget",), ("scores", "layers", 3, "kl"), ("candidates", 1, "architecture"), ("stages",)],
+    [("result",), ("workload",), ("scores", "curves", 0, "mse"), ("distillation", "curve"), ("samples", "pruned")],
+    [("parent", "architecture", "head_dim"), ("result", "kept_layers"), ("candidates", 2, "predicted"),
+     ("candidates", 3, "measured"), ("distillation", "seconds"), ("evaluation", "sequence_length")],
+    [("parent", "loss"), ("result", "candidate"), ("workload", "context"), ("scores", "layers", 3, "mse_stderr"),
+     ("candidates", 1, "after_distillation"), ("stages", 0, "seconds"), ("distillation", "curve", 5, "loss")],
+    [("scores",), ("candidates", 4, "name"), ("budget", "memory", "limit"), ("parent", "cost"), ("versions",)],
+]
+
+
+@pytest.mark.parametrize(("paths", "null"), [(paths, i % 2 == 0) for i, paths in enumerate(MISSING)])
+def test_any_part_may_be_missing(paths: list[tuple[Any, ...]], null: bool) -> None:
+    partial = build(count=12, measure=8)
+    for path in paths:
+        part = partial
+        for key in path[:-1]:
+            part = part[key]
+        assert part[path[-1]] is not None
+        if null:
+            part[path[-1]] = None
+        else:
+            del part[path[-1]]
+    Page(render_html(partial))
+    model_card(partial)
+
+
+def test_few_measured_shows_predictions() -> None:
+    few = build(count=30, measure=4)
+    assert "predicted damage (mse)" in render_html(few)
+    none = build(count=30, measure=0)
+    assert 'id="tradeoff"' in render_html(none)
+
+
+def test_budget_other_than_memory(report: dict[str, Any]) -> None:
+    other = copy.deepcopy(report)
+    other["budget"] = {"params": {"limit": 1_250_000, "asked": "1.25M"}}
+    text = render_html(other)
+    assert "params (M)" in text
+    assert "budget 1.25M" in text
+
+
+def test_write_report(report: dict[str, Any], tmp_path: Path) -> None:
+    measured = copy.deepcopy(report)
+    measured["result"]["kl_distilled"] = np.float32(0.5)
+    measured["result"]["loss_pruned"] = float("nan")
+    path = write_report(measured, tmp_path / "run")
+    assert path.name == "report.html"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["report.html", "report.json"]
+    data = json.loads((path.parent / "report.json").read_text(encoding="utf-8"))
+    assert data["result"]["kl_distilled"] == 0.5
+    assert data["result"]["loss_pruned"] is None
+    assert render_html(data) == path.read_text(encoding="utf-8")
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "report.html").write_text("old")
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(html.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report({"schema": 1, "parent": {}, "result": {}}, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").read_text() == "old"
+
+
+def front_matter(card: str) -> tuple[dict[str, Any], str]:
+    start, front, body = card.split("---\n", 2)
+    assert start == ""
+    return yaml.safe_load(front), body
+
+
+def test_card(report: dict[str, Any]) -> None:
+    front, body = front_matter(model_card(report | {"model": "nvidia/Nemotron-H-8B", "license": "other"}))
+    assert front["library_name"] == "transformers"
+    assert front["base_model"] == "nvidia/Nemotron-H-8B"
+    assert front["license"] == "other"
+    assert {"minipuzzle", "nemotron_h"} <= set(front["tags"])
+    assert "```yaml\n" + RECIPE + "```" in body
+    assert "time_step_limit = (0.0, float(\"inf\"))" in body
+    assert "| held-out loss (nats per token) | 1.8421 | 1.9937 |" in body
+    code = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+    assert len(code) == 1
+    compile(code[0], "card", "exec")
+
+
+def test_card_takes_no_path_for_a_base_model(report: dict[str, Any]) -> None:
+    card = model_card(report | {"model": "/some/where/my model"})
+    assert front_matter(card)[0]["base_model"] == "my model"
+    assert "license" not in front_matter(card)[0]
+
+
+def test_recipe_with_backticks_stays_inside_its_fence(report: dict[str, Any]) -> None:
+    card = model_card(report | {"recipe": "a: 1\n```\nb: 2\n"})
+    assert "````yaml\na: 1\n```\nb: 2\n````" in card
+
+
+def test_pareto() -> None:
+    assert pareto([(3, 1), (1, 3), (2, 4), (2, 2), (4, 1)]) == [(1, 3), (2, 2), (3, 1)]
