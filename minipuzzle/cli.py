@@ -81,7 +81,8 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
         click.option("--seed", default=0, show_default=True),
-        click.option("-o", "--output-dir", type=click.Path(path_type=Path), help="Default: a function of model and recipe."),
+        click.option("-o", "--output-dir", type=click.Path(path_type=Path),
+                     help="Default: a function of model and recipe."),
     ):
         command = option(command)
     return command
@@ -104,7 +105,7 @@ def _command() -> str:
 @click.option("--fresh", is_flag=True, help="Forget what the run directory holds.")
 def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool,
           dry_run: bool, redo: bool, fresh: bool) -> None:
-    """The whole pipeline: score, search, measure, distil, export, report.
+    """The whole pipeline: score, search, measure, distill, export, report.
 
     MODEL is a Hugging Face folder or a Hub id; left out: the bundled model.
 
@@ -244,8 +245,8 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
     if output_dir is None:
         raise RecipeError("distill needs an output folder: -o FOLDER")
     data = single.distill(student, teacher, recipe, output_dir, seed, device, Terminal(), _command())
-    _print(data, as_json, [f"loss        {data['loss_before']:.3f} -> {data['loss']:.3f} (teacher {data['loss_teacher']:.3f})",
-                           f"model       {data['path']}"])
+    losses = f"{data['loss_before']:.3f} -> {data['loss']:.3f} (teacher {data['loss_teacher']:.3f})"
+    _print(data, as_json, [f"loss        {losses}", f"model       {data['path']}"])
 
 
 @main.command()
@@ -261,7 +262,7 @@ def report(run: Path) -> None:
     path = run / "report.json"
     if not path.is_file():
         raise RecipeError(f"{path} does not exist; the run is not finished: 'minipuzzle prune' continues it")
-    click.echo(str(write_report(json.loads(path.read_text()), run)))
+    click.echo(str(write_report(json.loads(path.read_text(encoding="utf-8")), run)))
 
 
 @main.command()

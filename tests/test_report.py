@@ -249,7 +249,7 @@ def test_card(report: dict[str, Any]) -> None:
 
 def test_card_takes_no_path_for_a_base_model(report: dict[str, Any]) -> None:
     card = model_card(report | {"model": "/some/where/my model"})
-    assert front_matter(card)[0]["base_model"] == "my model"
+    assert front_matter(card)[0]["base_model"] == "my-model"
     assert "license" not in front_matter(card)[0]
 
 

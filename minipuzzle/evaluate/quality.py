@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from minipuzzle.models.logits import TokenMetrics, token_metrics
-from minipuzzle.models.walk import Model, batches, final_hidden
+from minipuzzle.models.walk import Model, batches, final_hidden, floats_per_sample
 
 
 class Reference:
@@ -41,5 +41,4 @@ def summary(parts: list[TokenMetrics]) -> dict[str, float]:
 
 
 def _batches(model: Model, ids_NT: torch.Tensor) -> list[torch.Tensor]:
-    widest = max(4 * model.arch.mamba_inner, *model.arch.ffn_sizes, 4 * model.arch.hidden_size)
-    return list(batches(ids_NT, ids_NT.shape[1] * widest * 4))
+    return list(batches(ids_NT, floats_per_sample(model.arch, ids_NT.shape[1])))

@@ -18,7 +18,7 @@ from minipuzzle.core.scores import WIDTH_AXES, WidthCurves, WidthScores
 from minipuzzle.importance.layers import standard_error
 from minipuzzle.models.axes import select
 from minipuzzle.models.logits import token_metrics
-from minipuzzle.models.walk import Model, batches, final_hidden
+from minipuzzle.models.walk import Model, batches, final_hidden, floats_per_sample
 
 _METRICS = ("mse", "nmse", "kl", "loss_delta")
 
@@ -29,7 +29,7 @@ def measure_curves(model: Model, scores: WidthScores, widths: Mapping[str, tuple
     points = [(axis, width) for axis in WIDTH_AXES for width in sorted(widths.get(axis, ()))
               if width != getattr(model.arch, axis)]
     rows = []
-    floats = ids_NT.shape[1] * model.arch.hidden_size * 8
+    floats = floats_per_sample(model.arch, ids_NT.shape[1])
     full = [final_hidden(model, ids) for ids in batches(ids_NT, floats)]
     for done, (axis, width) in enumerate(points):
         target = _with(model.arch, axis, width)

@@ -23,7 +23,8 @@ from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.walk import Model, ablations, batches
 
 
-def score_layers(model: Model, ids_NT: torch.Tensor, progress: Callable[[int], None] = lambda done: None) -> LayerScores:
+def score_layers(model: Model, ids_NT: torch.Tensor,
+                 progress: Callable[[int], None] = lambda done: None) -> LayerScores:
     """Score every layer on N samples of T tokens. `progress` hears the number of samples done."""
     layers, seq = model.arch.num_layers, ids_NT.shape[1]
     parts: list[np.ndarray] = []

@@ -17,10 +17,11 @@ import torch
 
 from minipuzzle.core.architecture import FFN, MAMBA
 from minipuzzle.core.scores import WidthScores
-from minipuzzle.models.walk import Model, batches, final_hidden
+from minipuzzle.models.walk import Model, batches, final_hidden, floats_per_sample
 
 
-def score_widths(model: Model, ids_NT: torch.Tensor, progress: Callable[[int], None] = lambda done: None) -> WidthScores:
+def score_widths(model: Model, ids_NT: torch.Tensor,
+                 progress: Callable[[int], None] = lambda done: None) -> WidthScores:
     """Score all channels on N samples of T tokens."""
     arch = model.arch
     squares: dict[tuple[int, str], torch.Tensor] = {}
@@ -30,7 +31,7 @@ def score_widths(model: Model, ids_NT: torch.Tensor, progress: Callable[[int], N
         squares[layer, place] = squares.get((layer, place), torch.zeros_like(value)) + value
 
     done = 0
-    for ids_BT in batches(ids_NT, ids_NT.shape[1] * max(arch.hidden_size, 4 * arch.mamba_inner, *arch.ffn_sizes, 1) * 4):
+    for ids_BT in batches(ids_NT, floats_per_sample(arch, ids_NT.shape[1])):
         final_hidden(model, ids_BT, probe)
         done += len(ids_BT)
         progress(done)

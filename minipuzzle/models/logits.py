@@ -93,7 +93,7 @@ class _ChunkedKL(torch.autograd.Function):
 def kl_loss(hidden_nD: torch.Tensor, head_VD: torch.Tensor, teacher_hidden_nD: torch.Tensor,
             teacher_head_VD: torch.Tensor, temperature: float = 1.0,
             chunk_tokens: int = CHUNK_TOKENS) -> torch.Tensor:
-    """KL(teacher || student) in nats, summed over the vocabulary, mean over the n tokens; differentiable in the student.
+    """KL(teacher || student) in nats, summed over the vocabulary, mean over n tokens; differentiable in the student.
 
     Forward KL on logits only (Nemotron-H, section 3; Minitron, arXiv:2407.14679, eq. 5), without the factor
     temperature squared.

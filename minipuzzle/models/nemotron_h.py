@@ -131,7 +131,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
     """RMSNorm of y * silu(z), one mean square for each group: fewer heads in a group change its mean."""
     wide = y.to(torch.promote_types(y.dtype, torch.float32)) * F.silu(z.to(torch.promote_types(z.dtype, torch.float32)))
-    parts = wide.unflatten(-1, (groups, -1))
+    parts = wide.view(*wide.shape[:-1], groups, -1)
     parts = parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + eps)
     return weight * parts.flatten(-2).to(z.dtype)
 
@@ -140,11 +140,12 @@ def mamba(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | No
     inner, heads, groups = arch.mamba_inner, arch.mamba_num_heads, arch.n_groups
     bsz, seq, _ = x_BTD.shape
     zxbcdt = F.linear(x_BTD, w["mixer.in_proj.weight"], w.get("mixer.in_proj.bias"))
-    z, xbc, dt_BTH = zxbcdt.split([inner, arch.mamba_conv, heads], dim=-1)
+    z, xbc, dt_BTH = zxbcdt.split([inner, arch.mamba_conv, heads], dim=-1)  # type: ignore[no-untyped-call]
     if probe is not None:
         probe("mamba_x", xbc[..., :inner])
     xbc = F.silu(causal_conv(xbc, w["mixer.conv1d.weight"], w.get("mixer.conv1d.bias")))
-    x, b, c = xbc.split([inner, groups * arch.state_size, groups * arch.state_size], dim=-1)
+    state = groups * arch.state_size
+    x, b, c = xbc.split([inner, state, state], dim=-1)  # type: ignore[no-untyped-call]
     # dt has no lower limit: as in the original code and in serving engines. transformers' own prefill
     # clamps it at 0.001, its decode step does not (docs/method.md, "The dt limit").
     y = ssd(

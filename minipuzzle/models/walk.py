@@ -89,13 +89,18 @@ def ablations(model: Model, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.T
     cosine = []
     for i, kind in enumerate(model.arch.pattern):
         flat = streams.flatten(0, 1)
-        after = (flat + model.family.block(model.arch, kind, model.layers[i], flat)).unflatten(0, (-1, bsz))
+        after = (flat + model.family.block(model.arch, kind, model.layers[i], flat)).view(-1, bsz, *flat.shape[1:])
         cosine.append(1 - F.cosine_similarity(streams[0], after[0], dim=-1).double().mean(-1))
         streams = torch.cat([after, streams[:1]])
     hidden = model.family.final_norm(model.arch, model.top, streams)
     return hidden[0], hidden[1:], torch.stack(cosine)
 
 
-def batches(ids_NT: torch.Tensor, floats_per_sample: int, budget_bytes: int = 2**28) -> Iterable[torch.Tensor]:
-    """Split samples so that `floats_per_sample` float32 numbers of each fit into the budget, at least one at a time."""
-    return ids_NT.split(max(1, budget_bytes // (4 * floats_per_sample)))
+def floats_per_sample(arch: Architecture, tokens: int) -> int:
+    """About how many numbers a forward pass holds at once for a sample: a few times its widest activation."""
+    return tokens * max(4 * arch.hidden_size, 4 * arch.mamba_inner, *arch.ffn_sizes, 1) * 4
+
+
+def batches(ids_NT: torch.Tensor, floats: int, budget_bytes: int = 2**28) -> tuple[torch.Tensor, ...]:
+    """Split samples so that `floats` float32 numbers for each fit into the budget, at least one at a time."""
+    return torch.split(ids_NT, max(1, budget_bytes // (4 * floats)))

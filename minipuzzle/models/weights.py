@@ -56,7 +56,7 @@ class ModelFolder:
         file, stored = self.files[name]
         try:
             with safe_open(file, framework="pt") as shard:
-                tensor = shard.get_tensor(stored)
+                tensor: torch.Tensor = shard.get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise CorruptArtifact(f"{file}: {name} cannot be read ({error}); fetch the file again") from None
         if not torch.isfinite(tensor).all():
@@ -163,7 +163,7 @@ def write_model(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[st
     if len(shards) == 1:
         os.rename(temporary / "part-00000.safetensors", temporary / "model.safetensors")
     else:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, names in enumerate(shards):
             file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             os.rename(temporary / f"part-{i:05d}.safetensors", temporary / file)
@@ -175,9 +175,9 @@ def write_model(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[st
         assert companions_from is not None
         if (companions_from / name).is_file():
             shutil.copy2(companions_from / name, temporary / name)
-    for file_path in temporary.iterdir():
-        file_path.chmod(0o644)  # safetensors writes for the owner alone
-        with file_path.open("rb") as file:
-            os.fsync(file.fileno())
+    for written in temporary.iterdir():
+        written.chmod(0o644)  # safetensors writes for the owner alone
+        with written.open("rb") as handle:
+            os.fsync(handle.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)

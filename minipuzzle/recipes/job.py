@@ -19,13 +19,13 @@ from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.rundir import RunDir, digest
 from minipuzzle.data.blocks import TokenBlocks, load_blocks
 from minipuzzle.evaluate.quality import Reference
-from minipuzzle.models.weights import COMPANIONS, ModelFolder
 from minipuzzle.models.walk import Model
+from minipuzzle.models.weights import COMPANIONS, ModelFolder
 from minipuzzle.recipes.plan import Plan
 from minipuzzle.recipes.progress import Reporter, Update
 from minipuzzle.search.rank import rank
 
-STAGES = ("tokenise", "score", "curves", "search", "measure", "tournament", "distil", "export")
+STAGES = ("tokenize", "score", "curves", "search", "measure", "tournament", "distill", "export")
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Job:
 
     @cached_property
     def tokenizer_hash(self) -> str:
-        parts = [self.folder.path / name for name in COMPANIONS if "token" in name or name in ("vocab.json", "merges.txt")]
+        parts = [self.folder.path / n for n in COMPANIONS if "token" in n or n in ("vocab.json", "merges.txt")]
         data = b"".join(p.read_bytes() for p in parts if p.is_file())
         return hashlib.sha256(data).hexdigest()[:16]
 

@@ -1,6 +1,6 @@
-"""The pipeline: tokenise, score, curves, search, measure, tournament, distil, export, report; as plain calls.
+"""The pipeline: tokenize, score, curves, search, measure, tournament, distill, export, report; as plain calls.
 
-    Recipe -> tokens -> LayerScores, WidthScores, WidthCurves -> [Candidate] -> measured -> distilled -> model/ -> report
+    Recipe -> tokens -> LayerScores, WidthScores, WidthCurves -> [Candidate] -> measured -> distilled -> model/, report
 
 Every stage leaves files and a manifest (core/rundir.py): the same command continues where it stopped.
 """
@@ -66,7 +66,7 @@ class Run:
 def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_dir: str | Path | None = None, *,
           seed: int = 0, device: str = "cpu", redo: bool = False, fresh: bool = False,
           reporter: Reporter | None = None, command: str = "") -> Run:
-    """Make a model smaller: the whole pipeline. Left out: the bundled model, the default recipe, a folder of their names.
+    """Make a model smaller: the whole pipeline. Left out: the bundled model, the default recipe, their own folder.
 
     Raises:
         MinipuzzleError: one of its kinds, each with its exit code (core/errors.py).
@@ -95,19 +95,19 @@ def prepare(model: str | Path | None, recipe: Recipe) -> tuple[ModelFolder, Plan
 
 def _run(job: Job) -> Run:
     job.reporter.start(job.plan.estimates())
-    write_json(job.run.path / "run.json", _about(job))
-    tokenise(job)
+    write_json(job.run.path / "run.json", run_about(job))
+    tokenize_data(job)
     score(job)
     curves(job)
     search(job)
     measure_candidates(job)
     tournament(job)
-    distil(job)
+    distill(job)
     export(job)
     return report(job)
 
 
-def tokenise(job: Job) -> None:
+def tokenize_data(job: Job) -> None:
     """data -> RUN/tokens/"""
     recipe = job.plan.recipe
     sources = sorted({recipe.calibration.data, recipe.evaluation.data, recipe.distillation.data})
@@ -122,7 +122,7 @@ def tokenise(job: Job) -> None:
         _check_length(job)
         return files
 
-    job.stage("tokenise", len(sources), make)
+    job.stage("tokenize", len(sources), make)
 
 
 def _check_length(job: Job) -> None:
@@ -171,8 +171,8 @@ def search(job: Job) -> None:
     """scores and budget -> RUN/search/predicted.json"""
     def make(update: Update) -> list[Path]:
         plan, scores = job.plan, job.run.path / "scores"
-        found = search_architectures(plan.parent, plan.space, plan.budget, plan.workload,
-                                     LayerScores.read(scores / "layers.csv"), WidthCurves.read(scores / "width_curves.csv"),
+        layers, widths = LayerScores.read(scores / "layers.csv"), WidthCurves.read(scores / "width_curves.csv")
+        found = search_architectures(plan.parent, plan.space, plan.budget, plan.workload, layers, widths,
                                      plan.recipe.scores.layer_metric, plan.recipe.search.keep)
         path = job.run.path / "search" / "predicted.json"
         path.parent.mkdir(exist_ok=True)
@@ -192,7 +192,7 @@ def sliced(job: Job, candidate: Candidate) -> Model:
 
 def measure_candidates(job: Job) -> None:
     """The best predicted candidates, sliced and measured on held-out blocks -> RUN/search/measured.json"""
-    chosen = diverse(job.read_candidates("predicted"), job.plan.recipe.search.measure) if job.run.manifest("search") else []
+    chosen = diverse(job.read_candidates("predicted"), job.plan.recipe.search.measure)
 
     def make(update: Update) -> list[Path]:
         partial = job.run.path / "search" / f"measured-{digest(job.inputs['measure'])}.jsonl"
@@ -226,7 +226,7 @@ def tournament(job: Job) -> None:
         results: dict[str, dict[str, float]] = {}
         for i, candidate in enumerate(finalists):
             student = _student(job, candidate)
-            distill_model(student, job.model, _training_blocks(job), settings(job), _state_folder(job, candidate), share,
+            distill_model(student, job.model, training_blocks(job), settings(job), _state_folder(job, candidate), share,
                           progress=lambda done, loss, i=i, name=candidate.name: update(
                               i * share + done, f"{name} KL {loss:.3f}"))
             results[candidate.name] = measure(_as_written(job, student), job.reference)
@@ -243,7 +243,7 @@ def settings(job: Job) -> TrainSettings:
     return TrainSettings(d.tokens, d.batch_tokens, d.learning_rate, d.temperature, seed=job.seed)
 
 
-def _training_blocks(job: Job) -> Any:
+def training_blocks(job: Job) -> Any:
     d = job.plan.recipe.distillation
     return job.blocks(d.data, "train", d.sequence_length)
 
@@ -267,7 +267,7 @@ def winner(job: Job) -> Candidate:
     return next(c for c in job.read_candidates("tournament") if c.chosen)
 
 
-def distil(job: Job) -> None:
+def distill(job: Job) -> None:
     """The winner goes on from its own state to the end of the cosine -> RUN/metrics.jsonl"""
     d = job.plan.recipe.distillation
 
@@ -280,13 +280,14 @@ def distil(job: Job) -> None:
         student, state = _student(job, candidate), _state_folder(job, candidate)
         some = Reference(job.model, job.evaluation_ids[:EVALUATION_BLOCKS])
         steps = settings(job).steps(d.sequence_length)
-        distill_model(student, job.model, _training_blocks(job), settings(job), state,
-                      evaluate=lambda s: measure(_as_written(job, s), some), evaluate_every=max(1, steps // EVALUATIONS),
+        distill_model(student, job.model, training_blocks(job), settings(job), state,
+                      evaluate=lambda s: measure(_as_written(job, s), some),
+                      evaluate_every=max(1, steps // EVALUATIONS),
                       progress=lambda done, loss: update(done, f"KL {loss:.3f}"))
         shutil.copyfile(state / "metrics.jsonl", metrics)
         return [metrics]
 
-    job.stage("distil", max(d.tokens, 1), make)
+    job.stage("distill", max(d.tokens, 1), make)
 
 
 def export(job: Job) -> None:
@@ -348,11 +349,12 @@ def report(job: Job) -> Run:
     for name, text in model_card_files(job, data).items():
         write_atomic(job.run.path / "model" / name, text)
     write_report(data, job.run.path)
-    write_json(job.run.path / "run.json", _about(job))
+    write_json(job.run.path / "run.json", run_about(job))
     return Run(job.run.path, data, frame)
 
 
-def _about(job: Job) -> dict[str, Any]:
+def run_about(job: Job) -> dict[str, Any]:
+    """run.json: what the run is, for people and for `search RUN`."""
     from minipuzzle.recipes.results import stage_list, versions
 
     return {"schema": 1, "model": str(job.folder.path), "recipe": job.plan.recipe.model_dump(), "seed": job.seed,

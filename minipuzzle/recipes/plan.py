@@ -54,13 +54,13 @@ class Plan:
         return out
 
     def stage_inputs(self, model: str, tokenizer: str, seed: int) -> dict[str, dict[str, Any]]:
-        """What each stage reads: the keys by which a finished stage is recognised. Later stages hold the earlier's hash."""
+        """What each stage reads: how a finished stage is recognised. A later stage holds the earlier's hash."""
         r = self.recipe
         d = r.distillation.model_dump()
         out: dict[str, dict[str, Any]] = {}
-        out["tokenise"] = {"data": {"calibration": r.calibration.data, "evaluation": r.evaluation.data,
+        out["tokenize"] = {"data": {"calibration": r.calibration.data, "evaluation": r.evaluation.data,
                                     "distillation": r.distillation.data}, "tokenizer": tokenizer}
-        out["score"] = {"model": model, "calibration": r.calibration.model_dump(), "after": digest(out["tokenise"])}
+        out["score"] = {"model": model, "calibration": r.calibration.model_dump(), "after": digest(out["tokenize"])}
         out["curves"] = {"widths": self.curve_widths, "after": digest(out["score"])}
         out["search"] = {"budget": self.budget.to_json(), "workload": self.workload.to_json(),
                          "space": self.space.to_json(), "search": r.search.model_dump(exclude={"measure", "finalists"}),
@@ -70,8 +70,8 @@ class Plan:
                           "after": digest(out["search"])}
         out["tournament"] = {"finalists": r.search.finalists, "distillation": d, "seed": seed,
                              "after": digest(out["measure"])}
-        out["distil"] = {"distillation": d, "after": digest(out["tournament"])}
-        out["export"] = {"after": digest(out["distil"])}
+        out["distill"] = {"distillation": d, "after": digest(out["tournament"])}
+        out["export"] = {"after": digest(out["distill"])}
         return out
 
     def estimates(self) -> dict[str, float]:
@@ -84,12 +84,12 @@ class Plan:
         points = sum(len(w) for w in self.curve_widths.values())
         share = min(r.distillation.tournament_tokens, r.distillation.tokens)
         per_token = parent + 3 * child
-        flops = {"tokenise": 0.0, "score": calibration * parent * (self.parent.num_layers / 2 + 2),
+        flops = {"tokenize": 0.0, "score": calibration * parent * (self.parent.num_layers / 2 + 2),
                  "curves": calibration * parent * (points + 1), "search": 0.0,
                  "measure": held_out * (parent + child * min(r.search.measure, self.feasible)),
                  "tournament": float(per_token * share * min(r.search.finalists, self.feasible)),
-                 "distil": float(per_token * (r.distillation.tokens - share)), "export": held_out * 3.0 * parent}
-        fixed = {"tokenise": 5.0, "search": 1.0, "export": 15.0}
+                 "distill": float(per_token * (r.distillation.tokens - share)), "export": held_out * 3.0 * parent}
+        fixed = {"tokenize": 5.0, "search": 1.0, "export": 15.0}
         return {name: count / speed + fixed.get(name, 0.5) for name, count in flops.items()}
 
     def lines(self) -> list[str]:
@@ -108,7 +108,7 @@ class Plan:
             f"space      {self.points:,} architectures, {self.feasible:,} within the budget; the largest of them "
             f"{human_count(self.largest.parameters)} parameters, {human_bytes(self.largest.memory_bytes)}",
             f"then       measure {min(self.recipe.search.measure, self.feasible)}, tournament of "
-            f"{min(self.recipe.search.finalists, self.feasible)}, distil the winner on "
+            f"{min(self.recipe.search.finalists, self.feasible)}, distill the winner on "
             f"{human_count(self.recipe.distillation.tokens)} tokens",
             "stages     " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in estimates.items()),
             f"time       about {sum(estimates.values()) / 60:.1f} min on this machine (a rough estimate)",

@@ -79,7 +79,8 @@ class Terminal(Reporter):
         begin = time.perf_counter()
         bars = Progress(TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn(),
                         TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-                        TextColumn(f"then {left / 60:.1f} min more" if left > 3 else ""), TextColumn("{task.fields[note]}"),
+                        TextColumn(f"then {left / 60:.1f} min more" if left > 3 else ""),
+                        TextColumn("{task.fields[note]}"),
                         console=self.console, transient=True, disable=not self.console.is_terminal)
         note = ""
         with bars:

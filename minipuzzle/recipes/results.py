@@ -41,7 +41,8 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
                    "architecture": job.plan.parent.to_json(), "cost": job.plan.parent_cost.to_json()},
         "result": {"parameters": found["parameters"], "memory_bytes": chosen.cost.memory_bytes,
                    "loss_sliced": cut["loss"], "loss_pruned": cut["loss"], "loss_distilled": final["loss"],
-                   "loss_distilled_stderr": final.get("loss_stderr"), "kl_pruned": cut["kl"], "kl_distilled": final["kl"],
+                   "loss_distilled_stderr": final.get("loss_stderr"),
+                   "kl_pruned": cut["kl"], "kl_distilled": final["kl"],
                    "agreement_distilled": final["agreement"], "path": str(job.run.path / "model"),
                    "candidate": chosen.name, "architecture": chosen.architecture.to_json(),
                    "cost": chosen.cost.to_json(), "kept_layers": list(chosen.kept_layers),
@@ -88,7 +89,7 @@ def _distillation(job: Job, candidates: list[Candidate], seconds: dict[str, floa
     share = job.plan.recipe.distillation.tournament_tokens
     logs = [(c.name, training_log(job, c)) for c in candidates if c.after_distillation]
     return {"tokens": curve[-1]["tokens"] if curve else 0,
-            "seconds": seconds.get("tournament", 0.0) + seconds.get("distil", 0.0),
+            "seconds": seconds.get("tournament", 0.0) + seconds.get("distill", 0.0),
             "tokens_per_second": curve[-1]["tokens_per_second"] if curve else None, "curve": curve,
             "tournament": [{"candidate": name, "curve": [row for row in rows if row["tokens"] <= 1.1 * share]}
                            for name, rows in logs]}
@@ -102,17 +103,20 @@ def _warnings(job: Job, gap: float) -> list[str]:
     if workload.precision != "bf16":
         out.append(f"memory is counted for {workload.precision}; the folder stays in {job.folder.dtype} and must be "
                    "quantised to reach it")
-    out.append("transformers clamps dt at time_step_min while it reads a prompt; serving engines and the numbers here "
-               "do not (set mixer.time_step_limit = (0.0, inf) after loading to get them)")
     return out
 
 
 def _defaults(job: Job) -> list[str]:
-    """Every setting that the user did not choose, against the schema's own defaults."""
-    default = type(job.plan.recipe)().model_dump()
+    """The settings that are the schema's own defaults, by section."""
     chosen = job.plan.recipe.model_dump()
-    return [f"{section}: " + ", ".join(f"{k} = {v}" for k, v in values.items() if chosen[section].get(k) == v)
-            for section, values in default.items() if isinstance(values, dict)]
+    out = []
+    for section, values in type(job.plan.recipe)().model_dump().items():
+        if not isinstance(values, dict):
+            continue
+        same = [f"{k} = {v}" for k, v in values.items() if chosen[section].get(k) == v]
+        if same:
+            out.append(f"{section}: {', '.join(same)}")
+    return out
 
 
 def stage_list(job: Job) -> list[dict[str, Any]]:

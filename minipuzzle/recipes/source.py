@@ -32,8 +32,8 @@ def find_model(model: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja",
-                                                                  "LICENSE*", "NOTICE*"]))
+        return Path(snapshot_download(str(model), allow_patterns=[
+            "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise RecipeError(f"{model}: no such folder, and the Hub did not give it "
                           f"({str(error).strip().splitlines()[0]})") from None

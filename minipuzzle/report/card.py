@@ -44,9 +44,11 @@ def model_card(report: dict[str, Any]) -> str:
 def _front_matter(report: dict[str, Any]) -> str:
     model_type = at(report, "parent", "architecture", "model_type")
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if report.get("model"):  # a folder's name where the parent was a folder: the Hub takes no path here
-        model = str(report["model"])
-        front["base_model"] = model if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) else re.split(r"[/\\]", model)[-1]
+    model = str(report.get("model") or "")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):  # a folder: the Hub takes no path here
+        model = re.sub(r"[^\w.-]+", "-", re.split(r"[/\\]", model)[-1]).strip("-")
+    if model:
+        front["base_model"] = model
     licence = report.get("license") or at(report, "parent", "license")
     if licence:
         front["license"] = licence

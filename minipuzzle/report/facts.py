@@ -151,8 +151,8 @@ def candidate_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
             cells.append((width, width.split("..")[0]))
         for value, form in ((at(c, "cost", "parameters"), count), (at(c, "cost", "memory_bytes"), size),
                             (at(c, "predicted", "damage"), number), (at(c, "measured", "kl"), number),
-                            (at(c, "measured", "loss"), number), (at(c, "measured", "agreement"), percent),
-                            (at(c, "after_distillation", "loss"), number)):
+                            (at(c, "measured", "loss"), number), (at(c, "after_distillation", "loss"), number),
+                            (at(c, "measured", "agreement"), percent)):
             cells.append((form(value), value))
         role = "winner" if c is winner(report) else "finalist" if c.get("after_distillation") else ""
         rows.append({"cells": cells, "role": role})

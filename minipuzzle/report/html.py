@@ -48,7 +48,7 @@ FIGURES = (
 )
 NARROW = ("tournament", "memory")  # sections whose figures take half the width
 HEADINGS = ("#", "candidate", "M", "*", "-", "hidden", "FFN", "heads", "channels", "parameters", "memory",
-            "predicted", "KL", "loss", "agreement", "loss after")
+            "predicted", "KL", "loss", "loss after", "agreement")
 SAMPLES = (("parent", "Parent"), ("pruned", "Pruned, not trained"), ("distilled", "Pruned and distilled"))
 
 

@@ -280,5 +280,6 @@ def _grid_row(axis: Axes, y: int, candidate: dict[str, Any], pattern: str) -> No
 
 
 def _short(name: Any) -> str:
+    """Names often differ at their end only: cut the middle."""
     text = str(name)
-    return text if len(text) <= 22 else text[:21] + "…"
+    return text if len(text) <= 22 else f"{text[:9]}…{text[-12:]}"
