@@ -12,6 +12,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from minipuzzle.core.errors import RecipeError
 
@@ -67,7 +68,7 @@ def _text(path: Path, name: str) -> Iterator[Document]:
                           ".jsonl or .parquet") from None
 
 
-def _rows(rows: Iterator[dict], name: str) -> Iterator[Document]:
+def _rows(rows: Iterator[dict[str, Any]], name: str) -> Iterator[Document]:
     for number, row in enumerate(rows):
         key = next((k for k in TEXT_KEYS if isinstance(row.get(k), str)), None)
         if key is None:
@@ -76,7 +77,7 @@ def _rows(rows: Iterator[dict], name: str) -> Iterator[Document]:
 
 
 def _jsonl(path: Path, name: str) -> Iterator[Document]:
-    def parse() -> Iterator[dict]:
+    def parse() -> Iterator[dict[str, Any]]:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines):
                 if not line.strip():

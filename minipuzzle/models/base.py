@@ -49,6 +49,14 @@ class Family(ABC):
         """The indices along an axis of the parent's layer that `selection` keeps; None keeps all."""
 
     @abstractmethod
+    def top_readers(self) -> dict[str, tuple[str, ...]]:
+        """Norm of the stream outside the layers -> the matrices that read its output."""
+
+    @abstractmethod
+    def layer_readers(self, kind: str) -> dict[str, tuple[str, ...]]:
+        """The layer's norm of the stream -> the matrices that read its output."""
+
+    @abstractmethod
     def layer_prefix(self, layer: int) -> str:
         """What precedes a layer's weight names on disk."""
 

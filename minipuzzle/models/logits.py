@@ -48,11 +48,11 @@ def token_metrics(hiddens_BTD: Sequence[torch.Tensor], head_VD: torch.Tensor, id
             log_q = _log_probs(hidden[i : i + step, :-1], head_VD)
             guess = log_q.argmax(-1)
             loss = -log_q.gather(-1, targets[..., None]).squeeze(-1)
-            parts = [loss, guess == targets]
+            parts: list[torch.Tensor] = [loss, torch.eq(guess, targets)]
             if log_p is None or p is None:
                 parts += [torch.zeros_like(loss), torch.ones_like(loss)]
             else:
-                parts += [(p * (log_p - log_q)).sum(-1), guess == best]
+                parts += [(p * (log_p - log_q)).sum(-1), torch.eq(guess, best)]
             row.append(torch.stack([part.double().mean(-1) for part in parts]))
     return [TokenMetrics(*torch.cat(row, 1)) for row in rows]
 
@@ -98,6 +98,6 @@ def kl_loss(hidden_nD: torch.Tensor, head_VD: torch.Tensor, teacher_hidden_nD: t
     Forward KL on logits only (Nemotron-H, section 3; Minitron, arXiv:2407.14679, eq. 5), without the factor
     temperature squared.
     """
-    loss: torch.Tensor = _ChunkedKL.apply(hidden_nD, head_VD, teacher_hidden_nD, teacher_head_VD, temperature,
-                                          chunk_tokens)
+    loss: torch.Tensor = _ChunkedKL.apply(  # type: ignore[no-untyped-call]
+        hidden_nD, head_VD, teacher_hidden_nD, teacher_head_VD, temperature, chunk_tokens)
     return loss

@@ -92,7 +92,7 @@ class NemotronH(Family):
         heads, channels = selection.heads[layer], selection.channels[layer]
         if axis == "mamba_heads":
             return heads
-        inner = (heads[:, None] * arch.mamba_head_dim + channels).reshape(-1)
+        inner: np.ndarray = (heads[:, None] * arch.mamba_head_dim + channels).reshape(-1)
         if axis == "mamba_inner":
             return inner
         bc = np.arange(2 * arch.n_groups * arch.state_size)  # groups and state are never cut
@@ -101,6 +101,16 @@ class NemotronH(Family):
         assert axis == "mamba_in"
         z, x, bc_at, dt = 0, arch.mamba_inner, 2 * arch.mamba_inner, arch.mamba_inner + arch.mamba_conv
         return np.concatenate([z + inner, x + inner, bc_at + bc, dt + heads])
+
+    def top_readers(self) -> dict[str, tuple[str, ...]]:
+        return {"backbone.norm_f.weight": ("lm_head.weight",)}
+
+    def layer_readers(self, kind: str) -> dict[str, tuple[str, ...]]:
+        return {"norm.weight": {
+            MAMBA: ("mixer.in_proj.weight",),
+            ATTENTION: ("mixer.q_proj.weight", "mixer.k_proj.weight", "mixer.v_proj.weight"),
+            FFN: ("mixer.up_proj.weight",),
+        }[kind]}
 
     def layer_prefix(self, layer: int) -> str:
         return f"backbone.layers.{layer}."

@@ -17,6 +17,7 @@ import torch
 from minipuzzle.core.candidate import Candidate
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.rundir import RunDir, digest
+from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blocks import TokenBlocks, load_blocks
 from minipuzzle.evaluate.quality import Reference
 from minipuzzle.models.walk import Model
@@ -24,6 +25,8 @@ from minipuzzle.models.weights import COMPANIONS, ModelFolder
 from minipuzzle.recipes.plan import Plan
 from minipuzzle.recipes.progress import Reporter, Update
 from minipuzzle.search.rank import rank
+from minipuzzle.surgery.cut import Cutter
+from minipuzzle.surgery.rotate import Rotation
 
 STAGES = ("tokenize", "score", "curves", "search", "measure", "tournament", "distill", "export")
 
@@ -70,6 +73,25 @@ class Job:
     def reference(self) -> Reference:
         """The parent on the held-out blocks."""
         return Reference(self.model, self.evaluation_ids)
+
+    @cached_property
+    def cutter(self) -> Cutter:
+        """The surgery that the recipe asks for."""
+        rotation = Rotation.read(self.run.path / "scores" / "rotation.safetensors") if self.rotates else None
+        return Cutter(self.model, self.width_scores, rotation)
+
+    @cached_property
+    def plain_cutter(self) -> Cutter:
+        """Plain selection: the papers' method, and what results are compared with."""
+        return Cutter(self.model, self.width_scores) if self.rotates else self.cutter
+
+    @property
+    def rotates(self) -> bool:
+        return self.plan.recipe.surgery.hidden == "rotate"
+
+    @cached_property
+    def width_scores(self) -> WidthScores:
+        return WidthScores.read(self.run.path / "scores" / "widths.safetensors")
 
     # data ------------------------------------------------------------------------------------------
 

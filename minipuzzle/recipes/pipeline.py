@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,13 @@ import torch
 from minipuzzle.core.candidate import Candidate, to_frame
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.rundir import RunDir, digest, write_atomic, write_json
-from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores
+from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.data.blocks import tokenize
 from minipuzzle.distill.loop import TrainSettings, distill_model, load_student, read_metrics
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.importance.curves import measure_curves
 from minipuzzle.importance.layers import score_layers
 from minipuzzle.importance.widths import score_widths
-from minipuzzle.models.axes import select
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
@@ -41,6 +41,7 @@ from minipuzzle.report.html import write_report
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.rank import diverse, rank
 from minipuzzle.surgery.gate import reload_gate
+from minipuzzle.surgery.rotate import find_rotation
 
 EVALUATIONS = 12  # looks at held-out blocks during the long distillation
 EVALUATION_BLOCKS = 16
@@ -116,13 +117,16 @@ def tokenize_data(job: Job) -> None:
         files = []
         for i, source in enumerate(sources):
             folder = job.token_folder(source)
-            tokenize(source, job.tokenizer, folder, job.tokenizer_hash,
-                     lambda done, i=i, source=source: update(i, f"{source}: {done} documents"))
+            tokenize(source, job.tokenizer, folder, job.tokenizer_hash, partial(_say_documents, update, i, source))
             files += [folder / "tokens.json", folder / "train.bin", folder / "held_out.bin"]
         _check_length(job)
         return files
 
     job.stage("tokenize", len(sources), make)
+
+
+def _say_documents(update: Update, place: int, source: str, done: int) -> None:
+    update(place, f"{source}: {done} documents")
 
 
 def _check_length(job: Job) -> None:
@@ -156,13 +160,16 @@ def score(job: Job) -> None:
 
 
 def curves(job: Job) -> None:
-    """width scores -> RUN/scores/width_curves.csv"""
+    """width scores, and the rotation of the stream if one is asked for -> RUN/scores/width_curves.csv"""
     def make(update: Update) -> list[Path]:
-        widths = WidthScores.read(job.run.path / "scores" / "widths.safetensors")
-        measured = measure_curves(job.model, widths, job.plan.curve_widths, job.calibration_ids, update_count(update))
-        path = job.run.path / "scores" / "width_curves.csv"
-        measured.write(path)
-        return [path]
+        files = [job.run.path / "scores" / "width_curves.csv"]
+        if job.rotates:
+            files.append(job.run.path / "scores" / "rotation.safetensors")
+            find_rotation(job.model, job.calibration_ids).write(files[-1])
+        measured = measure_curves(job.model, job.cutter.cut, job.cutter.expand, job.plan.curve_widths,
+                                  job.calibration_ids, update_count(update))
+        measured.write(files[0])
+        return files
 
     job.stage("curves", sum(len(w) for w in job.plan.curve_widths.values()), make)
 
@@ -183,31 +190,24 @@ def search(job: Job) -> None:
     job.stage("search", 1, make)
 
 
-def sliced(job: Job, candidate: Candidate) -> Model:
-    """The candidate by plain selection, as its written checkpoint would be."""
-    scores = WidthScores.read(job.run.path / "scores" / "widths.safetensors")
-    selection = select(job.plan.parent, candidate.architecture, candidate.kept_layers, scores)
-    return job.model.slice(candidate.architecture, selection)
-
-
 def measure_candidates(job: Job) -> None:
-    """The best predicted candidates, sliced and measured on held-out blocks -> RUN/search/measured.json"""
+    """The best predicted candidates, cut and measured on held-out blocks -> RUN/search/measured.json"""
     chosen = diverse(job.read_candidates("predicted"), job.plan.recipe.search.measure)
 
     def make(update: Update) -> list[Path]:
-        partial = job.run.path / "search" / f"measured-{digest(job.inputs['measure'])}.jsonl"
-        known = dict(json.loads(line) for line in partial.read_text().splitlines()) if partial.is_file() else {}
-        with partial.open("a") as lines:
+        unfinished = job.run.path / "search" / f"measured-{digest(job.inputs['measure'])}.jsonl"
+        known = dict(json.loads(line) for line in unfinished.read_text().splitlines()) if unfinished.is_file() else {}
+        with unfinished.open("a") as lines:
             for done, candidate in enumerate(chosen):
                 if candidate.name not in known:
-                    known[candidate.name] = measure(sliced(job, candidate), job.reference)
+                    known[candidate.name] = measure(_pruned(job, candidate), job.reference)
                     lines.write(json.dumps([candidate.name, known[candidate.name]]) + "\n")
                     lines.flush()
                 update(done + 1, f"best KL {min(m['kl'] for m in known.values()):.3f}")
         every = [dataclasses.replace(c, measured=known.get(c.name)) for c in job.read_candidates("predicted")]
         path = job.run.path / "search" / "measured.json"
         job.write_candidates(path, rank(every))
-        partial.unlink()
+        unfinished.unlink()
         return [path]
 
     job.stage("measure", len(chosen), make)
@@ -227,8 +227,7 @@ def tournament(job: Job) -> None:
         for i, candidate in enumerate(finalists):
             student = _student(job, candidate)
             distill_model(student, job.model, training_blocks(job), settings(job), _state_folder(job, candidate), share,
-                          progress=lambda done, loss, i=i, name=candidate.name: update(
-                              i * share + done, f"{name} KL {loss:.3f}"))
+                          progress=partial(_say_loss, update, i * share, candidate.name))
             results[candidate.name] = measure(_as_written(job, student), job.reference)
         path = job.run.path / "search" / "tournament.json"
         every = rank([dataclasses.replace(c, after_distillation=results.get(c.name)) for c in every])
@@ -236,6 +235,10 @@ def tournament(job: Job) -> None:
         return [path]
 
     job.stage("tournament", share * job.plan.recipe.search.finalists, make)
+
+
+def _say_loss(update: Update, before: int, name: str, tokens: int, loss: float) -> None:
+    update(before + tokens, f"{name} KL {loss:.3f}")
 
 
 def settings(job: Job) -> TrainSettings:
@@ -253,8 +256,13 @@ def _state_folder(job: Job, candidate: Candidate) -> Path:
     return job.run.path / "distillation" / f"{candidate.name}-{digest(job.inputs['tournament'])}"
 
 
+def _pruned(job: Job, candidate: Candidate) -> Model:
+    """The candidate before training, as its checkpoint would be written."""
+    return job.cutter.cut(candidate.architecture, candidate.kept_layers)
+
+
 def _student(job: Job, candidate: Candidate) -> HybridLM:
-    return HybridLM(job.folder.family, candidate.architecture, sliced(job, candidate).by_name())
+    return HybridLM(job.folder.family, candidate.architecture, _pruned(job, candidate).by_name())
 
 
 def _as_written(job: Job, student: HybridLM) -> Model:
@@ -283,7 +291,7 @@ def distill(job: Job) -> None:
         distill_model(student, job.model, training_blocks(job), settings(job), state,
                       evaluate=lambda s: measure(_as_written(job, s), some),
                       evaluate_every=max(1, steps // EVALUATIONS),
-                      progress=lambda done, loss: update(done, f"KL {loss:.3f}"))
+                      progress=partial(_say_loss, update, 0, candidate.name))
         shutil.copyfile(state / "metrics.jsonl", metrics)
         return [metrics]
 
@@ -295,7 +303,8 @@ def export(job: Job) -> None:
     def make(update: Update) -> list[Path]:
         candidate = winner(job)
         student = _student(job, candidate)
-        cut = measure(_as_written(job, student), job.reference)
+        pruned = measure(_as_written(job, student), job.reference)
+        plain = measure(job.plain_cutter.cut(candidate.architecture, candidate.kept_layers), job.reference)
         if job.plan.recipe.distillation.tokens:
             load_student(_state_folder(job, candidate), student)
         unchecked, final = job.run.path / "model-unchecked", job.run.path / "model"
@@ -306,7 +315,7 @@ def export(job: Job) -> None:
         update(0.3, "written; reloading in transformers")
         difference = reload_gate(unchecked, job.evaluation_ids[:2])
         written = open_model(unchecked)
-        result = {"reload_difference": difference, "sliced": cut, "parameters": sum(
+        result = {"reload_difference": difference, "sliced": plain, "pruned": pruned, "parameters": sum(
             written.read(name).numel() for name in written.files)}
         if result["parameters"] != candidate.cost.parameters:
             raise AssertionError(f"{result['parameters']} parameters written, {candidate.cost.parameters} priced")
@@ -314,7 +323,7 @@ def export(job: Job) -> None:
         result["distilled"] = measure(model, job.reference)
         result["parent"] = measure(job.model, job.reference)
         update(0.7, "writing samples")
-        result["samples"] = _samples(job, {"parent": job.model, "pruned": sliced(job, candidate), "distilled": model})
+        result["samples"] = _samples(job, {"parent": job.model, "pruned": _pruned(job, candidate), "distilled": model})
         shutil.rmtree(final, ignore_errors=True)
         unchecked.replace(final)
         path = job.run.path / "search" / "result.json"

@@ -21,7 +21,7 @@ from minipuzzle.search.space import Space, resolve_space
 # key, the only value that exists so far, and what to say. Accepting and ignoring a setting would be a lie.
 _NOT_YET = (("scores.iterative", False), ("scores.racing", False), ("search.strategy", "grid"),
             ("search.damage", "additive"), ("search.export", "uniform"), ("distillation.precision", "fp32"),
-            ("surgery.refit", "none"), ("surgery.hidden", "select"))
+            ("surgery.refit", "none"))
 CURVE_POINTS = 3  # measured widths per axis; between them the search interpolates
 # of a large matrix product's speed: what the whole forward pass of a hybrid reaches on CPU, from
 # benchmarks/results/main_job.json; only the estimates of time depend on it
@@ -61,13 +61,12 @@ class Plan:
         out["tokenize"] = {"data": {"calibration": r.calibration.data, "evaluation": r.evaluation.data,
                                     "distillation": r.distillation.data}, "tokenizer": tokenizer}
         out["score"] = {"model": model, "calibration": r.calibration.model_dump(), "after": digest(out["tokenize"])}
-        out["curves"] = {"widths": self.curve_widths, "after": digest(out["score"])}
+        out["curves"] = {"widths": self.curve_widths, "hidden": r.surgery.hidden, "after": digest(out["score"])}
         out["search"] = {"budget": self.budget.to_json(), "workload": self.workload.to_json(),
                          "space": self.space.to_json(), "search": r.search.model_dump(exclude={"measure", "finalists"}),
                          "layer_metric": r.scores.layer_metric, "after": digest(out["curves"])}
         out["measure"] = {"measure": r.search.measure, "evaluation": r.evaluation.model_dump(),
-                          "sequence_length": r.calibration.sequence_length, "surgery": r.surgery.model_dump(),
-                          "after": digest(out["search"])}
+                          "sequence_length": r.calibration.sequence_length, "refit": r.surgery.refit, "after": digest(out["search"])}
         out["tournament"] = {"finalists": r.search.finalists, "distillation": d, "seed": seed,
                              "after": digest(out["measure"])}
         out["distill"] = {"distillation": d, "after": digest(out["tournament"])}

@@ -40,7 +40,10 @@ class Reporter:
 
     @contextmanager
     def _show(self, name: str, total: float) -> Iterator[Update]:
-        yield lambda done, text="": interrupt.check()
+        def update(done: float, text: str) -> None:
+            interrupt.check()
+
+        yield update
 
 
 class Terminal(Reporter):

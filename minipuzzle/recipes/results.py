@@ -25,11 +25,11 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
     """report.json (docs/files.md). Losses in nats per token, all on the same held-out blocks."""
     chosen = next(c for c in candidates if c.chosen)
     found = json.loads((job.run.path / "search" / "result.json").read_text())
-    parent, cut, final = found["parent"], found["sliced"], found["distilled"]
+    parent, plain, pruned, final = (found[name] for name in ("parent", "sliced", "pruned", "distilled"))
     held_out = job.evaluation_blocks
     stages = stage_list(job)
     seconds = {s["name"]: s["seconds"] for s in stages}
-    gap = cut["loss"] - parent["loss"]
+    gap = plain["loss"] - parent["loss"]
     return {
         "schema": 1,
         "model": "bundled model" if job.folder.path.parent.name == "bundled" else job.folder.path.name,
@@ -40,13 +40,13 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
                    "loss": parent["loss"], "loss_stderr": parent.get("loss_stderr"), "path": str(job.folder.path),
                    "architecture": job.plan.parent.to_json(), "cost": job.plan.parent_cost.to_json()},
         "result": {"parameters": found["parameters"], "memory_bytes": chosen.cost.memory_bytes,
-                   "loss_sliced": cut["loss"], "loss_pruned": cut["loss"], "loss_distilled": final["loss"],
+                   "loss_sliced": plain["loss"], "loss_pruned": pruned["loss"], "loss_distilled": final["loss"],
                    "loss_distilled_stderr": final.get("loss_stderr"),
-                   "kl_pruned": cut["kl"], "kl_distilled": final["kl"],
+                   "kl_pruned": pruned["kl"], "kl_distilled": final["kl"],
                    "agreement_distilled": final["agreement"], "path": str(job.run.path / "model"),
                    "candidate": chosen.name, "architecture": chosen.architecture.to_json(),
                    "cost": chosen.cost.to_json(), "kept_layers": list(chosen.kept_layers),
-                   "recovery": (cut["loss"] - final["loss"]) / gap if gap > 0 else None,
+                   "recovery": (plain["loss"] - final["loss"]) / gap if gap > 0 else None,
                    "gap_left": final["loss"] - parent["loss"], "reload_difference": found["reload_difference"]},
         "budget": job.plan.budget.to_json(),
         "workload": job.plan.workload.to_json(),

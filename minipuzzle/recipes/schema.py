@@ -60,8 +60,8 @@ class ScoresSection(_Section):
 class SpaceSection(_Section):
     """Ranges `[low, high]` or `[low, high, step]`; numbers, or parts of the parent such as `0.5x`."""
 
-    drop_mamba: Range = [0, "0.4x"]
-    drop_ffn: Range = [0, "0.4x"]
+    drop_mamba: Range = [0, "0.5x"]
+    drop_ffn: Range = [0, "0.6x"]
     drop_attention: Range = [0, "0.5x"]
     hidden_size: Range = ["0.625x", "1x", "0.125x"]
     ffn_size: Range = ["0.25x", "1x", "0.125x"]
@@ -86,7 +86,7 @@ class EvaluationSection(_Section):
 
 
 class SurgerySection(_Section):
-    hidden: Literal["select", "rotate"] = "select"
+    hidden: Literal["select", "rotate"] = "rotate"
     refit: Literal["none", "ridge"] = "none"
 
 
@@ -97,8 +97,8 @@ class DistillationSection(_Section):
     tournament_tokens: Decimal = Field(100_000, ge=0)
     tokens: Decimal = Field(600_000, ge=0)
     sequence_length: Binary = Field(256, ge=2)
-    batch_tokens: Binary = Field(4096, ge=1)
-    learning_rate: float = Field(1.0e-3, gt=0)
+    batch_tokens: Binary = Field(2048, ge=1)
+    learning_rate: float = Field(3.0e-3, gt=0)
     temperature: float = Field(1.0, gt=0)
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
 
