@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
+from click.core import ParameterSource
 
 from minipuzzle._version import __version__
 from minipuzzle.core import interrupt
@@ -92,6 +93,12 @@ def _print(data: Any, as_json: bool, lines: list[str]) -> None:
     click.echo(json.dumps(data, indent=1, allow_nan=False) if as_json else "\n".join(lines))
 
 
+def _given(*names: str) -> list[str]:
+    """Those of the current command's options that the user wrote."""
+    ctx = click.get_current_context()
+    return [n for n in names if ctx.get_parameter_source(n) not in (None, ParameterSource.DEFAULT)]
+
+
 def _command() -> str:
     return shlex.join(["minipuzzle", *sys.argv[1:]])
 
@@ -100,11 +107,12 @@ def _command() -> str:
 @click.argument("model", required=False)
 @recipe_options
 @run_options
+@click.option("--candidate", help="With a finished run as MODEL: distil this candidate in place of the winner.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; touch no weight.")
 @click.option("--redo", is_flag=True, help="Make the stages again that a changed recipe invalidates.")
 @click.option("--fresh", is_flag=True, help="Forget what the run directory holds.")
 def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool,
-          dry_run: bool, redo: bool, fresh: bool) -> None:
+          candidate: str | None, dry_run: bool, redo: bool, fresh: bool) -> None:
     """The whole pipeline: score, search, measure, distill, export, report.
 
     MODEL is a Hugging Face folder or a Hub id; left out: the bundled model.
@@ -112,16 +120,20 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     \b
     minipuzzle prune
     minipuzzle prune my-model --budget memory=0.6x --data texts/ -o runs/mine
+    minipuzzle prune runs/mine --candidate c0012
     """
     from minipuzzle.recipes import pipeline
     from minipuzzle.recipes.progress import Terminal
 
+    if candidate is not None:
+        model, recipe, output_dir, seed = pipeline.reopen(model, _given("name", "budgets", "data", "settings", "seed",
+                                                                        "output_dir"))
     if dry_run:
         _, plan = pipeline.prepare(model, recipe)
         _print(plan.to_json(), as_json, plan.lines())
         return
     run = pipeline.prune(model, recipe, output_dir, seed=seed, device=device, redo=redo, fresh=fresh,
-                         reporter=Terminal(), command=_command())
+                         candidate=candidate, reporter=Terminal(), command=_command())
     parent, result = run.report["parent"], run.report["result"]
     recovered = "" if result["recovery"] is None else f" ({result['recovery']:.0%} of the gap recovered)"
     _print(run.report, as_json, [
@@ -144,26 +156,35 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def inspect(model: str, precision: str, kv_precision: str, state_precision: str, context: str, batch: int,
             as_json: bool) -> None:
-    """Architecture, parameters and memory of a folder or a config.json.
+    """Architecture, parameters, memory and FLOPs of a model, from its configuration alone.
+
+    MODEL is a folder, a config.json or a published name: nemotron-h-56b, nemotron-3-nano-30b-a3b, ...
 
     \b
-    minipuzzle inspect my-model --precision nvfp4 --context 1M
+    minipuzzle inspect my-model
+    minipuzzle inspect nemotron-h-56b --precision nvfp4 --kv-precision nvfp4 --context 1M
     """
-    from minipuzzle.core.architecture import Architecture, read_config
+    from minipuzzle.core.architecture import Architecture
     from minipuzzle.core.budget import Workload, parse_quantity
     from minipuzzle.core.cost import inspect as inspect_architecture
+    from minipuzzle.core.published import find_config
 
-    arch = Architecture.from_config(read_config(Path(model)))
+    arch = Architecture.from_config(find_config(model))
     workload = Workload(precision, kv_precision, state_precision, (), parse_quantity(context, "binary"), batch)
     data = inspect_architecture(arch, workload)
     counts, memory = data["parameters"], data["memory"]
     _print(data, as_json, [
         f"{arch.model_type}: {arch}", f"pattern     {arch.pattern}",
-        f"parameters  {counts['total']:,} (" + ", ".join(f"{k} {human_count(v)}" for k, v in counts.items()
-                                                         if v and k not in ("total", "active")) + ")",
+        f"parameters  {counts['total']:,} (" + ", ".join(
+            f"{k} {human_count(v)}" for k, v in counts.items() if v and k not in ("total", "active", "mtp")) + ")"
+        + (f", {counts['active']:,} active" if counts["active"] < counts["total"] else "")
+        + (f"; apart from it {counts['mtp']:,} for multi-token prediction" if counts["mtp"] else ""),
         f"memory      {human_bytes(memory['total_bytes'])} (weights {human_bytes(memory['weights_bytes'])}, KV cache "
         f"{human_bytes(memory['kv_cache_bytes'])}, Mamba state {human_bytes(memory['mamba_state_bytes'])}) "
-        f"at {precision}, KV {kv_precision}, state {state_precision}, context {workload.context}, batch {batch}"])
+        f"at {precision}, KV {kv_precision}, state {state_precision}, context {workload.context}, batch {batch}",
+        f"workspace   {human_bytes(data['workspace_bytes'])} on top, at the peak",
+        f"FLOPs       {human_count(data['flops_per_token'])} to decode a token at the end of the context, "
+        f"{human_count(data['prefill_flops_per_token'])} a token of the prompt"])
 
 
 @main.command()
@@ -186,26 +207,36 @@ def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device
 
 @main.command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
-@click.option("--model", "config", type=click.Path(path_type=Path), help="A model folder or a config.json.")
-@click.option("--scores", type=click.Path(path_type=Path), help="A run, its scores folder, or a CSV with layer,kind,METRIC.")
+@click.option("--model", "config", type=click.Path(path_type=Path), help="A folder, a config.json or a published name.")
+@click.option("--scores", type=click.Path(path_type=Path),
+              help="A run, its scores folder, or a CSV of layer,kind,METRIC.")
 @recipe_options
 @click.option("-o", "--output-dir", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def search(run: Path | None, config: Path | None, scores: Path | None, recipe: Recipe, output_dir: Path | None,
            as_json: bool) -> None:
-    """Candidates from scores and a budget; no weights. RUN: search a finished run again, into RUN/searches/.
+    """Candidates from scores and a budget; no weights. RUN: search it again, into RUN/searches/, by its own recipe.
+
+    Several values of one budget are a sweep: a table with the best predicted candidate of each.
 
     \b
     minipuzzle search --model config.json --scores layers.csv --budget memory=31.7GiB -o found
-    minipuzzle search runs/mine --budget memory=0.4x
+    minipuzzle search runs/mine --budget memory=0.5x,0.6x,0.7x
     """
-    from minipuzzle.recipes.research import research
+    from minipuzzle.recipes.research import research, run_recipe
 
+    if _given("data"):
+        raise RecipeError("search reads scores and no data; leave --data out")
+    if run is not None and not _given("name"):
+        given = click.get_current_context().params
+        recipe = run_recipe(run, _pairs(given["budgets"], "--budget"),
+                            {k: yaml.safe_load(v) for k, v in _pairs(given["settings"], "--set").items()})
     path, data, frame = research(recipe, run, config, scores, output_dir)
-    columns = [c for c in ("name", "pattern", "hidden_size", "ffn_size", "mamba_num_heads", "mamba_head_dim", "parameters",
-                           "memory_bytes", "predicted_damage") if c in frame.columns]
-    _print(data, as_json, [frame[columns].head(20).to_string(index=False),
-                           f"{len(frame):,} candidates in {path}"])
+    columns = [c for c in ("budget", "name", "num_mamba", "num_ffn", "num_attention", "hidden_size", "ffn_size",
+                           "mamba_num_heads", "mamba_head_dim", "parameters", "memory_bytes", "predicted_damage",
+                           "folder", "note") if c in frame.columns]
+    what = "budgets" if "budget" in columns else "candidates"
+    _print(data, as_json, [frame[columns].head(20).to_string(index=False), f"{len(frame):,} {what} in {path}"])
 
 
 @main.command()

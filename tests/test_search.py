@@ -20,7 +20,8 @@ from minipuzzle.core.cost import cost
 from minipuzzle.core.errors import CorruptArtifact, Infeasible, RecipeError
 from minipuzzle.core.scores import WIDTH_AXES, LayerScores, WidthCurves
 from minipuzzle.search import grid
-from minipuzzle.search.grid import drop_order, search_architectures
+from minipuzzle.search.damage import drop_order
+from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.infeasible import round_up
 from minipuzzle.search.prices import prices
 from minipuzzle.search.rank import diverse, rank, rank_correlation

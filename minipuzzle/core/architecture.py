@@ -1,26 +1,27 @@
 """Architecture: the layers and widths of a hybrid language model, and their spelling in a config.json.
 
-A pattern is the string of the blocks, one character a layer: `M` Mamba-2, `*` attention, `-` FFN.
-Two spellings exist on disk (`hybrid_override_pattern`, `layers_block_type`); both are read, the
-first is written, because every engine reads that one (docs/method.md, "The config that travels").
+A pattern is the string of the blocks, one character a layer: `M` Mamba-2, `*` attention, `-` FFN, `E` MoE.
+How it stands in a config.json is core/config.py's part for reading and `to_config`'s for writing.
+
+All kinds and both families can be counted (core/cost.py). Only `M * -` of nemotron_h can be pruned so far, which
+models/__init__.py checks before a weight is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError, UnsupportedModel
+from minipuzzle.core.config import ATTENTION, FFN, MAMBA, MOE, NEMOTRON, read_config, read_pattern, read_values
+from minipuzzle.core.errors import UnsupportedModel
 
-MAMBA, ATTENTION, FFN, MOE = "M", "*", "-", "E"
-KINDS = (MAMBA, ATTENTION, FFN)
+__all__ = ["ALL_KINDS", "ATTENTION", "FFN", "KINDS", "KIND_NAMES", "MAMBA", "MOE", "Architecture", "read_config",
+           "read_pattern"]
+
+KINDS = (MAMBA, ATTENTION, FFN)  # what can be scored, searched and pruned
+ALL_KINDS = (*KINDS, MOE)  # what can be counted
 KIND_NAMES = {MAMBA: "mamba", ATTENTION: "attention", FFN: "ffn", MOE: "moe"}
-_BLOCK_TYPES = {"mamba": MAMBA, "mamba2": MAMBA, "linear_attention": MAMBA, "attention": ATTENTION,
-                "full_attention": ATTENTION, "mlp": FFN, "moe": MOE}
-MODEL_TYPES = ("nemotron_h",)
 
 # What `save_pretrained` adds to a dense model, and what makes other readers take it for another.
 _MOE_KEYS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",
@@ -28,10 +29,19 @@ _MOE_KEYS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_g
 _DROPPED_KEYS = (*_MOE_KEYS, "layers_block_type", "layer_types", "time_step_limit", "auto_map", "_provenance",
                  "use_mamba_kernels", "_name_or_path", "dtype")
 
+_NO_MOE: dict[str, Any] = {"n_routed_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0,
+                           "moe_shared_expert_intermediate_size": 0, "moe_latent_size": None}
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """Layers and widths. `ffn_size` is one number, or one for each FFN layer in order."""
+    """Layers and widths, all as they are built, none left to a default of others.
+
+    `ffn_size` is one number, or one for each FFN layer in order. A layer is one block on the residual stream with its
+    norm: a decoder layer of the dense family `nemotron` is two of them, `*-`, and its `num_layers` is twice the
+    `num_hidden_layers` of its config.json. `mtp_pattern` are the multi-token-prediction depths, `"*E"` or `"*E/*E"`:
+    no part of the layers. The `moe_*` sizes are those of every E layer; without one they are 0.
+    """
 
     pattern: str
     vocab_size: int
@@ -51,12 +61,19 @@ class Architecture:
     attention_bias: bool = False
     norm_eps: float = 1e-5
     model_type: str = "nemotron_h"
+    n_routed_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    moe_shared_expert_intermediate_size: int = 0
+    moe_latent_size: int | None = None
+    mtp_pattern: str = ""
+    tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.pattern) - set(KINDS))
+        unknown = sorted(set(self.pattern + self.mtp_pattern.replace("/", "")) - set(ALL_KINDS))
         if unknown or not self.pattern:
             raise UnsupportedModel(f"layer pattern {self.pattern!r}: {', '.join(unknown) or 'no layers'}; "
-                                   "supported kinds are M (Mamba-2), * (attention) and - (FFN); MoE is not yet")
+                                   "known kinds are M (Mamba-2), * (attention), - (FFN) and E (MoE)")
         if isinstance(self.ffn_size, tuple) and len(self.ffn_size) != self.pattern.count(FFN):
             raise UnsupportedModel(f"{len(self.ffn_size)} FFN widths for {self.pattern.count(FFN)} FFN layers")
         for what, value, divisor, name in (
@@ -65,10 +82,19 @@ class Architecture:
         ):
             if value % divisor:
                 raise UnsupportedModel(f"{what} {value} is not a multiple of {name} {divisor}")
+        if MOE in self.pattern + self.mtp_pattern and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+            raise UnsupportedModel(f"num_experts_per_tok {self.num_experts_per_tok}: the MoE layers have "
+                                   f"n_routed_experts {self.n_routed_experts} to choose from")
 
     @property
     def num_layers(self) -> int:
+        """Blocks, each with its norm and its residual."""
         return len(self.pattern)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """What config.json calls layers: blocks, or for `nemotron` pairs of them."""
+        return self.num_layers // 2 if self.model_type == NEMOTRON else self.num_layers
 
     @property
     def mamba_inner(self) -> int:
@@ -97,17 +123,25 @@ class Architecture:
         return self.ffn_sizes[self.pattern[:layer].count(FFN)]
 
     def keep(self, layers: tuple[int, ...]) -> Architecture:
-        """The architecture with only these layers, in their order."""
+        """The architecture with only these layers, in their order, and without MTP, which was made for all of them."""
         widths = self.ffn_size
         if isinstance(widths, tuple):
             widths = tuple(self.ffn_size_of(i) for i in layers if self.pattern[i] == FFN)
-        return dataclasses.replace(self, pattern="".join(self.pattern[i] for i in layers), ffn_size=widths)
+        pattern = "".join(self.pattern[i] for i in layers)
+        return dataclasses.replace(self, pattern=pattern, ffn_size=widths, mtp_pattern="",
+                                   **({} if MOE in pattern else _NO_MOE))
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{self.pattern.count(k)} {KIND_NAMES[k]}" for k in KINDS)
-        ffn = self.ffn_size if isinstance(self.ffn_size, int) else f"{min(self.ffn_size)}..{max(self.ffn_size)}"
-        return (f"{self.num_layers} layers ({counts}), hidden {self.hidden_size}, FFN {ffn}, "
-                f"Mamba {self.mamba_num_heads} x {self.mamba_head_dim}")
+        kinds = ALL_KINDS if MOE in self.pattern else KINDS
+        text = (f"{self.num_layers} layers ({', '.join(f'{self.pattern.count(k)} {KIND_NAMES[k]}' for k in kinds)}), "
+                f"hidden {self.hidden_size}")
+        if FFN in self.pattern or MOE not in self.pattern:
+            text += f", FFN {_range(self.ffn_size)}"
+        if MOE in self.pattern:
+            text += (f", MoE {self.num_experts_per_tok} of {self.n_routed_experts} experts of "
+                     f"{self.moe_intermediate_size} + shared {self.moe_shared_expert_intermediate_size}")
+            text += f" (latent {self.moe_latent_size})" if self.moe_latent_size else ""
+        return text + (f", Mamba {self.mamba_num_heads} x {self.mamba_head_dim}" if self.mamba_num_heads else "")
 
     # json ------------------------------------------------------------------------------------------
 
@@ -128,51 +162,25 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Architecture:
-        """Read a Hugging Face config.json in either spelling.
+        """Read a Hugging Face config.json of nemotron_h or nemotron, in any spelling (core/config.py).
 
         Raises:
-            UnsupportedModel: another family, MoE layers, a missing size, or sizes that do not divide.
+            UnsupportedModel: another family, sizes that are no numbers or do not divide, unknown layers.
         """
-        model_type = config.get("model_type")
-        if model_type not in MODEL_TYPES:
-            raise UnsupportedModel(f"model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
-        if config.get("tie_word_embeddings"):
-            raise UnsupportedModel("tie_word_embeddings is true, which transformers does not honour for nemotron_h; "
-                                   "write the LM head out and set it to false")
-        for key, usual in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu")):
-            if config.get(key, usual) != usual:
-                raise UnsupportedModel(f"{key} {config[key]!r}: only {usual!r} is supported")
-        try:
-            return cls(
-                pattern=read_pattern(config),
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                ffn_size=_widths(config["intermediate_size"]),
-                mamba_num_heads=config["mamba_num_heads"],
-                mamba_head_dim=config["mamba_head_dim"],
-                n_groups=_either(config, "n_groups", "mamba_n_groups"),
-                state_size=config["ssm_state_size"],
-                num_attention_heads=config["num_attention_heads"],
-                num_key_value_heads=config["num_key_value_heads"],
-                # transformers ignores `attention_head_dim`; its own default is 128, never hidden / heads
-                head_dim=config.get("head_dim") or config.get("attention_head_dim") or 128,
-                conv_kernel=config.get("conv_kernel", config.get("mamba_d_conv", 4)),
-                use_bias=config.get("use_bias", False),
-                conv_bias=config.get("use_conv_bias", config.get("mamba_conv_bias", True)),
-                mlp_bias=config.get("mlp_bias", False),
-                attention_bias=config.get("attention_bias", False),
-                norm_eps=config.get("layer_norm_epsilon", 1e-5),
-                model_type=model_type,
-            )
-        except KeyError as missing:
-            raise UnsupportedModel(f"config.json has no {missing.args[0]}") from None
+        return cls(**read_values(config))
 
     def to_config(self, parent: dict[str, Any]) -> dict[str, Any]:
         """The parent's config.json with this architecture, in the spelling that all engines read.
 
         Written: `hybrid_override_pattern`, `num_hidden_layers`, `head_dim`. Left out: the layer list,
         MoE and MTP keys of a dense model, infinities, remote code. (docs/method.md)
+
+        Raises:
+            UnsupportedModel: another family, MoE layers, FFN widths that differ.
         """
+        if self.model_type != "nemotron_h" or MOE in self.pattern:
+            raise UnsupportedModel(f"a {self.model_type} model with layers {self.pattern} cannot be written yet; "
+                                   "only M, * and - of nemotron_h can")
         out = {k: v for k, v in parent.items() if k not in _DROPPED_KEYS and not k.startswith(("moe_", "mtp_"))}
         ffn = self.ffn_sizes
         if len(set(ffn)) > 1:
@@ -203,45 +211,7 @@ class Architecture:
         return out
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a folder, or the file itself.
-
-    Raises:
-        RecipeError: there is none.
-        CorruptArtifact: it is not a JSON object.
-    """
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise RecipeError(f"{path} has no config.json; give a Hugging Face model folder")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptArtifact(f"{file} is not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise CorruptArtifact(f"{file} is not a JSON object")
-    return config
-
-
-def read_pattern(config: dict[str, Any]) -> str:
-    """The layer string, from `layers_block_type` (which wins in transformers) or `hybrid_override_pattern`."""
-    names = config.get("layers_block_type") or config.get("layer_types")
-    if names:
-        unknown = sorted(set(names) - set(_BLOCK_TYPES))
-        if unknown:
-            raise UnsupportedModel(f"unknown layer types {', '.join(unknown)}; known: {', '.join(_BLOCK_TYPES)}")
-        return "".join(_BLOCK_TYPES[n] for n in names)
-    if not config.get("hybrid_override_pattern"):
-        raise UnsupportedModel("config.json has neither hybrid_override_pattern nor layers_block_type")
-    # `|` marks pipeline stages, `/` begins the multi-token-prediction part, which is not the model
-    return config["hybrid_override_pattern"].split("/")[0].replace("|", "")
-
-
-def _widths(value: int | list[int]) -> int | tuple[int, ...]:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _either(config: dict[str, Any], *keys: str) -> Any:
-    for key in keys:
-        if key in config:
-            return config[key]
-    raise KeyError(keys[0])
+def _range(size: int | tuple[int, ...]) -> str:
+    if isinstance(size, tuple):
+        return f"{min(size)}..{max(size)}" if size else "none"
+    return str(size)

@@ -75,8 +75,8 @@ class Workload:
         return asdict(self) | {"keep_16bit": list(self.keep_16bit)}
 
 
-# The weights that `precision` applies to. Norms, conv, A_log, D, dt_bias always stay 16 bit.
-QUANTISED = ("embedding", "lm_head", "mamba", "attention", "ffn")
+# The weights that `precision` applies to. Norms, conv, A_log, D, dt_bias, router gates always stay 16 bit.
+QUANTISED = ("embedding", "lm_head", "mamba", "attention", "ffn", "moe")
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,11 @@ class RunDir:
         """Let go of the lock."""
         self._lock.close()
 
+    def discard_unused(self) -> None:
+        """Remove the run if no stage of it was ever finished: a refused request leaves nothing behind."""
+        if not any((self.path / "stages").iterdir()):
+            shutil.rmtree(self.path)
+
     def clear(self) -> None:
         """Delete everything in the run but the lock."""
         for entry in self.path.iterdir():

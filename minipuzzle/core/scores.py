@@ -143,7 +143,7 @@ class WidthCurves:
         x = np.append(rows["width"].to_numpy(float), parent_width)
         y = np.append(rows[metric].to_numpy(float), 0.0)
         order = np.argsort(x)
-        return np.interp(np.asarray(widths, float), x[order], y[order])
+        return np.asarray(np.interp(np.asarray(widths, float), x[order], y[order]))
 
     def write(self, path: Path) -> None:
         self.table.to_csv(path, index=False, float_format="%.9g")

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
-from minipuzzle.data.corpus import Document, documents, is_held_out
+from minipuzzle.data.corpus import Document, documents, is_held_out, name_hash
 
 SPLITS = ("train", "held_out")
 _BATCH = 64  # documents handed to the tokenizer at once
@@ -80,11 +80,12 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
-             progress: Callable[[int], None] = lambda done: None) -> None:
+             progress: Callable[[int], None] = lambda done: None, also_held_out: str | None = None) -> None:
     """Write `train.bin`, `held_out.bin` and, last, `tokens.json` into `folder`; do nothing if they are there.
 
     `identity` (a hash of the tokenizer) is recorded; a cache made with another one is made again.
-    `progress` hears the number of documents done.
+    `progress` hears the number of documents done. In a small corpus the hash may choose no document: then the one
+    with the lowest hash is held out (`also_held_out`).
     """
     manifest = folder / "tokens.json"
     if manifest.is_file() and json.loads(manifest.read_text())["tokenizer"] == identity:
@@ -94,13 +95,14 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
     digest = hashlib.sha256()
     counts = dict.fromkeys(SPLITS, 0)
     sizes = dict.fromkeys(SPLITS, 0)
-    done = 0
+    done, lowest = 0, ""
     files = {split: (folder / f"{split}.bin.tmp").open("wb") for split in SPLITS}
     try:
         for chunk in _chunks(documents(source), _BATCH):
             encoded = tokenizer([text for _, text in chunk], add_special_tokens=False, return_attention_mask=False)
             for (name, text), ids in zip(chunk, encoded["input_ids"], strict=True):
-                split = "held_out" if is_held_out(name) else "train"
+                lowest = min(lowest or name, name, key=name_hash)
+                split = "held_out" if is_held_out(name) or name == also_held_out else "train"
                 raw = text.encode()
                 digest.update(name.encode() + b"\0" + raw + b"\0")
                 if tokenizer.eos_token_id is not None:
@@ -115,6 +117,8 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
             file.flush()
             os.fsync(file.fileno())
             file.close()
+    if counts["held_out"] == 0 and done > 1 and also_held_out is None:
+        return tokenize(source, tokenizer, folder, identity, progress, lowest)
     for split in SPLITS:
         os.replace(folder / f"{split}.bin.tmp", folder / f"{split}.bin")
     text = json.dumps({"source": source, "corpus_hash": digest.hexdigest(), "tokenizer": identity, "documents": done,

@@ -1,7 +1,7 @@
 """Documents: the standard library's own source, or a text, JSONL or parquet file or folder, or a Hub data set.
 
-A document is (name, text). One in `HELD_OUT_EVERY` documents, chosen by the hash of its name, is
-set apart for evaluation and is never calibrated on or trained on.
+A document is (name, text). One in `HELD_OUT_EVERY` documents, chosen by the hash of its name, is set apart for
+evaluation and is never calibrated on or trained on. A long text file counts as several documents, cut at line ends.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from minipuzzle.core.errors import RecipeError
 
 Document = tuple[str, str]
 HELD_OUT_EVERY = 50
+PIECE = 2**13  # characters
 TEXT_KEYS = ("text", "content", "document")
 # Tests are not prose, and site-packages is not the standard library.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
+def name_hash(name: str) -> int:
+    """A number that is a function of the name alone, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
 def is_held_out(name: str) -> bool:
     """Whether the document is set apart for evaluation. A function of its name alone."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") % HELD_OUT_EVERY == 0
+    return name_hash(name) % HELD_OUT_EVERY == 0
 
 
 def documents(source: str) -> Iterator[Document]:
@@ -62,10 +68,17 @@ def _stdlib() -> Iterator[Document]:
 
 def _text(path: Path, name: str) -> Iterator[Document]:
     try:
-        yield name, path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); data files are .txt, .md, .py, "
                           ".jsonl or .parquet") from None
+    start = 0
+    while len(text) - start > 2 * PIECE:
+        end = text.find("\n", start + PIECE) + 1 or len(text)
+        yield f"{name}#{start}", text[start:end]
+        start = end
+    if start < len(text):
+        yield f"{name}#{start}" if start else name, text[start:]
 
 
 def _rows(rows: Iterator[dict[str, Any]], name: str) -> Iterator[Document]:

@@ -32,6 +32,8 @@ from minipuzzle.models.walk import Model, final_hidden
 
 MAX_SKIPPED = 10  # steps with a non-finite loss or gradient before the run is given up
 SAVE_EVERY_S = 120.0
+# Tokens of one forward and backward pass: a step adds up the gradients of as many as its batch needs.
+PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -105,13 +107,10 @@ def distill_model(student: HybridLM, teacher: Model, blocks: TokenBlocks, settin
             for group in optimizer.param_groups:
                 group["lr"] = rate
             ids = torch.from_numpy(blocks.batch(settings.seed, step, size)).to(device)
-            target = final_hidden(teacher, ids)
-            loss = kl_loss(student(ids).flatten(0, 1), student.head, target.flatten(0, 1), teacher.head,
-                           settings.temperature)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            value = sum(_backward(student, teacher, part, len(part) / len(ids), settings.temperature)
+                        for part in torch.split(ids, max(1, PASS_TOKENS.get(device.type, seq) // seq)))
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
-            value = float(loss.detach())
             if math.isfinite(value) and math.isfinite(float(norm)):
                 optimizer.step()
             else:
@@ -135,6 +134,14 @@ def distill_model(student: HybridLM, teacher: Model, blocks: TokenBlocks, settin
                 _save_state(folder, step + 1, skipped, parameters, optimizer, settings)
                 saved_at = time.perf_counter()
     return Trained(last * size * seq, time.perf_counter() - begin, skipped)
+
+
+def _backward(student: HybridLM, teacher: Model, ids_BT: torch.Tensor, share: float, temperature: float) -> float:
+    """Add the gradient of a part of the batch; its share of the loss."""
+    target = final_hidden(teacher, ids_BT)
+    loss = share * kl_loss(student(ids_BT).flatten(0, 1), student.head, target.flatten(0, 1), teacher.head, temperature)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

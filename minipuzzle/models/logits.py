@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-CHUNK_TOKENS = 2048
+
+def chunk_size(head_VD: torch.Tensor) -> int:
+    """Tokens of a chunk: on CPU logits of about 2 MB, which stay in the cache; elsewhere about 1 GB. At least 16."""
+    return max(16, (2**19 if head_VD.device.type == "cpu" else 2**28) // len(head_VD))
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,19 @@ class TokenMetrics:
 @torch.no_grad()
 def token_metrics(hiddens_BTD: Sequence[torch.Tensor], head_VD: torch.Tensor, ids_BT: torch.Tensor,
                   reference_BTD: torch.Tensor | None = None, reference_head_VD: torch.Tensor | None = None,
-                  chunk_tokens: int = CHUNK_TOKENS) -> list[TokenMetrics]:
+                  chunk_tokens: int | None = None) -> list[TokenMetrics]:
     """Next-token loss and accuracy, KL(reference || variant) and greedy agreement, for each of several variants.
 
     All are over the first T - 1 places, whose next token is known. The reference's probabilities are computed
     once for all variants. Without a reference kl is 0 and agreement 1.
     """
     bsz, seq = ids_BT.shape
-    step = max(1, chunk_tokens // (seq - 1))
+    step = max(1, (chunk_tokens or chunk_size(head_VD)) // (seq - 1))
     rows: list[list[torch.Tensor]] = [[] for _ in hiddens_BTD]
     for i in range(0, bsz, step):
         targets = ids_BT[i : i + step, 1:]
-        log_p = p = best = None
+        log_p = p = None
+        best = targets
         if reference_BTD is not None and reference_head_VD is not None:
             log_p = _log_probs(reference_BTD[i : i + step, :-1], reference_head_VD)
             p, best = log_p.exp(), log_p.argmax(-1)
@@ -92,12 +96,13 @@ class _ChunkedKL(torch.autograd.Function):
 
 def kl_loss(hidden_nD: torch.Tensor, head_VD: torch.Tensor, teacher_hidden_nD: torch.Tensor,
             teacher_head_VD: torch.Tensor, temperature: float = 1.0,
-            chunk_tokens: int = CHUNK_TOKENS) -> torch.Tensor:
+            chunk_tokens: int | None = None) -> torch.Tensor:
     """KL(teacher || student) in nats, summed over the vocabulary, mean over n tokens; differentiable in the student.
 
     Forward KL on logits only (Nemotron-H, section 3; Minitron, arXiv:2407.14679, eq. 5), without the factor
     temperature squared.
     """
     loss: torch.Tensor = _ChunkedKL.apply(  # type: ignore[no-untyped-call]
-        hidden_nD, head_VD, teacher_hidden_nD, teacher_head_VD, temperature, chunk_tokens)
+        hidden_nD, head_VD, teacher_hidden_nD, teacher_head_VD, temperature,
+        chunk_tokens or chunk_size(head_VD))
     return loss

@@ -101,6 +101,11 @@ def floats_per_sample(arch: Architecture, tokens: int) -> int:
     return tokens * max(4 * arch.hidden_size, 4 * arch.mamba_inner, *arch.ffn_sizes, 1) * 4
 
 
-def batches(ids_NT: torch.Tensor, floats: int, budget_bytes: int = 2**28) -> tuple[torch.Tensor, ...]:
+# Activations held at once. A CPU is fastest when they stay near its cache (ablations of the bundled model: one sample
+# at a time 2.7x faster than 16); a GPU when they fill it.
+BUDGET_BYTES = {"cpu": 2**24, "cuda": 2**32}
+
+
+def batches(ids_NT: torch.Tensor, floats: int) -> tuple[torch.Tensor, ...]:
     """Split samples so that `floats` float32 numbers for each fit into the budget, at least one at a time."""
-    return torch.split(ids_NT, max(1, budget_bytes // (4 * floats)))
+    return torch.split(ids_NT, max(1, BUDGET_BYTES.get(ids_NT.device.type, 2**28) // (4 * floats)))

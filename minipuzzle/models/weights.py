@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from minipuzzle.core.architecture import Architecture, read_config
 from minipuzzle.core.errors import CorruptArtifact, UnsupportedModel
 from minipuzzle.core.rundir import file_hash
-from minipuzzle.models import family_of
+from minipuzzle.models import check_prunable, family_of
 from minipuzzle.models.base import Family
 
 SHARD_BYTES = 5 * 10**9
@@ -89,7 +89,7 @@ def open_model(path: Path) -> ModelFolder:
     """
     config = read_config(path)
     arch = Architecture.from_config(config)
-    family = family_of(arch.model_type)
+    family = check_prunable(arch, config)
     shards = sorted(path.glob("*.safetensors"))
     if not shards:
         others = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt"))

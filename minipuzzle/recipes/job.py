@@ -42,11 +42,12 @@ class Job:
     device: torch.device
     reporter: Reporter
     command: str = ""
+    candidate: str | None = None
     warnings: list[str] = field(default_factory=list)
 
     @cached_property
     def inputs(self) -> dict[str, dict[str, Any]]:
-        return self.plan.stage_inputs(self.folder.fingerprint, self.tokenizer_hash, self.seed)
+        return self.plan.stage_inputs(self.folder.fingerprint, self.tokenizer_hash, self.seed, self.candidate)
 
     @cached_property
     def tokenizer_hash(self) -> str:
@@ -59,7 +60,8 @@ class Job:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(str(self.folder.path), local_files_only=True)
+            # whole documents go in, to be cut into blocks: the model's own maximum does not apply
+            return AutoTokenizer.from_pretrained(str(self.folder.path), local_files_only=True, model_max_length=2**62)
         except (OSError, ValueError) as error:
             raise RecipeError(f"{self.folder.path} has no tokenizer that transformers can load "
                               f"({str(error).splitlines()[0]})") from None

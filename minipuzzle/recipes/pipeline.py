@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from pydantic import ValidationError
 
 from minipuzzle.core.candidate import Candidate, to_frame
 from minipuzzle.core.errors import RecipeError
@@ -32,7 +33,7 @@ from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
 from minipuzzle.recipes.job import Job
-from minipuzzle.recipes.plan import Plan, check_disk, make_plan
+from minipuzzle.recipes.plan import Plan, check_disk, check_memory, find_device, make_plan
 from minipuzzle.recipes.progress import Reporter, Update
 from minipuzzle.recipes.results import make_report, model_card_files
 from minipuzzle.recipes.schema import Recipe
@@ -65,26 +66,66 @@ class Run:
 
 
 def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_dir: str | Path | None = None, *,
-          seed: int = 0, device: str = "cpu", redo: bool = False, fresh: bool = False,
+          seed: int = 0, device: str = "cpu", redo: bool = False, fresh: bool = False, candidate: str | None = None,
           reporter: Reporter | None = None, command: str = "") -> Run:
     """Make a model smaller: the whole pipeline. Left out: the bundled model, the default recipe, their own folder.
+
+    `candidate`: distil this one in place of the tournament's winner, in a run that has candidates.
 
     Raises:
         MinipuzzleError: one of its kinds, each with its exit code (core/errors.py).
     """
     recipe = recipe or Recipe()
+    where = find_device(device)
     folder, plan = prepare(model, recipe)
     path = Path(output_dir) if output_dir else default_output(folder, recipe, seed)
     check_disk(plan, path)
+    check_memory(plan, where)
     run = RunDir(path)
     try:
         if fresh:
             run.clear()
-        job = Job(plan, folder, run, seed, torch.device(device), reporter or Reporter(), command)
+        job = Job(plan, folder, run, seed, where, reporter or Reporter(), command, candidate)
+        if candidate is not None:
+            _check_candidate(job, candidate)
         job.refuse_changes(redo)
         return _run(job)
+    except RecipeError:
+        run.discard_unused()
+        raise
     finally:
         run.close()
+
+
+def reopen(run: str | Path | None, given: list[str]) -> tuple[str, Recipe, Path, int]:
+    """(model, recipe, folder, seed) of a run, to go on with another candidate.
+
+    Raises:
+        RecipeError: not a run, or options beside it, which the run has settled.
+    """
+    path = Path(run or "")
+    try:
+        about = json.loads((path / "run.json").read_text())
+        recipe = Recipe.model_validate(about["recipe"])
+    except (OSError, KeyError, json.JSONDecodeError, ValidationError):
+        raise RecipeError(f"--candidate needs a run directory as MODEL, {run} is none") from None
+    if given:
+        raise RecipeError(f"--candidate goes on with the recipe of {run}; leave out the options for "
+                          f"{', '.join(given)}, or prune into another folder")
+    return about["model"], recipe, path, about["seed"]
+
+
+def _check_candidate(job: Job, name: str) -> None:
+    """Raise RecipeError if the run has no such candidate; else forget what was made of another one."""
+    if job.run.manifest("tournament") is None:
+        raise RecipeError(f"{job.run.path} has not come to its candidates yet; run it without --candidate first")
+    known = [c.name for c in job.read_candidates("tournament")]
+    if name not in known:
+        raise RecipeError(f"{job.run.path} has no candidate {name!r}; candidates.csv lists {len(known)}, "
+                          f"{known[0]} first")
+    for stage in ("distill", "export"):
+        if job.run.differences(stage, job.inputs[stage]):
+            job.run.drop(stage)
 
 
 def prepare(model: str | Path | None, recipe: Recipe) -> tuple[ModelFolder, Plan]:
@@ -119,7 +160,7 @@ def tokenize_data(job: Job) -> None:
             folder = job.token_folder(source)
             tokenize(source, job.tokenizer, folder, job.tokenizer_hash, partial(_say_documents, update, i, source))
             files += [folder / "tokens.json", folder / "train.bin", folder / "held_out.bin"]
-        _check_length(job)
+        _check_tokens(job)
         return files
 
     job.stage("tokenize", len(sources), make)
@@ -129,8 +170,8 @@ def _say_documents(update: Update, place: int, source: str, done: int) -> None:
     update(place, f"{source}: {done} documents")
 
 
-def _check_length(job: Job) -> None:
-    """Raise RecipeError if a part of the data is shorter than one block."""
+def _check_tokens(job: Job) -> None:
+    """Raise RecipeError if a part of the data is shorter than one block, or the tokenizer is not the model's."""
     recipe, d = job.plan.recipe, job.plan.recipe.distillation
     wanted = [(recipe.calibration.data, "train", recipe.calibration.sequence_length),
               (recipe.evaluation.data, "held_out", recipe.calibration.sequence_length)]
@@ -138,7 +179,10 @@ def _check_length(job: Job) -> None:
         wanted.append((d.data, "train", d.sequence_length))
     for source, split, length in wanted:
         try:
-            job.blocks(source, split, length)
+            largest = int(job.blocks(source, split, length).tokens.max())
+            if largest >= job.plan.parent.vocab_size:
+                raise RecipeError(f"the tokenizer of {job.folder.path} makes token {largest}, the model has "
+                                  f"{job.plan.parent.vocab_size}; put the model's own tokenizer there")
         except RecipeError:
             shutil.rmtree(job.token_folder(source))
             raise
@@ -271,8 +315,16 @@ def _as_written(job: Job, student: HybridLM) -> Model:
     return Model.build(job.folder.family, student.arch, tensors)
 
 
+def candidates(job: Job) -> list[Candidate]:
+    """All of them, best first, `chosen` set on the one that is distilled: the winner, or the one the user named."""
+    found = job.read_candidates("tournament")
+    if job.candidate is None:
+        return found
+    return [dataclasses.replace(c, chosen=c.name == job.candidate) for c in found]
+
+
 def winner(job: Job) -> Candidate:
-    return next(c for c in job.read_candidates("tournament") if c.chosen)
+    return next(c for c in candidates(job) if c.chosen)
 
 
 def distill(job: Job) -> None:
@@ -346,15 +398,15 @@ def _samples(job: Job, models: dict[str, Model], prompt_tokens: int = 48, new_to
 
 def report(job: Job) -> Run:
     """Everything that was found -> candidates.csv, candidates.json, report.json, report.html, the model card."""
-    candidates = job.read_candidates("tournament")
+    found = candidates(job)
     parent = {"name": job.folder.path.name, "architecture": job.plan.parent.to_json(),
               "cost": job.plan.parent_cost.to_json()}
     write_json(job.run.path / "candidates.json", {
         "schema": 1, "budget": job.plan.budget.to_json(), "workload": job.plan.workload.to_json(), "parent": parent,
-        "candidates": [c.to_json() for c in candidates]})
-    frame = to_frame(candidates)
+        "candidates": [c.to_json() for c in found]})
+    frame = to_frame(found)
     write_atomic(job.run.path / "candidates.csv", frame.to_csv(index=False))
-    data = make_report(job, candidates)
+    data = make_report(job, found)
     for name, text in model_card_files(job, data).items():
         write_atomic(job.run.path / "model" / name, text)
     write_report(data, job.run.path)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import Budget, Workload, human_budget, human_bytes, human_count
@@ -53,7 +56,8 @@ class Plan:
             out[axis] = tuple(widths[p] for p in places)
         return out
 
-    def stage_inputs(self, model: str, tokenizer: str, seed: int) -> dict[str, dict[str, Any]]:
+    def stage_inputs(self, model: str, tokenizer: str, seed: int,
+                     candidate: str | None = None) -> dict[str, dict[str, Any]]:
         """What each stage reads: how a finished stage is recognised. A later stage holds the earlier's hash."""
         r = self.recipe
         d = r.distillation.model_dump()
@@ -66,10 +70,11 @@ class Plan:
                          "space": self.space.to_json(), "search": r.search.model_dump(exclude={"measure", "finalists"}),
                          "layer_metric": r.scores.layer_metric, "after": digest(out["curves"])}
         out["measure"] = {"measure": r.search.measure, "evaluation": r.evaluation.model_dump(),
-                          "sequence_length": r.calibration.sequence_length, "refit": r.surgery.refit, "after": digest(out["search"])}
+                          "sequence_length": r.calibration.sequence_length, "refit": r.surgery.refit,
+                          "after": digest(out["search"])}
         out["tournament"] = {"finalists": r.search.finalists, "distillation": d, "seed": seed,
                              "after": digest(out["measure"])}
-        out["distill"] = {"distillation": d, "after": digest(out["tournament"])}
+        out["distill"] = {"distillation": d, "candidate": candidate or "winner", "after": digest(out["tournament"])}
         out["export"] = {"after": digest(out["distill"])}
         return out
 
@@ -163,15 +168,46 @@ def check_disk(plan: Plan, folder: Path) -> None:
                             "choose another disk with -o, or fewer search.finalists")
 
 
-def _matmul_flops_per_second(arch: Architecture) -> float:
-    """A fraction of a second of matrix products of the model's own shape."""
-    import torch
+def find_device(name: str) -> torch.device:
+    """The device of that name.
 
+    Raises:
+        RecipeError: no such name. ResourceError: this machine has none.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"device {name!r} is not a device; cpu, cuda, cuda:1, ...") from None
+    if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_available()
+                                     and (device.index or 0) < torch.cuda.device_count()):
+        raise ResourceError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; "
+                            "use --device cpu")
+    return device
+
+
+def check_memory(plan: Plan, device: torch.device) -> None:
+    """Room for the parent twice (as it is and rotated), a student with gradient and two moments, all float32.
+
+    Raises:
+        ResourceError: too little.
+    """
+    needed = 4 * (2 * plan.parent_cost.parameters + 4 * plan.largest.parameters)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if free < needed:
+        raise ResourceError(f"{device} has {human_bytes(free)}, the run needs about {human_bytes(needed)} for the "
+                            "parent and a student in float32; use a machine with more memory")
+
+
+def _matmul_flops_per_second(arch: Architecture) -> float:
+    """The fastest of some matrix products of the model's own shape: what another process takes does not count."""
     tokens, hidden, wide = 2048, arch.hidden_size, max(*arch.ffn_sizes, arch.mamba_inner)
     x, w = torch.randn(tokens, hidden), torch.randn(wide, hidden)
     x @ w.T
-    count, begin = 0, time.perf_counter()
-    while time.perf_counter() - begin < 0.2:
+    best, end = float("inf"), time.perf_counter() + 0.3
+    while (begin := time.perf_counter()) < end:
         x @ w.T
-        count += 1
-    return 2.0 * tokens * hidden * wide * count / (time.perf_counter() - begin)
+        best = min(best, time.perf_counter() - begin)
+    return 2.0 * tokens * hidden * wide / best

@@ -99,6 +99,12 @@ def _warnings(job: Job, gap: float) -> list[str]:
     out = []
     if gap <= 0:
         out.append("slicing did not raise the loss: the share recovered by distillation is not defined")
+    recipe = job.plan.recipe
+    for what, asked, got in (("calibration", recipe.calibration.samples, len(job.calibration_ids)),
+                             ("evaluation", recipe.evaluation.samples, len(job.evaluation_ids))):
+        if got < asked:
+            out.append(f"{what}.samples is {asked}, the data has {got} blocks of {recipe.calibration.sequence_length} "
+                       "tokens: all were used")
     workload = job.plan.workload
     if workload.precision != "bf16":
         out.append(f"memory is counted for {workload.precision}; the folder stays in {job.folder.dtype} and must be "

@@ -21,7 +21,7 @@ from minipuzzle.models.weights import ModelFolder, open_model, write_model
 from minipuzzle.recipes.job import Job
 from minipuzzle.recipes.pipeline import curves, run_about, settings, tokenize_data, training_blocks
 from minipuzzle.recipes.pipeline import score as score_stage
-from minipuzzle.recipes.plan import make_plan
+from minipuzzle.recipes.plan import find_device, make_plan
 from minipuzzle.recipes.progress import Reporter
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.recipes.source import default_output, find_model
@@ -31,7 +31,7 @@ from minipuzzle.surgery.gate import reload_gate
 def _job(folder: ModelFolder, recipe: Recipe, output: Path, seed: int, device: str, reporter: Reporter,
          command: str) -> Job:
     plan = make_plan(folder.arch, recipe, need_budget=False)
-    return Job(plan, folder, RunDir(output), seed, torch.device(device), reporter, command)
+    return Job(plan, folder, RunDir(output), seed, find_device(device), reporter, command)
 
 
 def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int, device: str, reporter: Reporter,

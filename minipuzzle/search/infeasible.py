@@ -16,7 +16,7 @@ from minipuzzle.core.cost import cost
 from minipuzzle.core.errors import Infeasible
 from minipuzzle.core.scores import WIDTH_AXES
 from minipuzzle.search.prices import KINDS
-from minipuzzle.search.space import DROPS, WIDTHS, axes_of
+from minipuzzle.search.space import DROPS, WIDTHS, Space, axes_of
 
 
 def shape(parent: Architecture, counts: Sequence[int], widths: Sequence[int]) -> Architecture:
@@ -24,6 +24,14 @@ def shape(parent: Architecture, counts: Sequence[int], widths: Sequence[int]) ->
     pattern = "".join(kind * int(n) for kind, n in zip(KINDS, counts, strict=True))
     values: dict[str, Any] = dict(zip(WIDTH_AXES, map(int, widths), strict=True))
     return dataclasses.replace(parent, pattern=pattern, **values)
+
+
+def refuse_infeasible(parent: Architecture, space: Space, budget: Budget, workload: Workload) -> None:
+    """Raises Infeasible if the smallest architecture of the space breaks the budget."""
+    fewest = [parent.pattern.count(kind) - drops[-1] for kind, drops in zip(KINDS, space.drops, strict=True)]
+    smallest = shape(parent, fewest, [values[0] for values in space.widths])
+    if budget.exceeded(cost(smallest, workload).to_json()):
+        raise infeasible(parent, smallest, budget, workload)
 
 
 def round_up(key: str, value: int) -> str:

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from minipuzzle.core.architecture import ATTENTION, FFN, KIND_NAMES, MAMBA, Architecture
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.architecture import ATTENTION, FFN, KIND_NAMES, MAMBA, MOE, Architecture
+from minipuzzle.core.errors import RecipeError, UnsupportedModel
 
 # The axes, in the order in which points are numbered, and the kind of layer each belongs to.
 DROPS = {"drop_mamba": MAMBA, "drop_ffn": FFN, "drop_attention": ATTENTION}
@@ -86,7 +86,11 @@ def axes_of(parent: Architecture) -> dict[str, Axis]:
 
     Raises:
         RecipeError: the parent has a width for each FFN layer.
+        UnsupportedModel: the parent is no nemotron_h, or has MoE layers.
     """
+    if parent.model_type != "nemotron_h" or MOE in parent.pattern:
+        raise UnsupportedModel(f"a {parent.model_type} model with layers {parent.pattern} can be inspected, but not "
+                               "searched or pruned yet; supported are M, * and - of nemotron_h")
     if isinstance(parent.ffn_size, tuple):
         raise RecipeError(f"the parent has {min(parent.ffn_size)} to {max(parent.ffn_size)} neurons in its FFN layers; "
                           "the search needs a parent with the same FFN width in every layer")

@@ -29,7 +29,7 @@ from minipuzzle.models.walk import Model, batches, final_hidden, floats_per_samp
 
 @dataclass(frozen=True)
 class Rotation:
-    """`basis` [D, D], columns by descending energy; `energies` [L + 1, D]: of each direction at each norm, final last."""
+    """`basis` [D, D], columns by descending energy; `energies` [L + 1, D]: of a direction at a norm, the final last."""
 
     basis: np.ndarray
     energies: np.ndarray

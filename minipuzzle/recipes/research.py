@@ -1,0 +1,290 @@
+"""Search alone: candidates from a configuration, scores and a budget. No weights, no torch.
+
+    configuration, scores, recipe -> FOLDER/candidates.csv, candidates.json, search.json
+    a sweep (memory=0.5x,0.6x)    -> FOLDER/memory-0.5x/candidates.* and so on, FOLDER/sweep.csv, search.json
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from minipuzzle._version import __version__
+from minipuzzle.core.architecture import Architecture
+from minipuzzle.core.budget import Budget, Workload
+from minipuzzle.core.candidate import Candidate, to_frame
+from minipuzzle.core.config import read_config
+from minipuzzle.core.cost import cost
+from minipuzzle.core.errors import CorruptArtifact, Infeasible, RecipeError, ResourceError
+from minipuzzle.core.published import find_config
+from minipuzzle.core.rundir import digest, write_atomic, write_json
+from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.recipes.schema import Recipe
+from minipuzzle.search.grid import search_architectures
+from minipuzzle.search.milp import solve_architectures
+from minipuzzle.search.space import Space, resolve_space
+
+MARKER = "search.json"  # a folder that has it is ours
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is searched: everything but the budget."""
+
+    name: str
+    parent: Architecture
+    recipe: Recipe
+    workload: Workload
+    space: Space
+    scores: LayerScores | None
+    curves: WidthCurves | None
+    scores_path: Path | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one budget allows. `feasible` counts the architectures within it; null where they are not enumerated."""
+
+    budget: Budget
+    candidates: list[Candidate]
+    points: int
+    feasible: int | None
+    seconds: float
+    note: str = ""
+
+
+def research(recipe: Recipe, run: Path | None, config: Path | None, scores: Path | None, output_dir: Path | None,
+             ) -> tuple[Path, dict[str, Any], pd.DataFrame]:
+    """(folder, what it holds as JSON, a table): search the model of `config`, or of a run again.
+
+    `config`: a model folder, a config.json or a published name. `scores`: a run, its scores folder, or a CSV of layers
+    alone; without them the search only enumerates and prices. A `run` brings both. The folder is `output_dir`, or a
+    function of the request in RUN/searches/ or searches/. The table has a row per candidate, best first; of a sweep,
+    a row per budget with its best candidate.
+
+    Raises:
+        RecipeError: neither or both of run and config, a folder that is not ours, a setting that does not fit.
+        Infeasible: no architecture meets the budget (of a sweep: any of them).
+    """
+    if (run is None) == (config is None):
+        raise RecipeError("search needs a run, or --model CONFIG" + (", not both" if run is not None else ""))
+    if run is not None:
+        name, parent = parent_of_run(run)
+        scores = run if scores is None else scores
+    else:
+        assert config is not None
+        name, parent = parent_of_config(config)
+    layers, curves = read_scores(scores)
+    question = Question(name, parent, recipe, recipe.workload.build(),
+                        resolve_space(recipe.space.model_dump(), parent), layers, curves, scores)
+    budgets = sweep(recipe.budget)
+    answers = [_answer(question, texts, len(budgets) > 1) for texts in budgets]
+    if all(answer.note for answer in answers):
+        raise Infeasible(max(answers, key=lambda answer: answer.budget.limits).note)  # the loosest
+    folder = output_dir or (run or Path()) / "searches" / _folder_name(question)
+    _open(folder)
+    write = _write_one if len(answers) == 1 else _write_sweep
+    data, frame = write(folder, question, answers)
+    return folder, data | {"path": str(folder)}, frame
+
+
+def candidates_document(budget: Budget, workload: Workload, parent_name: str, parent: Architecture,
+                        candidates: list[Candidate]) -> dict[str, Any]:
+    """candidates.json: the budget, the parent, and every candidate with its cost and quality."""
+    about = {"name": parent_name, "architecture": parent.to_json(), "cost": cost(parent, workload).to_json()}
+    return {"schema": 1, "budget": budget.to_json(), "workload": workload.to_json(), "parent": about,
+            "candidates": [c.to_json() for c in candidates]}
+
+
+# what is asked ----------------------------------------------------------------------------------------
+
+
+def parent_of_config(config: Path) -> tuple[str, Architecture]:
+    """(name, architecture) of a model folder, a config.json or a published name."""
+    name = config.resolve().parent.name if config.name == "config.json" else config.resolve().stem
+    return name, Architecture.from_config(find_config(str(config)))
+
+
+def parent_of_run(run: Path) -> tuple[str, Architecture]:
+    """(name, architecture) of a run's parent: from its model folder, or if that is gone from the run's candidates.
+
+    Raises:
+        RecipeError: not a run, or nothing tells its architecture any more.
+        CorruptArtifact: a damaged file.
+    """
+    model = Path(_read(run / "run.json", f"{run} is not a run of minipuzzle").get("model", ""))
+    if (model / "config.json").is_file():
+        return model.name, Architecture.from_config(read_config(model))
+    document = _read(run / "candidates.json", f"the model of {run}, {model}, is gone and the run has no "
+                                              "candidates.json yet; give --model and --scores instead of a run")
+    try:
+        return document["parent"]["name"], Architecture.from_json(document["parent"]["architecture"])
+    except (KeyError, TypeError) as error:
+        raise CorruptArtifact(f"{run / 'candidates.json'} does not tell the parent's architecture ({error})") from None
+
+
+def run_recipe(run: Path, budget: Mapping[str, str], settings: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run, with another budget and other settings."""
+    about = _read(run / "run.json", f"{run} is not a run of minipuzzle")
+    recipe = Recipe.parse(json.dumps(about.get("recipe", {})), str(run / "run.json"))
+    return recipe.with_overrides(budget=budget, settings=settings)
+
+
+def read_scores(path: Path | None) -> tuple[LayerScores | None, WidthCurves | None]:
+    """The layer scores of a run, of its scores folder or of a CSV; with a folder its width curves, if there."""
+    if path is None:
+        return None, None
+    layers = LayerScores.read(path)
+    folder = path / "scores" if (path / "scores").is_dir() else path
+    curves = folder / "width_curves.csv"
+    return layers, WidthCurves.read(curves) if curves.is_file() else None
+
+
+def sweep(budget: Mapping[str, str]) -> list[dict[str, str]]:
+    """One budget for each value of the key that lists several: memory=0.5x,0.6x.
+
+    Raises:
+        RecipeError: two keys list several.
+    """
+    several = [key for key, text in budget.items() if "," in text]
+    if len(several) > 1:
+        raise RecipeError(f"budgets {' and '.join(several)} list several values each; sweep one at a time")
+    if not several:
+        return [dict(budget)]
+    values = dict.fromkeys(text.strip() for text in budget[several[0]].split(","))
+    return [dict(budget) | {several[0]: value} for value in values if value]
+
+
+def _read(path: Path, missing: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(missing)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptArtifact(f"{path} is not JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise CorruptArtifact(f"{path} is not a JSON object")
+    return data
+
+
+# the search -------------------------------------------------------------------------------------------
+
+
+def _answer(question: Question, texts: Mapping[str, str], one_of_many: bool) -> Answer:
+    """Search for one budget. Of many, one that nothing meets is a note and not an error.
+
+    The grid enumerates all and keeps search.keep; programs are solved one by one, for as many as will be measured.
+    """
+    q, search = question, question.recipe.search
+    if search.damage != "additive":
+        raise RecipeError(f"search.damage = {search.damage!r} is not built yet; the only value is 'additive'")
+    if search.strategy == "grid" and search.export == "per_layer":
+        raise RecipeError("search.export per_layer needs search.strategy milp; the grid has one FFN width for all")
+    budget = Budget.parse(texts, cost(q.parent, q.workload).to_json())
+    begin = time.perf_counter()
+    try:
+        if search.strategy == "milp":
+            solved = solve_architectures(q.parent, q.space, budget, q.workload, q.scores, q.curves,
+                                         q.recipe.scores.layer_metric, min(search.measure, search.keep),
+                                         search.export == "per_layer")
+            return Answer(budget, solved.candidates, solved.points, None, time.perf_counter() - begin)
+        found = search_architectures(q.parent, q.space, budget, q.workload, q.scores, q.curves,
+                                     q.recipe.scores.layer_metric, search.keep)
+    except Infeasible as error:
+        if not one_of_many:
+            raise
+        return Answer(budget, [], q.space.num_points, 0, time.perf_counter() - begin, str(error))
+    return Answer(budget, found.candidates, found.points, found.feasible, time.perf_counter() - begin)
+
+
+# what is written --------------------------------------------------------------------------------------
+
+
+def _folder_name(question: Question) -> str:
+    """memory-31.7GiB-1a2b3c4d: the budget and a hash of everything that decides the result."""
+    q, values = question, question.recipe.model_dump()
+    tables = [None if t is None else t.table.to_csv(index=False) for t in (q.scores, q.curves)]
+    key = digest([q.parent.to_json(), q.space.to_json(), tables, values["budget"], values["workload"], values["search"],
+                  values["scores"]["layer_metric"]])
+    return f"{_slug(q.recipe.budget.items())[:48]}-{key[:8]}"
+
+
+def _slug(budget: Iterable[tuple[str, str]]) -> str:
+    return "-".join(f"{key}-{re.sub(r'[^0-9A-Za-z.]+', '-', text.strip())}" for key, text in budget)
+
+
+def _open(folder: Path) -> None:
+    """Make the folder, or empty it of an earlier search.
+
+    Raises:
+        RecipeError: it has something else in it.
+        ResourceError: it cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).is_file())):
+        raise RecipeError(f"{folder} is not empty and not a search of minipuzzle; choose another output folder with -o")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / MARKER).is_file():
+            for name in _read(folder / MARKER, "").get("files", []):
+                file = folder / name
+                if file.resolve().is_relative_to(folder.resolve()):
+                    file.unlink(missing_ok=True)
+        write_json(folder / MARKER, {"schema": 1, "files": []})
+    except OSError as error:
+        raise ResourceError(f"{folder} cannot be written ({error.strerror}); choose another folder with -o") from None
+
+
+def _write_one(folder: Path, question: Question, answers: list[Answer]) -> tuple[dict[str, Any], pd.DataFrame]:
+    answer = answers[0]
+    document, frame = _write_candidates(folder, question, answer)
+    about = {"points": answer.points, "feasible": answer.feasible, "seconds": round(answer.seconds, 3),
+             "budget": answer.budget.to_json()} | _about(question)
+    write_json(folder / MARKER, {"schema": 1} | about | {"files": ["candidates.csv", "candidates.json"]})
+    return document | {"search": about}, frame
+
+
+def _write_sweep(folder: Path, question: Question, answers: list[Answer]) -> tuple[dict[str, Any], pd.DataFrame]:
+    """A subfolder per budget, and the Pareto table: the best predicted candidate of each."""
+    rows, files = [], ["sweep.csv"]
+    for answer in answers:
+        name = _slug(answer.budget.texts)
+        row: dict[str, Any] = {"budget": " ".join(f"{key}={text}" for key, text in answer.budget.texts)}
+        row |= dict(answer.budget.limits) | {"points": answer.points, "feasible": answer.feasible}
+        if answer.candidates:
+            (folder / name).mkdir(exist_ok=True)
+            _write_candidates(folder / name, question, answer)
+            files += [f"{name}/candidates.csv", f"{name}/candidates.json"]
+            row |= {"folder": name} | answer.candidates[0].row()
+        rows.append(row | {"note": answer.note})
+    frame = pd.DataFrame(rows)
+    write_atomic(folder / "sweep.csv", frame.to_csv(index=False))
+    about = {"seconds": round(sum(a.seconds for a in answers), 3), "sweep": json.loads(frame.to_json(orient="records"))}
+    about |= _about(question)
+    write_json(folder / MARKER, {"schema": 1} | about | {"files": files})
+    return {"schema": 1} | about, frame
+
+
+def _write_candidates(folder: Path, question: Question, answer: Answer) -> tuple[dict[str, Any], pd.DataFrame]:
+    document = candidates_document(answer.budget, question.workload, question.name, question.parent, answer.candidates)
+    frame = to_frame(answer.candidates)
+    write_json(folder / "candidates.json", document)
+    write_atomic(folder / "candidates.csv", frame.to_csv(index=False))
+    return document, frame
+
+
+def _about(question: Question) -> dict[str, Any]:
+    q = question
+    versions = {"minipuzzle": __version__, "python": platform.python_version()}
+    versions |= {name: metadata.version(name) for name in ("numpy", "scipy", "pandas")}
+    return {"space": q.space.to_json(), "workload": q.workload.to_json(), "parent": q.name,
+            "scores": None if q.scores_path is None else str(q.scores_path), "width_curves": q.curves is not None,
+            "recipe": q.recipe.model_dump(), "versions": versions}

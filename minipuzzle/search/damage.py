@@ -1,0 +1,105 @@
+"""Predicted damage: what is known about every layer and width of a space, added up.
+
+    damage = sum over dropped layers of score(layer) + sum over axes of curve(axis, width)
+
+It ignores interactions: rank.py says how well it predicts what was measured.
+The suffixes: L = layers, C = combinations of layer counts, W = combinations of widths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minipuzzle.core.architecture import Architecture
+from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.scores import LAYER_METRICS, WIDTH_AXES, LayerScores, WidthCurves
+from minipuzzle.search.prices import KINDS
+from minipuzzle.search.space import Space
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What each layer [L] and each value of each axis is predicted to do; None where nothing was scored."""
+
+    orders: tuple[list[int], ...]  # of each kind, in the order in which layers go
+    values_L: np.ndarray | None
+    stderr_L: np.ndarray | None
+    axes: tuple[np.ndarray, ...] | None
+
+    def widths(self, index_W4: np.ndarray) -> np.ndarray | None:
+        """[W] damage by the widths at these indices of the axes."""
+        if self.axes is None:
+            return None
+        damage_4W = np.stack([values[index_W4[:, i]] for i, values in enumerate(self.axes)])
+        return np.asarray(damage_4W.sum(0))
+
+    def layers(self, space: Space) -> np.ndarray | None:
+        """[C] damage by the layers that go, the lowest-scored of each kind first."""
+        return None if self.values_L is None else _dropped_sums(self.values_L, self.orders, space)
+
+    def layers_stderr(self, space: Space) -> np.ndarray | None:
+        """[C] its standard error, with the layers' errors independent; NaN where it was not measured."""
+        return None if self.stderr_L is None else np.sqrt(_dropped_sums(self.stderr_L**2, self.orders, space))
+
+
+def predict(parent: Architecture, space: Space, scores: LayerScores | None, curves: WidthCurves | None,
+            metric: str) -> Damage:
+    """Look up what is known about every layer and width of the space.
+
+    Raises:
+        RecipeError: scores of another model, no such metric, an axis that was not measured.
+        CorruptArtifact: values that are not finite.
+    """
+    values_L = stderr_L = axes = None
+    if scores is not None:
+        if scores.pattern != parent.pattern:
+            raise RecipeError(f"scores {scores.source or 'given'} are of another model: {len(scores.pattern)} layers "
+                              f"{scores.pattern}, the parent has {parent.num_layers} {parent.pattern}")
+        values_L, stderr_L = scores.metric(metric), scores.stderr(metric)
+        _check_finite(values_L, f"scores {scores.source or 'given'}", metric)
+    orders = tuple(drop_order(parent, kind, values_L) for kind in KINDS)
+    if curves is not None:
+        if metric not in curves.table.columns:
+            have = [c for c in curves.table.columns if c in LAYER_METRICS]
+            raise RecipeError(f"width curves have no column {metric!r}; they have {', '.join(have) or 'no metric'}")
+        axes = tuple(_curve(parent, curves, axis, metric, values)
+                     for axis, values in zip(WIDTH_AXES, space.widths, strict=True))
+    return Damage(orders, values_L, stderr_L, axes)
+
+
+def drop_order(parent: Architecture, kind: str, values_L: np.ndarray | None) -> list[int]:
+    """Layers of a kind in the order in which they go: lowest score first; of equals the later one goes first.
+
+    (The published scores of the 56B have one such tie at the cut, FFN 85 and 96, and 96 went.) Without scores
+    there is no ranking, and those nearest to the middle of the stack go first: in every published profile the
+    first and last layers matter most.
+    """
+    layers = np.array(parent.layers_of(kind), int)
+    keys = np.abs(2 * layers - (parent.num_layers - 1)) if values_L is None else values_L[layers]
+    return [int(i) for i in layers[np.lexsort((-layers, keys))]]
+
+
+def _dropped_sums(values_L: np.ndarray, orders: tuple[list[int], ...], space: Space) -> np.ndarray:
+    """[C] sum of the values of the layers that go."""
+    sums = [np.concatenate([[0.0], np.cumsum(values_L[order])])[list(drops)]
+            for order, drops in zip(orders, space.drops, strict=True)]
+    return np.ravel(sums[0][:, None, None] + sums[1][:, None] + sums[2])
+
+
+def _curve(parent: Architecture, curves: WidthCurves, axis: str, metric: str, widths: tuple[int, ...]) -> np.ndarray:
+    """Damage at each width of an axis."""
+    whole = max(parent.ffn_sizes, default=widths[-1]) if axis == "ffn_size" else getattr(parent, axis)
+    if widths != (whole,) and axis not in set(curves.table["axis"]):
+        raise RecipeError(f"width curves have nothing about {axis}, which the space cuts to {widths[0]}; "
+                          "measure it, or leave the axis at the parent's width")
+    damage = curves.damage(axis, metric, np.array(widths), whole)
+    _check_finite(damage, f"width curve {axis}", metric)
+    return damage
+
+
+def _check_finite(values: np.ndarray, what: str, metric: str) -> None:
+    if not np.isfinite(values).all():
+        raise CorruptArtifact(f"{what}: {int((~np.isfinite(values)).sum())} values of {metric} are not finite numbers; "
+                              "score again")

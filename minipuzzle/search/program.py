@@ -1,0 +1,179 @@
+"""One integer program of the search: its options, its rows, and HiGHS.
+
+The suffixes: O = options of all layers, L = layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from minipuzzle.core.architecture import ATTENTION, FFN, Architecture
+from minipuzzle.core.errors import ResourceError
+from minipuzzle.search.prices import KINDS, SIXTEENTHS, Line
+
+INFEASIBLE = 2  # status of scipy.optimize.milp
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a layer can do: stay, with one of `widths` if it is an FFN (the widest first), or go; in order of layers."""
+
+    layer_O: np.ndarray
+    kind_O: np.ndarray  # place in KINDS
+    width_O: np.ndarray  # of an FFN that stays, else 0
+    drop_O: np.ndarray
+
+    @classmethod
+    def of(cls, pattern: str, widths: Sequence[int]) -> Options:
+        rows = []
+        for layer, kind in enumerate(pattern):
+            rows += [(layer, KINDS.index(kind), width, False) for width in (widths if kind == FFN else [0])]
+            rows.append((layer, KINDS.index(kind), 0, True))
+        layer_O, kind_O, width_O, drop_O = (np.array(column) for column in zip(*rows, strict=True))
+        return cls(layer_O, kind_O, width_O, drop_O)
+
+    def __len__(self) -> int:
+        return len(self.layer_O)
+
+    @property
+    def layers(self) -> int:
+        return int(self.layer_O[-1]) + 1
+
+
+@dataclass
+class Program:
+    """Integer columns, the options first, with bounds; rows; and the solutions that are gone."""
+
+    options: Options
+    objective_O: np.ndarray
+    constant: float = 0.0  # of the objective
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    rows: list[tuple[np.ndarray, np.ndarray, float, float]] = field(default_factory=list)
+    cuts: list[np.ndarray] = field(default_factory=list)
+
+    def columns(self, count: int, low: float, high: float) -> np.ndarray:
+        """Places of new columns."""
+        self.low += [low] * count
+        self.high += [high] * count
+        return np.arange(len(self.low) - count, len(self.low))
+
+    def row(self, columns: np.ndarray, values: np.ndarray | float, low: float, high: float) -> None:
+        self.rows.append((columns, np.broadcast_to(np.asarray(values, float), columns.shape), low, high))
+
+    def constraints(self) -> LinearConstraint:
+        """The rows, and for each solution that is gone that at most all layers but one may choose as it did."""
+        rows = self.rows + [(cut, np.ones(len(cut)), -np.inf, len(cut) - 1.0) for cut in self.cuts]
+        ends = np.cumsum([0] + [len(row[0]) for row in rows])
+        matrix = csr_array((np.concatenate([row[1] for row in rows]), np.concatenate([row[0] for row in rows]), ends),
+                           shape=(len(rows), len(self.low)))
+        return LinearConstraint(matrix, [row[2] for row in rows], [row[3] for row in rows])
+
+
+def build(parent: Architecture, drops: Sequence[Sequence[int]], widths: Sequence[int],
+          budgets: Mapping[str, tuple[Line, int]], objective_O: np.ndarray, options: Options) -> Program:
+    """The program of a parent whose FFN layers choose among `widths`, the widest first.
+
+    `drops`: the numbers of layers of each kind that may go. `budgets`: key -> (its prices at `widths`, its limit).
+    """
+    program = Program(options, objective_O)
+    program.columns(len(options), 0, 1)
+    for layer in range(options.layers):
+        program.row(np.flatnonzero(options.layer_O == layer), 1, 1, 1)
+    dropped = np.concatenate([_dropped(program, kind, values) for kind, values in enumerate(drops)])
+    neurons, unit = _neurons(program, widths)
+    counts = [parent.pattern.count(kind) for kind in KINDS]
+    for key, (line, limit) in budgets.items():
+        limit *= SIXTEENTHS.get(key, 1)
+        each, neuron = _unit_costs(line, widths, counts[KINDS.index(ATTENTION)])
+        base = float(line.base_W[0]) + sum(n * price for n, price in zip(counts, each, strict=True))
+        columns, values = np.append(dropped, neurons), np.array([-price for price in each] + [neuron * unit])
+        scale = max(limit, 1)  # so that the solver's tolerance, 1e-6, is one of the budget
+        program.row(columns, values[: len(columns)] / scale, -np.inf, (limit - base) / scale)
+    return program
+
+
+def _dropped(program: Program, kind: int, values: Sequence[int]) -> np.ndarray:
+    """The column that counts the layers of a kind that go: one of `values`, by a binary for each if they have gaps."""
+    options = np.flatnonzero(program.options.drop_O & (program.options.kind_O == kind))
+    count = program.columns(1, values[0], values[-1])
+    program.row(np.append(options, count), np.append(np.ones(len(options)), -1), 0, 0)
+    if values[-1] - values[0] != len(values) - 1:
+        choices = program.columns(len(values), 0, 1)
+        program.row(choices, 1, 1, 1)
+        program.row(np.append(choices, count), np.append(np.asarray(values, float), -1), 0, 0)
+    return count
+
+
+def _neurons(program: Program, widths: Sequence[int]) -> tuple[np.ndarray, int]:
+    """(the column that counts FFN neurons of all layers, in which unit); none where all widths are the same."""
+    if len(widths) == 1:
+        return np.empty(0, int), 1
+    unit = int(np.gcd.reduce(np.array(widths)))
+    width_O = program.options.width_O
+    kept = np.flatnonzero(width_O)
+    count = program.columns(1, 0, float(widths[0] // unit * (program.options.kind_O[program.options.drop_O]
+                                                            == KINDS.index(FFN)).sum()))
+    program.row(np.append(kept, count), np.append(width_O[kept] // unit, -1), 0, 0)
+    return count, unit
+
+
+def _unit_costs(line: Line, widths: Sequence[int], attention: int) -> tuple[list[float], float]:
+    """(the cost of a layer of each kind, of an FFN neuron); where widths differ, of an FFN layer without its neurons.
+
+    The KV cache of n layers is rounded to bytes as a whole; here every layer has an equal share.
+    """
+    each = [float(line.each_3W[kind, 0]) for kind in range(len(KINDS))]
+    if attention:
+        each[KINDS.index(ATTENTION)] += float(line.extra[-1]) / attention
+    if len(widths) == 1:
+        return each, 0.0
+    ffn = line.each_3W[KINDS.index(FFN)]
+    neuron = float(ffn[0] - ffn[-1]) / (widths[0] - widths[-1])
+    each[KINDS.index(FFN)] -= neuron * widths[0]
+    return each, neuron
+
+
+def minimise(program: Program) -> np.ndarray | None:
+    """[L] the option of each layer, or None if nothing is left.
+
+    Raises:
+        ResourceError: the solver gave up.
+    """
+    count, size = len(program.options), len(program.low)
+    objective = np.zeros(size)
+    objective[:count] = program.objective_O
+    with _silence():
+        result = milp(objective, integrality=np.ones(size, int), bounds=Bounds(program.low, program.high),
+                      constraints=program.constraints(), options={"mip_rel_gap": 0})
+    if result.status == INFEASIBLE:
+        return None
+    if result.status != 0:
+        raise ResourceError(f"the solver stopped without a result ({result.message}); use search.strategy grid")
+    chosen_L = np.flatnonzero(result.x[:count] > 0.5)
+    assert (program.options.layer_O[chosen_L] == np.arange(program.options.layers)).all(), "a layer without one option"
+    return chosen_L
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """HiGHS prints lines of its own debugging on the standard output, which may be a JSON document of ours."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

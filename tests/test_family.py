@@ -1,0 +1,288 @@
+"""The blocks of each family against transformers and against plain references.
+
+To add a family: subclass `FamilyContract` and give it the pieces below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import relative, tokens
+
+from minipuzzle.core.architecture import Architecture, read_config
+from minipuzzle.models.base import Family
+from minipuzzle.models.module import HybridLM
+from minipuzzle.models.ssd import causal_conv, ssd
+from minipuzzle.models.walk import Model, final_hidden
+from minipuzzle.models.weights import open_model
+from minipuzzle.recipes.source import bundled_model
+
+CHUNK = 32
+LENGTHS = (1, 31, 32, 33, 64, 200)  # around and beyond the borders of a chunk
+
+
+class FamilyContract(ABC):
+    """What every family must do. `Test…` subclasses say for which."""
+
+    family: Family
+    arch: Architecture
+
+    @abstractmethod
+    def weights(self, arch: Architecture, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Trained-like weights by name on disk."""
+
+    @abstractmethod
+    def theirs(self, arch: Architecture, weights: Mapping[str, torch.Tensor]) -> Any:
+        """Stock transformers' model with these weights, at the same dt limit."""
+
+    @abstractmethod
+    def reference(self, arch: Architecture, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        """Logits by a plain implementation in float64."""
+
+    def mine(self, arch: Architecture, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        model = Model.build(self.family, arch, weights.items())
+        return final_hidden(model, ids) @ model.head.T
+
+    @pytest.mark.parametrize("length", LENGTHS)
+    def test_logits_are_those_of_transformers(self, length: int) -> None:
+        weights, ids = self.weights(self.arch, torch.float32), tokens(2, length)
+        with torch.no_grad():
+            expected = self.theirs(self.arch, weights)(ids, use_cache=False).logits
+        assert relative(self.mine(self.arch, weights, ids), expected) < 1e-5
+
+    @pytest.mark.parametrize("length", [1, 33, 70])
+    def test_logits_are_those_of_the_reference_in_float64(self, length: int) -> None:
+        weights, ids = self.weights(self.arch, torch.float64), tokens(2, length)
+        mine = self.mine(self.arch, weights, ids)
+        assert mine.dtype == torch.float64
+        assert relative(mine, self.reference(self.arch, weights, ids)) < 1e-12
+
+    @pytest.mark.parametrize("pattern", ["M", "*", "-", "MM", "*-", "-M*"])
+    def test_each_kind_of_block_alone(self, pattern: str) -> None:
+        arch = dataclasses.replace(self.arch, pattern=pattern)
+        weights, ids = self.weights(arch, torch.float32), tokens(2, 45)
+        with torch.no_grad():
+            expected = self.theirs(arch, weights)(ids, use_cache=False).logits
+        assert relative(self.mine(arch, weights, ids), expected) < 1e-5
+        wide = {k: v.double() for k, v in weights.items()}
+        assert relative(self.mine(arch, wide, ids), self.reference(arch, wide, ids)) < 1e-12
+
+    def test_every_kind_of_block_matters(self) -> None:
+        """Otherwise the tests above would compare nothing."""
+        weights, ids = self.weights(self.arch, torch.float64), tokens(2, 45)
+        full = self.mine(self.arch, weights, ids)
+        moved = []
+        for kind in sorted(set(self.arch.pattern)):
+            kept = tuple(i for i in range(self.arch.num_layers) if self.arch.pattern[i] != kind)
+            model = Model.build(self.family, self.arch, weights.items())
+            small = Model(self.family, self.arch.keep(kept), model.top, tuple(model.layers[i] for i in kept))
+            moved.append(relative(final_hidden(small, ids) @ small.head.T, full))
+        assert len(moved) == 3
+        assert min(moved) > 0.1
+
+    def test_the_future_changes_nothing(self) -> None:
+        weights, ids = self.weights(self.arch, torch.float64), tokens(1, 80)
+        full = self.mine(self.arch, weights, ids)
+        for cut in (1, 32, 47):
+            assert relative(self.mine(self.arch, weights, ids[:, :cut]), full[:, :cut]) < 1e-12
+        other = ids.clone()
+        other[:, 50:] = (other[:, 50:] + 1) % self.arch.vocab_size
+        changed = self.mine(self.arch, weights, other)
+        assert torch.equal(changed[:, :50], full[:, :50])
+        assert relative(changed[:, 50:], full[:, 50:]) > 0.1
+
+    def test_samples_do_not_see_each_other(self) -> None:
+        weights, ids = self.weights(self.arch, torch.float64), tokens(3, 40)
+        together = self.mine(self.arch, weights, ids)
+        for i in range(3):
+            assert relative(self.mine(self.arch, weights, ids[i : i + 1]), together[i : i + 1]) < 1e-12
+
+    def test_the_trainable_model_is_the_same_model(self) -> None:
+        weights, ids = self.weights(self.arch, torch.float32), tokens(2, 40)
+        module = HybridLM(self.family, self.arch, weights)
+        out = module(ids) @ module.head.T
+        assert torch.equal(out.detach(), self.mine(self.arch, weights, ids))
+        assert {n: tuple(p.shape) for n, p in module.parameters_by_name().items()} == self.family.shapes(self.arch)
+        out.logsumexp(-1).mean().backward()
+        silent = [n for n, p in module.parameters_by_name().items() if p.grad is None or not p.grad.abs().max() > 0]
+        assert silent == []
+        assert all(torch.equal(module.parameters_by_name()[n], w) for n, w in weights.items())  # a copy, untouched
+
+    def test_gradients_are_those_of_the_reference(self) -> None:
+        weights, ids = self.weights(self.arch, torch.float64), tokens(1, 35)
+        module = HybridLM(self.family, self.arch, weights)
+        (module(ids) @ module.head.T).logsumexp(-1).mean().backward()
+        leaves = {n: w.clone().requires_grad_() for n, w in weights.items()}
+        self.reference(self.arch, leaves, ids).logsumexp(-1).mean().backward()
+        worst = {n: relative(p.grad, leaves[n].grad) for n, p in module.parameters_by_name().items()}
+        assert len(worst) == len(weights)
+        assert max(worst.values()) < 1e-9
+
+    def test_every_dimension_is_named_as_it_is_long(self) -> None:
+        """Names of the table exist in transformers, with these shapes, no more and no less."""
+        theirs = self.theirs(self.arch, self.weights(self.arch, torch.float32))
+        named = {n.replace("model.", "backbone.", 1): tuple(p.shape) for n, p in theirs.named_parameters()}
+        assert named == self.family.shapes(self.arch)
+
+    def test_probes_see_what_the_block_computes(self) -> None:
+        seen: dict[tuple[int, str], torch.Tensor] = {}
+        model = Model.build(self.family, self.arch, self.weights(self.arch, torch.float64).items())
+        plain = final_hidden(model, tokens(2, 20))
+        probed = final_hidden(model, tokens(2, 20), lambda i, place, x: seen.__setitem__((i, place), x))
+        assert torch.equal(plain, probed)
+        assert {i for i, place in seen if place == "hidden"} == set(range(self.arch.num_layers))
+        assert {i for i, place in seen if place == "ffn"} == set(self.arch.layers_of("-"))
+        assert {i for i, place in seen if place == "mamba_x"} == set(self.arch.layers_of("M"))
+        assert {i for i, place in seen if place == "attention_out"} == set(self.arch.layers_of("*"))
+
+
+class TestNemotronH(FamilyContract):
+    family = tiny.FAMILY
+    arch = tiny.ARCH
+
+    def weights(self, arch: Architecture, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return tiny.trained_like(arch, dtype=dtype)
+
+    def theirs(self, arch: Architecture, weights: Mapping[str, torch.Tensor]) -> Any:
+        return tiny.transformers_model(arch, weights)
+
+    def reference(self, arch: Architecture, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        return tiny.reference_logits(arch, weights, ids)
+
+    @pytest.mark.parametrize("change", [{"n_groups": 4}, {"n_groups": 8}, {"n_groups": 1}, {"conv_kernel": 2},
+                                        {"conv_bias": False}, {"use_bias": True, "mlp_bias": True},
+                                        {"num_key_value_heads": 1}, {"num_key_value_heads": 4}, {"norm_eps": 0.1}])
+    def test_variants(self, change: dict[str, Any]) -> None:
+        arch = dataclasses.replace(self.arch, **change)
+        weights, ids = self.weights(arch, torch.float32), tokens(2, 45)
+        theirs = tiny.transformers_model(arch, weights, layer_norm_epsilon=arch.norm_eps)
+        with torch.no_grad():
+            expected = theirs(ids, use_cache=False).logits
+        assert relative(self.mine(arch, weights, ids), expected) < 1e-5
+
+    def test_transformers_with_its_dt_limit_is_another_model(self) -> None:
+        """Why the limit has to be taken away: with small steps the clamp at 0.001 is seen in the logits."""
+        weights, ids = self.weights(self.arch, torch.float32), tokens(2, 200)
+        for name in weights:
+            if name.endswith("dt_bias"):
+                weights[name] = weights[name] - 6
+        clamped, free = self.theirs(self.arch, weights), self.theirs(self.arch, weights)
+        limited = 0
+        for layer in clamped.model.layers:
+            if hasattr(layer.mixer, "time_step_limit"):
+                layer.mixer.time_step_limit = (0.001, float("inf"))
+                limited += 1
+        assert limited == 4
+        mine = self.mine(self.arch, weights, ids)
+        with torch.no_grad():
+            assert relative(mine, free(ids, use_cache=False).logits) < 1e-5
+            assert relative(mine, clamped(ids, use_cache=False).logits) > 1e-3
+
+    def test_the_bundled_model(self) -> None:
+        """Real weights: the logits of transformers, and an SSM that matters."""
+        from transformers import AutoModelForCausalLM
+
+        folder = open_model(bundled_model())
+        model = Model.load(folder)
+        ids = tokens(2, 150, vocab=folder.arch.vocab_size)
+        theirs = tiny.without_dt_limit(AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32).eval())
+        with torch.no_grad():
+            expected = theirs(ids, use_cache=False).logits
+        mine = final_hidden(model, ids) @ model.head.T
+        assert relative(mine, expected) < 1e-5
+        for i in folder.arch.layers_of("M"):
+            model.layers[i]["mixer.out_proj.weight"].zero_()
+        assert relative(final_hidden(model, ids) @ model.head.T, expected) > 0.1
+        assert read_config(folder.path)["hybrid_override_pattern"] == folder.arch.pattern
+
+
+# the scan --------------------------------------------------------------------------------------------------------
+
+
+def scan_inputs(length: int, heads: int = 6, groups: int = 3, chan: int = 3, state: int = 4,
+                seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """x, dt, a, b, c, d as a trained block has them: dt from 0.001 to 1, A from 1 to 16."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    dt = torch.exp(torch.rand(2, length, heads, generator=g, dtype=torch.float64) * 6.9 - 6.9)
+    a = -torch.exp(torch.rand(heads, generator=g, dtype=torch.float64) * 2.8)
+    return normal(2, length, heads, chan), dt, a, normal(2, length, groups, state), normal(2, length, groups, state), \
+        normal(heads)
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 64, 97])
+def test_scan_is_the_recurrence(length: int) -> None:
+    inputs = scan_inputs(length)
+    assert relative(ssd(*inputs), tiny.naive_ssd(*inputs)) < 1e-12
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_a_head_reads_its_own_group(groups: int) -> None:
+    inputs = scan_inputs(40, groups=groups)
+    out = ssd(*inputs)
+    assert relative(out, tiny.naive_ssd(*inputs)) < 1e-12
+    x, dt, a, b, c, d = inputs
+    other = b.clone()
+    other[:, :, -1] = 0  # the last group's B: only its heads may notice
+    changed = ssd(x, dt, a, other, c, d)
+    first = 6 - 6 // groups
+    assert torch.equal(changed[:, :, :first], out[:, :, :first])
+    assert relative(changed[:, :, first:], out[:, :, first:]) > 0.1
+
+
+def test_scan_does_not_depend_on_the_chunk() -> None:
+    inputs = scan_inputs(100)
+    plain = tiny.naive_ssd(*inputs)
+    results = [ssd(*inputs, chunk=chunk) for chunk in (1, 7, 16, 32, 100, 128)]
+    assert len(results) == 6
+    assert max(relative(result, plain) for result in results) < 1e-12
+
+
+def test_scan_survives_fast_decay() -> None:
+    """exp of the differences above the diagonal would overflow: dt A = -3000 over a chunk."""
+    x, dt, a, b, c, d = (t.float() for t in scan_inputs(64))
+    dt = torch.full_like(dt, 6.0)
+    x.requires_grad_()
+    out = ssd(x, dt, a * 16, b, c, d)
+    out.sum().backward()
+    assert relative(out.detach(), tiny.naive_ssd(*(t.detach().double() for t in (x, dt, a * 16, b, c, d)))) < 1e-5
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+
+
+def test_scan_in_low_precision_computes_in_float32() -> None:
+    inputs = [t.bfloat16() for t in scan_inputs(70)]
+    out = ssd(*inputs)
+    assert out.dtype == torch.float32
+    assert relative(out, tiny.naive_ssd(*(t.double() for t in inputs))) < 1e-5
+
+
+def test_gradients_of_the_scan() -> None:
+    inputs = [t.requires_grad_() for t in scan_inputs(7, heads=2, groups=1, chan=2, state=2)]
+    assert torch.autograd.gradcheck(lambda *args: ssd(*args, chunk=3), inputs)
+    grads = []
+    for function in (ssd, tiny.naive_ssd):
+        leaves = [t.requires_grad_() for t in scan_inputs(70)]
+        function(*leaves).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    assert len(grads[0]) == 6
+    assert max(relative(mine, plain) for mine, plain in zip(*grads, strict=True)) < 1e-10
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("length", [1, 3, 20])
+def test_causal_convolution(length: int, bias: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2, length, 5, generator=g, dtype=torch.float64), torch.randn(5, 1, 4, generator=g, dtype=torch.float64)
+    b = torch.randn(5, generator=g, dtype=torch.float64) if bias else None
+    plain = torch.nn.functional.conv1d(x.transpose(1, 2), w, b, padding=3, groups=5)[..., :length].transpose(1, 2)
+    assert relative(causal_conv(x, w, b), plain) < 1e-12

@@ -1,0 +1,702 @@
+"""The whole pipeline on a tiny model: what comes out, that it loads elsewhere, that it continues, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+from tiny import ARCH, relative, tokens, trained_like, without_dt_limit, write_folder
+
+from minipuzzle import Recipe, prune
+from minipuzzle.cli import main
+from minipuzzle.core import interrupt
+from minipuzzle.core.architecture import Architecture
+from minipuzzle.core.budget import Workload
+from minipuzzle.core.cost import cost
+from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.interrupt import Interrupted
+from minipuzzle.core.scores import WidthScores
+from minipuzzle.data.blocks import load_blocks
+from minipuzzle.evaluate.quality import Reference, measure
+from minipuzzle.models.walk import Model, final_hidden
+from minipuzzle.models.weights import open_model
+from minipuzzle.recipes.job import STAGES
+from minipuzzle.recipes.pipeline import Run
+from minipuzzle.recipes.progress import Reporter, Update
+from minipuzzle.recipes.source import bundled_model
+from minipuzzle.surgery import gate
+from minipuzzle.surgery.cut import Cutter
+
+RECIPE = """
+recipe: 1
+budget: {memory: 0.7x}
+workload: {context: 128}
+calibration: {data: DATA, samples: 8, sequence_length: 32}
+space:
+  {drop_mamba: [0, 1], drop_ffn: [0, 1], drop_attention: [0, 1], hidden_size: [16, 32, 8], ffn_size: [24, 48, 12],
+   mamba_num_heads: [4, 8, 2], mamba_head_dim: [6, 8, 2]}
+search: {measure: 4, finalists: 2}
+evaluation: {data: DATA, samples: 8}
+surgery: {hidden: rotate}
+distillation:
+  {data: DATA, tournament_tokens: 1024, tokens: 4096, sequence_length: 32, batch_tokens: 256, learning_rate: 3.0e-3}
+"""
+# what the stages leave that is the same in every run; the rest has times and paths
+REPEATABLE = ("model/model.safetensors", "model/config.json", "model/tokenizer.json", "scores/layers.csv",
+              "scores/widths.safetensors", "scores/rotation.safetensors", "scores/width_curves.csv", "candidates.csv",
+              "candidates.json")
+
+
+def recipe_for(data: Path | str, text: str = RECIPE) -> Recipe:
+    return Recipe.parse(text.replace("DATA", str(data)), "test")
+
+
+@pytest.fixture(scope="module")
+def recipe_file(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(RECIPE.replace("DATA", str(texts)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One undisturbed run; tests that change it take a copy."""
+    return prune(model_folder, recipe_for(texts), tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture
+def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reload gate in this process, where the fresh one is not what is tested: it takes seconds to import."""
+    from transformers import AutoModelForCausalLM
+
+    def check(folder: Path, ids: torch.Tensor) -> float:
+        model = Model.load(open_model(folder))
+        theirs = without_dt_limit(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+        with torch.no_grad():
+            difference = relative(final_hidden(model, ids) @ model.head.T, theirs(ids, use_cache=False).logits)
+        assert difference < 1e-4
+        return difference
+
+    monkeypatch.setattr("minipuzzle.recipes.pipeline.reload_gate", check)
+
+
+@pytest.fixture
+def copy(finished: Run, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished.path, tmp_path / "run"))
+
+
+class Recorder(Reporter):
+    """Remembers what was made and what was skipped; stops a stage at one of its reports if told to."""
+
+    def __init__(self, stop_in: str = "", at: int = 1) -> None:
+        super().__init__()
+        self.stop_in, self.at = stop_in, at
+        self.made: list[str] = []
+        self.skipped: list[str] = []
+
+    def skip(self, name: str) -> None:
+        super().skip(name)
+        self.skipped.append(name)
+
+    @contextmanager
+    def _show(self, name: str, total: float) -> Iterator[Update]:
+        self.made.append(name)
+        heard = 0
+
+        def update(done: float, text: str = "") -> None:
+            nonlocal heard
+            heard += 1
+            assert -1e-6 <= done <= total * 1.001 + 1e-6, (name, done, total)
+            if name == self.stop_in and heard == self.at:
+                raise Interrupted(signal.SIGTERM)
+
+        yield update
+        assert heard > 0 or total <= 1, f"{name} reported no progress"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Files and folders that are not whole."""
+    return [p.name for p in folder.rglob("*") if ".tmp" in p.name or "unchecked" in p.name] if folder.exists() else []
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without the speed."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+def assert_same_result(run: Path, other: Path) -> None:
+    same = [name for name in REPEATABLE if (run / name).read_bytes() == (other / name).read_bytes()]
+    assert same == list(REPEATABLE)
+    assert metrics(run) == metrics(other)
+
+
+# a whole run -----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves(finished: Run) -> None:
+    path = finished.path
+    for name in (*REPEATABLE, "run.json", "metrics.jsonl", "report.json", "report.html", "model/README.md",
+                 "model/minipuzzle.json", "model/LICENSE", "model/generation_config.json"):
+        assert (path / name).is_file(), name
+    assert leftovers(path) == []
+    about = json.loads((path / "run.json").read_text())
+    assert [s["name"] for s in about["stages"]] == list(STAGES)
+    assert all(s["status"] == "done" and s["seconds"] >= 0 for s in about["stages"])
+    assert about["recipe"]["search"]["measure"] == 4
+    assert {"torch", "transformers", "minipuzzle", "python"} <= set(about["versions"])
+    assert set(about["hashes"]) >= {"model", "tokenizer"}
+    assert about["seed"] == 0
+    layers = pd.read_csv(path / "scores" / "layers.csv")
+    assert list(layers.columns[:10]) == ["layer", "kind", "mse", "mse_stderr", "nmse", "kl", "kl_stderr", "loss_delta",
+                                         "cosine", "samples"]
+    assert "".join(layers["kind"]) == "M-M*-MM*-"
+    rows = metrics(path)
+    assert [row["step"] for row in rows] == list(range(1, 17))
+    assert rows[-1]["tokens"] == 4096
+    assert all({"loss", "lr"} <= set(row) for row in rows)
+    assert {k for k in rows[-1] if k.startswith("eval_")} >= {"eval_loss", "eval_kl"}
+    html = (path / "report.html").read_text()
+    assert "<svg" in html
+    assert "Traceback" not in html
+
+
+def test_report_json(finished: Run, model_folder: Path) -> None:
+    report = json.loads((finished.path / "report.json").read_text())
+    assert report["schema"] == 1
+    for section, keys in (("parent", ("parameters", "memory_bytes", "loss")),
+                          ("result", ("parameters", "memory_bytes", "loss_sliced", "loss_pruned", "loss_distilled",
+                                      "kl_pruned", "kl_distilled")), ("distillation", ("tokens", "seconds"))):
+        for key in keys:
+            value = report[section][key]
+            assert isinstance(value, int | float), (section, key)
+            assert math.isfinite(value), (section, key)
+    assert Path(report["result"]["path"]) == finished.model_path
+    assert [s["name"] for s in report["stages"]] == list(STAGES)
+    assert isinstance(report["warnings"], list)
+    parent = open_model(model_folder)
+    assert report["parent"]["parameters"] == cost(parent.arch, Workload()).parameters
+    written = load_file(finished.model_path / "model.safetensors")
+    assert report["result"]["parameters"] == sum(t.numel() for t in written.values())
+    assert report["result"]["memory_bytes"] <= 0.7 * report["parent"]["memory_bytes"]
+    assert report["result"]["reload_difference"] < 1e-4
+    assert report["distillation"]["tokens"] == 4096
+    assert report["result"]["kl_distilled"] < report["result"]["kl_pruned"]
+
+
+def test_the_numbers_are_those_of_the_written_folder(finished: Run, model_folder: Path) -> None:
+    report, parent = finished.report, Model.load(open_model(model_folder))
+    (folder,) = (finished.path / "tokens").iterdir()
+    reference = Reference(parent, torch.from_numpy(load_blocks(folder, "held_out", 32).first(8)))
+    written = open_model(finished.model_path)
+    assert written.dtype == torch.bfloat16
+    found = measure(Model.load(written), reference)
+    assert found["loss"] == pytest.approx(report["result"]["loss_distilled"], rel=1e-6)
+    assert found["kl"] == pytest.approx(report["result"]["kl_distilled"], rel=1e-6)
+    assert measure(parent, reference)["loss"] == pytest.approx(report["parent"]["loss"], rel=1e-6)
+    # plain selection of the same architecture, in the parent's dtype
+    plain = Cutter(parent, WidthScores.read(finished.path / "scores" / "widths.safetensors")).cut(
+        Architecture.from_json(report["result"]["architecture"]), tuple(report["result"]["kept_layers"]))
+    rounded = Model.build(plain.family, plain.arch, ((n, t.bfloat16().float()) for n, t in plain.by_name().items()))
+    assert measure(rounded, reference)["loss"] == pytest.approx(report["result"]["loss_sliced"], rel=1e-6)
+
+
+def test_candidates(finished: Run) -> None:
+    data = json.loads((finished.path / "candidates.json").read_text())
+    assert data["schema"] == 1
+    assert data["budget"]["memory"]["asked"] == "0.7x"
+    limit, workload = data["budget"]["memory"]["limit"], Workload(context=128)
+    parent = Architecture.from_json(data["parent"]["architecture"])
+    assert len(data["candidates"]) > 100
+    for c in data["candidates"]:
+        assert set(c) >= {"name", "architecture", "kept_layers", "cost", "predicted", "measured", "after_distillation",
+                          "chosen"}
+        arch = Architecture.from_json(c["architecture"])
+        assert {"pattern", "hidden_size", "ffn_size", "mamba_num_heads", "mamba_head_dim", "num_attention_heads",
+                "num_key_value_heads", "head_dim"} <= set(c["architecture"])
+        assert c["cost"] == cost(arch, workload).to_json()
+        assert c["cost"]["memory_bytes"] <= limit
+        assert "".join(parent.pattern[i] for i in c["kept_layers"]) == arch.pattern
+        assert c["kept_layers"] == sorted(set(c["kept_layers"]))
+        assert "*" in arch.pattern
+        assert math.isfinite(c["predicted"]["damage"])
+    assert len({c["name"] for c in data["candidates"]}) == len(data["candidates"])
+    measured = [c for c in data["candidates"] if c["measured"]]
+    distilled = [c for c in data["candidates"] if c["after_distillation"]]
+    assert len(measured) == 4
+    assert len(distilled) == 2
+    assert data["candidates"][:2] == distilled
+    assert data["candidates"][:4] == distilled + [c for c in measured if c not in distilled]
+    for c in measured:
+        assert set(c["measured"]) >= {"loss", "kl", "accuracy", "agreement"}
+    assert max(c["measured"]["kl"] for c in distilled) <= min(c["measured"]["kl"] for c in measured[2:])
+    assert [c["chosen"] for c in data["candidates"]] == [True] + [False] * (len(data["candidates"]) - 1)
+    assert distilled[0]["after_distillation"]["loss"] <= distilled[1]["after_distillation"]["loss"]
+    rest = [c["predicted"]["damage"] for c in data["candidates"][4:]]
+    assert rest == sorted(rest)
+    config = json.loads((finished.model_path / "config.json").read_text())
+    assert Architecture.from_config(config) == Architecture.from_json(distilled[0]["architecture"])
+    frame = pd.read_csv(finished.path / "candidates.csv")
+    assert list(frame["name"]) == [c["name"] for c in data["candidates"]] == list(finished.candidates["name"])
+    assert list(frame["memory_bytes"]) == [c["cost"]["memory_bytes"] for c in data["candidates"]]
+
+
+def test_the_result_loads_in_stock_transformers(finished: Run, tmp_path: Path) -> None:
+    """A fresh process without minipuzzle: the same logits, the tokenizer, and a text."""
+    ids = tokens(2, 50, vocab=300)
+    save_file({"ids": ids}, tmp_path / "ids")
+    program = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, about = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, output_loading_info=True)
+assert not about["missing_keys"] and not about["unexpected_keys"] and not about["mismatched_keys"], about
+model.eval()
+limited = 0
+for layer in model.model.layers:
+    if hasattr(layer.mixer, "time_step_limit"):
+        layer.mixer.time_step_limit = (0.0, float("inf"))
+        limited += 1
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+prompt = tokenizer("the state of a hybrid model", return_tensors="pt")
+assert tokenizer.decode(prompt["input_ids"][0]) == "the state of a hybrid model"
+with torch.no_grad():
+    logits = model(load_file(sys.argv[2] + "/ids")["ids"], use_cache=False).logits
+text = model.generate(input_ids=prompt["input_ids"], max_new_tokens=5, do_sample=False)
+save_file({"logits": logits.contiguous(), "limited": torch.tensor(limited), "text": text}, sys.argv[2] + "/out")
+assert not any(name.split(".")[0] == "minipuzzle" for name in sys.modules)
+"""
+    child = subprocess.run([sys.executable, "-I", "-c", program, str(finished.model_path), str(tmp_path)],
+                           capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    out = load_file(tmp_path / "out")
+    folder = open_model(finished.model_path)
+    model = Model.load(folder)
+    assert int(out["limited"]) == folder.arch.pattern.count("M") > 0
+    assert relative(final_hidden(model, ids) @ model.head.T, out["logits"]) < 1e-4
+    prompt, greedy = out["text"][:, :-5], out["text"]
+    for _ in range(5):  # with a cache, one token after another, against the whole prefix every time
+        best = (final_hidden(model, prompt)[:, -1] @ model.head.T).argmax(-1, keepdim=True)
+        prompt = torch.cat([prompt, best], 1)
+    assert torch.equal(prompt, greedy)
+
+
+def test_the_exported_config_is_portable(finished: Run) -> None:
+    text = (finished.model_path / "config.json").read_text()
+    config = json.loads(text)
+    assert config["model_type"] == "nemotron_h"
+    assert config["architectures"] == ["NemotronHForCausalLM"]
+    assert len(config["hybrid_override_pattern"]) == config["num_hidden_layers"]
+    assert config["head_dim"] == 16
+    assert config["torch_dtype"] == "bfloat16"
+    assert "nfinity" not in text
+    foreign = [k for k in config if k.startswith(("moe_", "mtp_", "n_routed", "n_shared", "num_experts", "layers_block"))]
+    assert foreign == []
+    parent = finished.report["parent"]["path"]
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"):
+        assert (finished.model_path / name).read_bytes() == (Path(parent) / name).read_bytes()
+
+
+# again and again -------------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_skips_everything(copy: Path, model_folder: Path, texts: Path) -> None:
+    before = contents(copy)
+    times = {f: f.stat().st_mtime_ns for f in copy.rglob("*.safetensors")}
+    recorder = Recorder()
+    run = prune(model_folder, recipe_for(texts), copy, reporter=recorder)
+    assert recorder.skipped == list(STAGES)
+    assert recorder.made == []
+    after = contents(copy)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    # what tells when and where it was made; a copy lies elsewhere
+    assert changed <= {"report.json", "report.html", "run.json", "model/minipuzzle.json", "model/README.md"}
+    assert len(times) >= 4
+    assert all(f.stat().st_mtime_ns == then for f, then in times.items())
+    old = json.loads(before["report.json"])
+    for name in ("parent", "distillation", "stages", "candidates", "warnings"):
+        assert run.report[name] == old[name], name
+    assert run.report["result"] | {"path": ""} == old["result"] | {"path": ""}
+
+
+@pytest.mark.usefixtures("quick_gate")
+def test_interrupted_in_every_stage(finished: Run, model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    """Stopped in the middle of each stage in turn, and continued: the result of an undisturbed run."""
+    path, recipe = tmp_path / "run", recipe_for(texts)
+    places = {"tokenize": 2, "curves": 2, "measure": 3, "tournament": 6, "distill": 5}
+    for number, stage in enumerate(STAGES):
+        recorder = Recorder(stage, places.get(stage, 1))
+        with pytest.raises(Interrupted, match="same command continues") as stopped:
+            prune(model_folder, recipe, path, reporter=recorder)
+        assert stopped.value.exit_code == 143
+        assert recorder.made == list(STAGES[max(0, number - 1) : number + 1])  # the one that was stopped, and the next
+        assert recorder.skipped == list(STAGES[: max(0, number - 1)])
+        assert not (path / "model").exists()
+        assert not (path / "report.json").exists()
+    recorder = Recorder()
+    prune(model_folder, recipe, path, reporter=recorder)
+    assert recorder.made == [STAGES[-1]]
+    assert leftovers(path) == []
+    assert_same_result(path, finished.path)
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "minipuzzle.cli", *map(str, arguments)]
+
+
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, f"ended too early: {process.communicate()}"
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.003)
+
+
+def test_killed_and_continued(finished: Run, model_folder: Path, recipe_file: Path, texts: Path, tmp_path: Path) -> None:
+    """SIGTERM while it scores, SIGKILL while it trains, and the same command again."""
+    path = tmp_path / "run"
+    line = command("prune", model_folder, "--recipe", recipe_file, "-o", path)
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for((path / "stages" / "tokenize.json").is_file, process)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("minipuzzle: interrupted")
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: any("\n" in f.read_text() for f in path.glob("distillation/*/metrics.jsonl")), process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert not (path / "stages" / "distill.json").exists()
+    assert not (path / "model").exists()
+    recorder = Recorder()
+    prune(model_folder, recipe_for(texts), path, reporter=recorder)
+    assert recorder.skipped[:5] == list(STAGES[:5])
+    assert leftovers(path) == []
+    assert_same_result(path, finished.path)
+
+
+def test_a_torn_line_of_measurements_is_measured_again(model_folder: Path, texts: Path, tmp_path: Path,
+                                                       finished: Run) -> None:
+    """What a power cut leaves: half of the last line."""
+    path, recipe = tmp_path / "run", recipe_for(texts)
+    with pytest.raises(Interrupted):
+        prune(model_folder, recipe, path, reporter=Recorder("measure", 3))
+    (partial,) = (path / "search").glob("measured-*.jsonl")
+    partial.write_text(partial.read_text()[:-30])
+    with pytest.raises(Interrupted):
+        prune(model_folder, recipe, path, reporter=Recorder("tournament", 1))
+    assert (path / "search" / "measured.json").read_bytes() == (finished.path / "search" / "measured.json").read_bytes()
+
+
+# another recipe, another file ------------------------------------------------------------------------------------
+
+
+def invoke(*arguments: str | Path) -> Result:
+    """The command line in this process; its signal handlers do not stay."""
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        return CliRunner().invoke(main, [str(a) for a in arguments])
+    finally:
+        for signum, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(signum, handler)
+        interrupt._received = None
+
+
+def refused(result: Result, code: int) -> str:
+    """The one line on stderr of a command that was refused with this exit code."""
+    assert result.exit_code == code, (result.exit_code, result.stderr, result.exception)
+    assert isinstance(result.exception, SystemExit)  # not a bug with a traceback
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("[")]  # but for the stages' progress
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("minipuzzle: ")
+    return lines[0]
+
+
+def test_a_changed_recipe_is_refused(copy: Path, model_folder: Path, recipe_file: Path, texts: Path) -> None:
+    before = contents(copy)
+    line = ["prune", model_folder, "--recipe", recipe_file, "-o", copy]
+    said = refused(invoke(*line, "--set", "distillation.learning_rate=0.002", "--set", "search.finalists=1"), 2)
+    assert "distillation.learning_rate: 0.003 -> 0.002" in said
+    assert "finalists: 2 -> 1" in said
+    assert "tournament, distill, export" in said
+    assert "measure" not in said
+    assert "--redo" in said
+    assert "--fresh" in said
+    assert contents(copy) == before
+    said = refused(invoke(*line, "--set", "calibration.samples=9"), 2)
+    assert "score, curves, search, measure, tournament, distill, export" in said
+    assert "calibration.samples: 8 -> 9" in said
+    assert "seed: 0 -> 1" in refused(invoke(*line, "--seed", "1"), 2)
+    assert contents(copy) == before
+
+
+@pytest.mark.usefixtures("quick_gate")
+def test_redo_makes_what_changed(copy: Path, model_folder: Path, texts: Path) -> None:
+    old = (copy / "model" / "model.safetensors").read_bytes()
+    changed = recipe_for(texts).with_overrides(settings={"distillation.tokens": 2048})
+    recorder = Recorder()
+    run = prune(model_folder, changed, copy, redo=True, reporter=recorder)
+    assert recorder.made == ["tournament", "distill", "export"]
+    assert recorder.skipped == list(STAGES[:5])
+    assert metrics(copy)[-1]["tokens"] == 2048
+    assert (copy / "model" / "model.safetensors").read_bytes() != old
+    assert run.report["recipe"] != ""
+    again = Recorder()
+    prune(model_folder, changed, copy, reporter=again)
+    assert again.skipped == list(STAGES)
+
+
+@pytest.mark.usefixtures("quick_gate")
+def test_fresh_begins_again(copy: Path, finished: Run, model_folder: Path, texts: Path) -> None:
+    """With another recipe and a foreign file among the run's own."""
+    changed = recipe_for(texts).with_overrides(settings={"distillation.tokens": 0, "search.measure": 2})
+    recorder = Recorder()
+    run = prune(model_folder, changed, copy, fresh=True, reporter=recorder)
+    assert recorder.made == list(STAGES)
+    assert recorder.skipped == []
+    assert not (copy / "distillation").exists()
+    assert metrics(copy) == []
+    # pruned only: what was written is what was cut
+    assert run.report["result"]["loss_distilled"] == pytest.approx(run.report["result"]["loss_pruned"], rel=1e-6)
+    assert run.report["distillation"]["tokens"] == 0
+    assert sum(c["measured"] is not None for c in json.loads((copy / "candidates.json").read_text())["candidates"]) == 2
+
+
+@pytest.mark.usefixtures("quick_gate")
+def test_a_changed_file_is_noticed_and_made_again(copy: Path, finished: Run, model_folder: Path, texts: Path) -> None:
+    file = copy / "scores" / "layers.csv"
+    file.write_text(file.read_text().replace("M,", "M,1"))
+    with pytest.raises(CorruptArtifact, match=r"layers\.csv is changed since it was written; run with --redo"):
+        prune(model_folder, recipe_for(texts), copy)
+    prune(model_folder, recipe_for(texts), copy, redo=True)  # as the message says
+    assert_same_result(copy, finished.path)
+
+
+def test_the_gate_closes(finished: Run, model_folder: Path, texts: Path, tmp_path: Path,
+                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that transformers reads differently is not handed out, and says so with exit code 5."""
+    path = Path(shutil.copytree(finished.path, tmp_path / "run"))
+    (path / "stages" / "export.json").unlink()
+    shutil.rmtree(path / "model")
+    monkeypatch.setattr(gate, "final_hidden", lambda model, ids: final_hidden(model, ids) * 1.001)
+    with pytest.raises(CorruptArtifact, match="other logits in transformers") as error:
+        prune(model_folder, recipe_for(texts), path)
+    assert error.value.exit_code == 5
+    assert not (path / "model").exists()
+    assert not (path / "stages" / "export.json").exists()
+
+
+# real weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick_gate")
+def test_the_bundled_model_is_pruned_and_recovers(tmp_path: Path) -> None:
+    """Real weights and real text: slicing costs, distillation brings part of it back even in 12 thousand tokens."""
+    library, data = Path(sysconfig.get_paths()["stdlib"]), tmp_path / "data"
+    data.mkdir()
+    for file in sorted(library.glob("*.py"))[:120]:
+        (data / file.name).write_text(file.read_text(encoding="utf-8", errors="replace")[:4000], encoding="utf-8")
+    text = """
+recipe: 1
+budget: {params: 0.6x}
+calibration: {data: DATA, samples: 6, sequence_length: 128}
+space: {drop_mamba: [0, 2], drop_ffn: [0, 3], drop_attention: 0, ffn_size: [0.5x, 1x, 0.25x], hidden_size: [80, 96, 16]}
+search: {measure: 4, finalists: 2}
+evaluation: {data: DATA, samples: 8}
+distillation: {data: DATA, tournament_tokens: 2k, tokens: 12k, sequence_length: 128, batch_tokens: 1k, learning_rate: 2.0e-3}
+"""
+    run = prune(bundled_model(), recipe_for(data, text), tmp_path / "run")
+    parent, result = run.report["parent"], run.report["result"]
+    assert result["parameters"] <= 0.6 * parent["parameters"]
+    assert parent["loss"] < 4
+    assert result["loss_sliced"] > parent["loss"] + 0.3
+    assert result["loss_pruned"] < result["loss_sliced"]  # the rotation
+    assert result["loss_distilled"] < result["loss_pruned"]
+    print(parent["loss"], result)
+    assert result["recovery"] > 0.5
+    assert result["kl_distilled"] < 0.7 * result["kl_pruned"]
+
+
+# bad input -------------------------------------------------------------------------------------------------------
+
+
+def other_model(model_folder: Path, folder: Path, change: str) -> Path:
+    shutil.copytree(model_folder, folder)
+    file = folder / "model.safetensors"
+    config = json.loads((folder / "config.json").read_text())
+    match change:
+        case "truncated":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        case "nan":
+            weights = load_file(file)
+            weights["backbone.layers.2.mixer.in_proj.weight"][3, 4] = float("nan")
+            save_file(weights, file, metadata={"format": "pt"})
+        case "llama":
+            config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "architectures": ["LlamaForCausalLM"]}
+        case "llama with no weights":
+            config = {"model_type": "llama"}
+            file.write_bytes(b"")
+        case "moe":
+            config["hybrid_override_pattern"] = "M-ME-MM*-"
+        case "no config":
+            (folder / "config.json").unlink()
+            return folder
+        case "no tokenizer":
+            (folder / "tokenizer.json").unlink()
+            (folder / "tokenizer_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("change", "code", "message"), [
+    ("truncated", 5, "cannot be read"), ("nan", 5, "layers.2.mixer.in_proj.weight holds NaN"), ("llama", 3, "'llama'"),
+    ("llama with no weights", 3, "'llama'"), ("moe", 3, "MoE"), ("no config", 2, "no config.json"),
+    ("no tokenizer", 2, "tokenizer")])
+def test_a_bad_model(model_folder: Path, recipe_file: Path, tmp_path: Path, change: str, code: int, message: str) -> None:
+    folder = other_model(model_folder, tmp_path / "model", change)
+    said = refused(invoke("prune", folder, "--recipe", recipe_file, "-o", tmp_path / "run"), code)
+    assert message in said
+    assert leftovers(tmp_path) == []
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "stages" / "score.json").exists()
+    if change not in ("nan", "no tokenizer"):  # known from the headers alone: nothing was begun
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), [
+    (("--set", "search.messure=3"), 2, "search.measure"),
+    (("--set", "searches.measure=3"), 2, "no such key"),
+    (("--set", "search.measure=many"), 2, "search.measure"),
+    (("--set", "search.measure=["), 2, "search.measure"),
+    (("--set", "search.measure"), 2, "KEY=VALUE"),
+    (("--set", "space.hidden_size=[24, 64]"), 2, "above the parent's 32"),
+    (("--set", "space.mamba_num_heads=[3, 8]"), 2, "n_groups 2"),
+    (("--set", "scores.iterative=true"), 2, "not built yet"),
+    (("--set", "distillation.batch_tokens=16"), 2, "batch_tokens"),
+    (("--budget", "ram=1GiB"), 2, "unknown budget 'ram'"),
+    (("--budget", "memory=lots"), 2, "'lots' is not a size"),
+    (("--budget", "memory=1.5x"), 2, "at most 1x"),
+    (("--budget", "memory=0x"), 2, "above 0"),
+    (("--data", "/no/such/folder"), 2, "no such file or folder"),
+    (("--data", "no-such-data-set"), 2, "no-such-data-set"),
+    (("--recipe", "defualt"), 2, "did you mean 'default'"),
+    (("--device", "abacus"), 2, "abacus"),
+])
+def test_a_bad_request(model_folder: Path, recipe_file: Path, tmp_path: Path, arguments: tuple[str, ...], code: int,
+                       message: str) -> None:
+    said = refused(invoke("prune", model_folder, "--recipe", recipe_file, "-o", tmp_path / "run", *arguments), code)
+    assert message in said
+    assert leftovers(tmp_path) == []
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_an_unknown_key_in_a_file_has_its_line(model_folder: Path, recipe_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(recipe_file.read_text().replace("finalists: 2", "finalist: 2"))
+    said = refused(invoke("prune", model_folder, "--recipe", file, "-o", tmp_path / "run"), 2)
+    assert "line 9" in said
+    assert "did you mean 'finalists'" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_impossible_budget_names_one_that_is_possible(model_folder: Path, recipe_file: Path, tmp_path: Path) -> None:
+    line = ["prune", model_folder, "--recipe", recipe_file, "-o", tmp_path / "run"]
+    for key in ("memory", "params"):
+        said = refused(invoke(*line, "--budget", f"{key}=5k" if key == "params" else f"{key}=5KiB"), 4)
+        (possible,) = [word.strip(".,;") for word in said.split() if word.startswith(f"{key}=")]
+        result = invoke(*line, "--budget", possible, "--dry-run", "--json")
+        assert result.exit_code == 0, result.stderr
+        plan = json.loads(result.stdout)
+        assert plan["feasible"] >= 1
+        least = plan["largest"]["memory_bytes" if key == "memory" else "parameters"]
+        tighter = f"{int(least * 0.98)}B" if key == "memory" else str(int(least * 0.98))
+        refused(invoke(*line, "--budget", f"{key}={tighter}", "--dry-run"), 4)  # it was the tightest, to 2 %
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_shorter_than_a_block(model_folder: Path, recipe_file: Path, texts: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    short.mkdir()
+    (short / "a.txt").write_text("only a few words")
+    line = ["prune", model_folder, "--recipe", recipe_file, "-o", tmp_path / "run"]
+    said = refused(invoke(*line, "--data", short), 2)
+    assert "less than one block" in said
+    assert leftovers(tmp_path) == []
+    assert list((tmp_path / "run").rglob("*.bin")) == []
+    assert not (tmp_path / "run" / "stages" / "tokenize.json").exists()
+    # the same folder then takes data that is long enough
+    with pytest.raises(Interrupted):
+        prune(model_folder, recipe_for(texts), tmp_path / "run", reporter=Recorder("score"))
+
+
+def test_a_foreign_folder_is_left_alone(model_folder: Path, recipe_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "holiday"
+    folder.mkdir()
+    (folder / "photo.jpg").write_bytes(b"sea")
+    for more in ((), ("--fresh",), ("--redo",)):
+        said = refused(invoke("prune", model_folder, "--recipe", recipe_file, "-o", folder, *more), 2)
+        assert "not a run of minipuzzle" in said
+    assert contents(folder) == {"photo.jpg": b"sea"}
+    said = refused(invoke("prune", model_folder, "--recipe", recipe_file, "-o", folder / "photo.jpg"), 2)
+    assert "is a file" in said
+
+
+def test_dry_run_reads_no_weight(model_folder: Path, recipe_file: Path, tmp_path: Path) -> None:
+    """With weights that are all NaN: a plan, in words and as JSON, and nothing on disk."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    weights = {k: torch.full_like(v, float("nan")) for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    line = ["prune", folder, "--recipe", recipe_file, "-o", tmp_path / "run", "--dry-run"]
+    result = invoke(*line)
+    assert result.exit_code == 0
+    for word in ("parent", "budget", "space", "stages", "time", *STAGES):
+        assert word in result.stdout
+    plan = json.loads(invoke(*line, "--json").stdout)
+    assert plan["feasible"] > 100
+    assert plan["points"] == 432
+    assert plan["largest"]["memory_bytes"] <= plan["budget"]["memory"]["limit"] < plan["parent_cost"]["memory_bytes"]
+    assert set(plan["estimates"]) == set(STAGES)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_too_large_for_the_model(texts: Path, model_folder: Path, tmp_path: Path) -> None:
+    """A tokenizer that gives tokens which the model does not have is told before anything is computed."""
+    folder = write_folder(tmp_path / "model", ARCH, trained_like(ARCH))  # 97 tokens, the tokenizer has 300
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_folder / name, folder / name)
+    with pytest.raises(RecipeError, match="97"):
+        prune(folder, recipe_for(texts), tmp_path / "run")
+
+
+def test_json_is_the_only_thing_on_stdout(copy: Path, model_folder: Path, recipe_file: Path) -> None:
+    result = invoke("prune", model_folder, "--recipe", recipe_file, "-o", copy, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report == json.loads((copy / "report.json").read_text())
+    assert [row.split(":")[0].split()[-1] for row in result.stderr.splitlines() if "done earlier" in row] == list(STAGES)
+    result = invoke("prune", model_folder, "--recipe", recipe_file, "-o", copy)
+    for word in ("parameters", "memory", "loss", str(copy / "model"), str(copy / "report.html")):
+        assert word in result.stdout
