@@ -236,7 +236,8 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
                            "mamba_num_heads", "mamba_head_dim", "parameters", "memory_bytes", "predicted_damage",
                            "folder", "note") if c in frame.columns]
     what = "budgets" if "budget" in columns else "candidates"
-    _print(data, as_json, [frame[columns].head(20).to_string(index=False), f"{len(frame):,} {what} in {path}"])
+    table = frame[columns].head(20).astype(object).fillna("")
+    _print(data, as_json, [table.to_string(index=False), f"{len(frame):,} {what} in {path}"])
 
 
 @main.command()

@@ -146,7 +146,11 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def assert_same_result(run: Path, other: Path) -> None:
     same = [name for name in REPEATABLE if (run / name).read_bytes() == (other / name).read_bytes()]
-    assert same == list(REPEATABLE)
+    # the library writes several keys of metadata in any order
+    one, two = (load_file(folder / "scores" / "widths.safetensors") for folder in (run, other))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert {*same, "scores/widths.safetensors"} == set(REPEATABLE)
     assert metrics(run) == metrics(other)
 
 
@@ -535,7 +539,6 @@ distillation: {data: DATA, tournament_tokens: 2k, tokens: 12k, sequence_length: 
     assert result["loss_sliced"] > parent["loss"] + 0.3
     assert result["loss_pruned"] < result["loss_sliced"]  # the rotation
     assert result["loss_distilled"] < result["loss_pruned"]
-    print(parent["loss"], result)
     assert result["recovery"] > 0.5
     assert result["kl_distilled"] < 0.7 * result["kl_pruned"]
 

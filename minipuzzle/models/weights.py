@@ -99,7 +99,7 @@ def open_model(path: Path) -> ModelFolder:
     if index.is_file():
         try:
             listed = set(json.loads(index.read_text())["weight_map"].values())
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise CorruptArtifact(f"{index} cannot be read ({error})") from None
         missing = sorted(listed - {s.name for s in shards})
         if missing:

@@ -149,6 +149,10 @@ class Job:
         for name in changed:
             self.run.drop(name)
 
+    def state_folder(self, candidate: Candidate) -> Path:
+        """Where a student's training state lies: another recipe gets another folder."""
+        return self.run.path / "distillation" / f"{candidate.name}-{digest(self.inputs['tournament'])}"
+
     # candidates ------------------------------------------------------------------------------------
 
     def write_candidates(self, path: Path, candidates: list[Candidate]) -> None:

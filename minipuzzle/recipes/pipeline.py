@@ -7,45 +7,26 @@ Every stage leaves files and a manifest (core/rundir.py): the same command conti
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from pydantic import ValidationError
 
-from minipuzzle.core.candidate import Candidate, to_frame
+from minipuzzle.core.candidate import to_frame
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.rundir import RunDir, digest, write_atomic, write_json
-from minipuzzle.core.scores import LayerScores, WidthCurves
-from minipuzzle.data.blocks import tokenize
-from minipuzzle.distill.loop import TrainSettings, distill_model, load_student, read_metrics
-from minipuzzle.evaluate.quality import Reference, measure
-from minipuzzle.importance.curves import measure_curves
-from minipuzzle.importance.layers import score_layers
-from minipuzzle.importance.widths import score_widths
-from minipuzzle.models.module import HybridLM
-from minipuzzle.models.walk import Model
-from minipuzzle.models.weights import ModelFolder, open_model, write_model
+from minipuzzle.core.rundir import RunDir, write_atomic, write_json
+from minipuzzle.models.weights import ModelFolder, open_model
+from minipuzzle.recipes import stages
 from minipuzzle.recipes.job import Job
 from minipuzzle.recipes.plan import Plan, check_disk, check_memory, find_device, make_plan
-from minipuzzle.recipes.progress import Reporter, Update
-from minipuzzle.recipes.results import make_report, model_card_files
+from minipuzzle.recipes.progress import Reporter
+from minipuzzle.recipes.results import make_report, model_card_files, stage_list, versions
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.recipes.source import bundled_model, default_output, find_model
 from minipuzzle.report.html import write_report
-from minipuzzle.search.grid import search_architectures
-from minipuzzle.search.rank import diverse, rank
-from minipuzzle.surgery.gate import reload_gate
-from minipuzzle.surgery.rotate import find_rotation
-
-EVALUATIONS = 12  # looks at held-out blocks during the long distillation
-EVALUATION_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -138,267 +119,15 @@ def prepare(model: str | Path | None, recipe: Recipe) -> tuple[ModelFolder, Plan
 def _run(job: Job) -> Run:
     job.reporter.start(job.plan.estimates())
     write_json(job.run.path / "run.json", run_about(job))
-    tokenize_data(job)
-    score(job)
-    curves(job)
-    search(job)
-    measure_candidates(job)
-    tournament(job)
-    distill(job)
-    export(job)
+    for stage in (stages.tokenize_data, stages.score, stages.curves, stages.search, stages.measure_candidates,
+                  stages.tournament, stages.distill, stages.export):
+        stage(job)
     return report(job)
-
-
-def tokenize_data(job: Job) -> None:
-    """data -> RUN/tokens/"""
-    recipe = job.plan.recipe
-    sources = sorted({recipe.calibration.data, recipe.evaluation.data, recipe.distillation.data})
-
-    def make(update: Update) -> list[Path]:
-        files = []
-        for i, source in enumerate(sources):
-            folder = job.token_folder(source)
-            tokenize(source, job.tokenizer, folder, job.tokenizer_hash, partial(_say_documents, update, i, source))
-            files += [folder / "tokens.json", folder / "train.bin", folder / "held_out.bin"]
-        _check_tokens(job)
-        return files
-
-    job.stage("tokenize", len(sources), make)
-
-
-def _say_documents(update: Update, place: int, source: str, done: int) -> None:
-    update(place, f"{source}: {done} documents")
-
-
-def _check_tokens(job: Job) -> None:
-    """Raise RecipeError if a part of the data is shorter than one block, or the tokenizer is not the model's."""
-    recipe, d = job.plan.recipe, job.plan.recipe.distillation
-    wanted = [(recipe.calibration.data, "train", recipe.calibration.sequence_length),
-              (recipe.evaluation.data, "held_out", recipe.calibration.sequence_length)]
-    if d.tokens:
-        wanted.append((d.data, "train", d.sequence_length))
-    for source, split, length in wanted:
-        try:
-            largest = int(job.blocks(source, split, length).tokens.max())
-            if largest >= job.plan.parent.vocab_size:
-                raise RecipeError(f"the tokenizer of {job.folder.path} makes token {largest}, the model has "
-                                  f"{job.plan.parent.vocab_size}; put the model's own tokenizer there")
-        except RecipeError:
-            shutil.rmtree(job.token_folder(source))
-            raise
-
-
-def score(job: Job) -> None:
-    """calibration blocks -> RUN/scores/layers.csv, widths.safetensors"""
-    def make(update: Update) -> list[Path]:
-        folder = job.run.path / "scores"
-        folder.mkdir(exist_ok=True)
-        ids = job.calibration_ids
-        layers = score_layers(job.model, ids, lambda done: update(done, "layers"))
-        widths = score_widths(job.model, ids, lambda done: update(len(ids) + done / 10, "widths"))
-        layers.write(folder / "layers.csv")
-        widths.write(folder / "widths.safetensors")
-        return [folder / "layers.csv", folder / "widths.safetensors"]
-
-    job.stage("score", len(job.calibration_ids) * 1.1, make)
-
-
-def curves(job: Job) -> None:
-    """width scores, and the rotation of the stream if one is asked for -> RUN/scores/width_curves.csv"""
-    def make(update: Update) -> list[Path]:
-        files = [job.run.path / "scores" / "width_curves.csv"]
-        if job.rotates:
-            files.append(job.run.path / "scores" / "rotation.safetensors")
-            find_rotation(job.model, job.calibration_ids).write(files[-1])
-        measured = measure_curves(job.model, job.cutter.cut, job.cutter.expand, job.plan.curve_widths,
-                                  job.calibration_ids, update_count(update))
-        measured.write(files[0])
-        return files
-
-    job.stage("curves", sum(len(w) for w in job.plan.curve_widths.values()), make)
-
-
-def search(job: Job) -> None:
-    """scores and budget -> RUN/search/predicted.json"""
-    def make(update: Update) -> list[Path]:
-        plan, scores = job.plan, job.run.path / "scores"
-        layers, widths = LayerScores.read(scores / "layers.csv"), WidthCurves.read(scores / "width_curves.csv")
-        found = search_architectures(plan.parent, plan.space, plan.budget, plan.workload, layers, widths,
-                                     plan.recipe.scores.layer_metric, plan.recipe.search.keep)
-        path = job.run.path / "search" / "predicted.json"
-        path.parent.mkdir(exist_ok=True)
-        job.write_candidates(path, found.candidates)
-        update(1, f"{found.feasible:,} of {found.points:,} architectures within the budget")
-        return [path]
-
-    job.stage("search", 1, make)
-
-
-def measure_candidates(job: Job) -> None:
-    """The best predicted candidates, cut and measured on held-out blocks -> RUN/search/measured.json"""
-    chosen = diverse(job.read_candidates("predicted"), job.plan.recipe.search.measure)
-
-    def make(update: Update) -> list[Path]:
-        unfinished = job.run.path / "search" / f"measured-{digest(job.inputs['measure'])}.jsonl"
-        known = dict(json.loads(line) for line in unfinished.read_text().splitlines()) if unfinished.is_file() else {}
-        with unfinished.open("a") as lines:
-            for done, candidate in enumerate(chosen):
-                if candidate.name not in known:
-                    known[candidate.name] = measure(_pruned(job, candidate), job.reference)
-                    lines.write(json.dumps([candidate.name, known[candidate.name]]) + "\n")
-                    lines.flush()
-                update(done + 1, f"best KL {min(m['kl'] for m in known.values()):.3f}")
-        every = [dataclasses.replace(c, measured=known.get(c.name)) for c in job.read_candidates("predicted")]
-        path = job.run.path / "search" / "measured.json"
-        job.write_candidates(path, rank(every))
-        unfinished.unlink()
-        return [path]
-
-    job.stage("measure", len(chosen), make)
-
-
-def tournament(job: Job) -> None:
-    """A short distillation of the best few: the first part of the long cosine -> RUN/search/tournament.json"""
-    d = job.plan.recipe.distillation
-    share = min(d.tournament_tokens, d.tokens)
-
-    def make(update: Update) -> list[Path]:
-        every = job.read_candidates("measured")
-        finalists = every[: job.plan.recipe.search.finalists]
-        if share == 0 or len(finalists) == 1:
-            finalists = []
-        results: dict[str, dict[str, float]] = {}
-        for i, candidate in enumerate(finalists):
-            student = _student(job, candidate)
-            distill_model(student, job.model, training_blocks(job), settings(job), _state_folder(job, candidate), share,
-                          progress=partial(_say_loss, update, i * share, candidate.name))
-            results[candidate.name] = measure(_as_written(job, student), job.reference)
-        path = job.run.path / "search" / "tournament.json"
-        every = rank([dataclasses.replace(c, after_distillation=results.get(c.name)) for c in every])
-        job.write_candidates(path, [dataclasses.replace(c, chosen=i == 0) for i, c in enumerate(every)])
-        return [path]
-
-    job.stage("tournament", share * job.plan.recipe.search.finalists, make)
-
-
-def _say_loss(update: Update, before: int, name: str, tokens: int, loss: float) -> None:
-    update(before + tokens, f"{name} KL {loss:.3f}")
-
-
-def settings(job: Job) -> TrainSettings:
-    d = job.plan.recipe.distillation
-    return TrainSettings(d.tokens, d.batch_tokens, d.learning_rate, d.temperature, seed=job.seed)
-
-
-def training_blocks(job: Job) -> Any:
-    d = job.plan.recipe.distillation
-    return job.blocks(d.data, "train", d.sequence_length)
-
-
-def _state_folder(job: Job, candidate: Candidate) -> Path:
-    """Where a student's training state lies: another recipe gets another folder."""
-    return job.run.path / "distillation" / f"{candidate.name}-{digest(job.inputs['tournament'])}"
-
-
-def _pruned(job: Job, candidate: Candidate) -> Model:
-    """The candidate before training, as its checkpoint would be written."""
-    return job.cutter.cut(candidate.architecture, candidate.kept_layers)
-
-
-def _student(job: Job, candidate: Candidate) -> HybridLM:
-    return HybridLM(job.folder.family, candidate.architecture, _pruned(job, candidate).by_name())
-
-
-def _as_written(job: Job, student: HybridLM) -> Model:
-    """The student rounded to the parent's dtype, as its checkpoint will hold it."""
-    tensors = ((n, p.detach().to(job.folder.dtype).float()) for n, p in student.parameters_by_name().items())
-    return Model.build(job.folder.family, student.arch, tensors)
-
-
-def candidates(job: Job) -> list[Candidate]:
-    """All of them, best first, `chosen` set on the one that is distilled: the winner, or the one the user named."""
-    found = job.read_candidates("tournament")
-    if job.candidate is None:
-        return found
-    return [dataclasses.replace(c, chosen=c.name == job.candidate) for c in found]
-
-
-def winner(job: Job) -> Candidate:
-    return next(c for c in candidates(job) if c.chosen)
-
-
-def distill(job: Job) -> None:
-    """The winner goes on from its own state to the end of the cosine -> RUN/metrics.jsonl"""
-    d = job.plan.recipe.distillation
-
-    def make(update: Update) -> list[Path]:
-        metrics = job.run.path / "metrics.jsonl"
-        if d.tokens == 0:
-            write_atomic(metrics, "")
-            return [metrics]
-        candidate = winner(job)
-        student, state = _student(job, candidate), _state_folder(job, candidate)
-        some = Reference(job.model, job.evaluation_ids[:EVALUATION_BLOCKS])
-        steps = settings(job).steps(d.sequence_length)
-        distill_model(student, job.model, training_blocks(job), settings(job), state,
-                      evaluate=lambda s: measure(_as_written(job, s), some),
-                      evaluate_every=max(1, steps // EVALUATIONS),
-                      progress=partial(_say_loss, update, 0, candidate.name))
-        shutil.copyfile(state / "metrics.jsonl", metrics)
-        return [metrics]
-
-    job.stage("distill", max(d.tokens, 1), make)
-
-
-def export(job: Job) -> None:
-    """The winner's weights -> RUN/model/, through the reload gate; measured on that folder -> RUN/search/result.json"""
-    def make(update: Update) -> list[Path]:
-        candidate = winner(job)
-        student = _student(job, candidate)
-        pruned = measure(_as_written(job, student), job.reference)
-        plain = measure(job.plain_cutter.cut(candidate.architecture, candidate.kept_layers), job.reference)
-        if job.plan.recipe.distillation.tokens:
-            load_student(_state_folder(job, candidate), student)
-        unchecked, final = job.run.path / "model-unchecked", job.run.path / "model"
-        config = candidate.architecture.to_config(job.folder.config)
-        config["torch_dtype"] = str(job.folder.dtype).removeprefix("torch.")
-        write_model(unchecked, config, ((n, p.detach().to(job.folder.dtype))
-                                        for n, p in student.parameters_by_name().items()), job.folder.path)
-        update(0.3, "written; reloading in transformers")
-        difference = reload_gate(unchecked, job.evaluation_ids[:2])
-        written = open_model(unchecked)
-        result = {"reload_difference": difference, "sliced": plain, "pruned": pruned, "parameters": sum(
-            written.read(name).numel() for name in written.files)}
-        if result["parameters"] != candidate.cost.parameters:
-            raise AssertionError(f"{result['parameters']} parameters written, {candidate.cost.parameters} priced")
-        model = Model.load(written, job.device)
-        result["distilled"] = measure(model, job.reference)
-        result["parent"] = measure(job.model, job.reference)
-        update(0.7, "writing samples")
-        result["samples"] = _samples(job, {"parent": job.model, "pruned": _pruned(job, candidate), "distilled": model})
-        shutil.rmtree(final, ignore_errors=True)
-        unchecked.replace(final)
-        path = job.run.path / "search" / "result.json"
-        write_json(path, result)
-        return [path, *sorted(final.glob("*.safetensors")), final / "config.json"]
-
-    job.stage("export", 1, make)
-
-
-def _samples(job: Job, models: dict[str, Model], prompt_tokens: int = 48, new_tokens: int = 48) -> dict[str, str]:
-    """The same held-out prompt continued greedily by each model."""
-    from minipuzzle.evaluate.sample import greedy
-
-    prompt = job.evaluation_blocks.block(0)[:prompt_tokens]
-    out = {"prompt": job.tokenizer.decode(prompt.tolist())}
-    for name, model in models.items():
-        out[name] = job.tokenizer.decode(greedy(model, torch.from_numpy(prompt), new_tokens).tolist())
-    return out
 
 
 def report(job: Job) -> Run:
     """Everything that was found -> candidates.csv, candidates.json, report.json, report.html, the model card."""
-    found = candidates(job)
+    found = stages.candidates(job)
     parent = {"name": job.folder.path.name, "architecture": job.plan.parent.to_json(),
               "cost": job.plan.parent_cost.to_json()}
     write_json(job.run.path / "candidates.json", {
@@ -416,17 +145,6 @@ def report(job: Job) -> Run:
 
 def run_about(job: Job) -> dict[str, Any]:
     """run.json: what the run is, for people and for `search RUN`."""
-    from minipuzzle.recipes.results import stage_list, versions
-
     return {"schema": 1, "model": str(job.folder.path), "recipe": job.plan.recipe.model_dump(), "seed": job.seed,
             "command": job.command, "versions": versions(), "stages": stage_list(job),
             "hashes": {"model": job.folder.fingerprint, "tokenizer": job.tokenizer_hash}}
-
-
-def update_count(update: Update) -> Any:
-    return lambda done: update(done, "")
-
-
-def training_log(job: Job, candidate: Candidate) -> list[dict[str, Any]]:
-    """The metrics of a finalist's tournament."""
-    return read_metrics(_state_folder(job, candidate))

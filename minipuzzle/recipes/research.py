@@ -265,9 +265,11 @@ def _write_sweep(folder: Path, question: Question, answers: list[Answer]) -> tup
             files += [f"{name}/candidates.csv", f"{name}/candidates.json"]
             row |= {"folder": name} | answer.candidates[0].row()
         rows.append(row | {"note": answer.note})
-    frame = pd.DataFrame(rows)
+    columns = dict.fromkeys(key for row in rows for key in row)
+    rows = [{key: row.get(key) for key in columns} for row in rows]
+    frame = pd.DataFrame(rows, dtype=object)  # integers stay such beside a budget that has none
     write_atomic(folder / "sweep.csv", frame.to_csv(index=False))
-    about = {"seconds": round(sum(a.seconds for a in answers), 3), "sweep": json.loads(frame.to_json(orient="records"))}
+    about: dict[str, Any] = {"seconds": round(sum(a.seconds for a in answers), 3), "sweep": rows}
     about |= _about(question)
     write_json(folder / MARKER, {"schema": 1} | about | {"files": files})
     return {"schema": 1} | about, frame

@@ -83,11 +83,9 @@ def _records(table: Any) -> list[dict[str, Any]]:
 
 
 def _distillation(job: Job, candidates: list[Candidate], seconds: dict[str, float]) -> dict[str, Any]:
-    from minipuzzle.recipes.pipeline import training_log
-
     curve = read_metrics(job.run.path)
     share = job.plan.recipe.distillation.tournament_tokens
-    logs = [(c.name, training_log(job, c)) for c in candidates if c.after_distillation]
+    logs = [(c.name, read_metrics(job.state_folder(c))) for c in candidates if c.after_distillation]
     return {"tokens": curve[-1]["tokens"] if curve else 0,
             "seconds": seconds.get("tournament", 0.0) + seconds.get("distill", 0.0),
             "tokens_per_second": curve[-1]["tokens_per_second"] if curve else None, "curve": curve,

@@ -18,9 +18,9 @@ from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
+from minipuzzle.recipes import stages
 from minipuzzle.recipes.job import Job
-from minipuzzle.recipes.pipeline import curves, run_about, settings, tokenize_data, training_blocks
-from minipuzzle.recipes.pipeline import score as score_stage
+from minipuzzle.recipes.pipeline import run_about
 from minipuzzle.recipes.plan import find_device, make_plan
 from minipuzzle.recipes.progress import Reporter
 from minipuzzle.recipes.schema import Recipe
@@ -42,7 +42,7 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
     try:
         job.refuse_changes(redo=False)
         write_json(job.run.path / "run.json", run_about(job))
-        for stage in (tokenize_data, score_stage, curves):
+        for stage in (stages.tokenize_data, stages.score, stages.curves):
             stage(job)
     finally:
         job.run.close()
@@ -59,7 +59,7 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
     with tempfile.TemporaryDirectory() as scratch:
         job = _job(folder, recipe, Path(scratch) / "run", 0, device, Reporter(), "")
         try:
-            tokenize_data(job)
+            stages.tokenize_data(job)
             reference = Reference(Model.load(other, device), job.evaluation_ids)
             found = measure(job.model, reference)
             bytes_per_token = job.evaluation_blocks.bytes_per_token
@@ -90,13 +90,13 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
     try:
         write_json(job.run.path / "run.json", run_about(job) | {"student": small.fingerprint})
         reporter.start({"tokenize": 5.0, "distill": 100.0})
-        tokenize_data(job)
+        stages.tokenize_data(job)
         start = Model.load(small, device)
         before = measure(start, job.reference)
         pupil = HybridLM(small.family, small.arch, start.by_name())
         state = job.run.path / "distillation" / small.fingerprint
         with reporter.stage("distill", d.tokens) as update:
-            done = distill_model(pupil, job.model, training_blocks(job), settings(job), state,
+            done = distill_model(pupil, job.model, stages.training_blocks(job), stages.settings(job), state,
                                  progress=lambda tokens, loss: update(tokens, f"KL {loss:.3f}"))
         unchecked, final = job.run.path / "model-unchecked", job.run.path / "model"
         config = small.arch.to_config(small.config)

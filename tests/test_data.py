@@ -1,0 +1,292 @@
+"""Data: what is a document, what is held out, and which block comes when."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.data import corpus
+from minipuzzle.data.blocks import TokenBlocks, load_blocks, tokenize
+from minipuzzle.data.corpus import HELD_OUT_EVERY, SKIPPED_FOLDERS, documents, is_held_out
+
+TEXTS = [f"document {i}: {'word ' * (i % 7 + 1)}é 𝄞\n" for i in range(300)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(model_folder))
+
+
+def write(folder: Path, kind: str) -> Path:
+    """The same texts in a file or a folder of this kind."""
+    match kind:
+        case "folder":
+            for i, text in enumerate(TEXTS):
+                file = folder / "deep" / f"{i % 3}" / f"{i:03}{('.txt', '.md', '.py', '.rst')[i % 4]}"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text, encoding="utf-8")
+            (folder / "deep" / "image.png").write_bytes(b"\x89PNG")
+            return folder / "deep"
+        case "jsonl":
+            path = folder / "rows.jsonl"
+            path.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" + "\n" * (i % 2) for i, t in enumerate(TEXTS)))
+        case "content":
+            path = folder / "rows.jsonl"
+            path.write_text("".join(json.dumps({"content": t}, ensure_ascii=False) + "\n" for t in TEXTS), encoding="utf-8")
+        case "parquet":
+            path = folder / "rows.parquet"
+            pq.write_table(pa.table({"document": TEXTS, "n": list(range(300))}), path, row_group_size=64)
+        case _:
+            raise AssertionError
+    return path
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "content", "parquet"])
+def test_documents(tmp_path: Path, kind: str) -> None:
+    found = list(documents(str(write(tmp_path, kind))))
+    assert sorted(text for _, text in found) == sorted(TEXTS)
+    names = [name for name, _ in found]
+    assert len(set(names)) == 300
+    assert found == list(documents(str(write(tmp_path, kind))))  # the same order again
+    assert not any(name.startswith("/") for name in names)  # names do not depend on where the data lies
+    held = [name for name in names if is_held_out(name)]
+    assert 0 < len(held) < 30
+
+
+def test_a_long_text_is_several_documents(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    text = "".join("x" * chance.randint(0, 300) + "\n" for _ in range(2000))
+    (tmp_path / "long.txt").write_text(text)
+    found = list(documents(str(tmp_path / "long.txt")))
+    assert "".join(piece for _, piece in found) == text
+    assert len(found) > 10
+    assert len({name for name, _ in found}) == len(found)
+    assert all(piece.endswith("\n") for _, piece in found)
+    assert all(len(piece) <= 2 * corpus.PIECE + 300 for _, piece in found)
+    (tmp_path / "one-line.txt").write_text("y" * 100_000)
+    assert "".join(piece for _, piece in documents(str(tmp_path / "one-line.txt"))) == "y" * 100_000
+
+
+def test_the_standard_library() -> None:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = documents("stdlib")
+    names, size = [], 0
+    for name, text in found:
+        names.append(name)
+        size += len(text)
+    assert len(names) == len(set(names)) > 500
+    assert size > 5_000_000
+    assert "json/decoder.py" in names
+    assert (root / names[0]).is_file()
+    parts = {part for name in names for part in name.split("/")[:-1]}
+    assert len(SKIPPED_FOLDERS) >= 4
+    assert not parts & SKIPPED_FOLDERS
+    assert names == [name for name, _ in documents("stdlib")]
+    assert 0.2 < sum(map(is_held_out, names)) / (len(names) / HELD_OUT_EVERY) < 3
+
+
+@given(st.text(min_size=1))
+def test_held_out_is_a_function_of_the_name(name: str) -> None:
+    encodable = name.encode("utf-8", "replace").decode()
+    assert is_held_out(encodable) == is_held_out(encodable)
+
+
+def test_held_out_is_what_it_always_was() -> None:
+    """Changing the choice would let a model be tested on what an earlier one was trained on."""
+    names = [f"file-{i}.txt" for i in range(500)]
+    assert [i for i in range(500) if is_held_out(names[i])] == [27, 54, 85, 106, 197, 233, 285, 298, 313, 391, 413, 489]
+    share = sum(is_held_out(f"{i}") for i in range(100_000)) / 100_000
+    assert share == pytest.approx(1 / HELD_OUT_EVERY, rel=0.1)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.txt", b"\xff\xfe\x00bad", "not UTF-8"), ("a.jsonl", b'{"text": "good"}\n{"text": \n', "line 2: not JSON"),
+    ("a.jsonl", b'{"text": "good"}\n[1]\n', "row 1: no text"), ("a.jsonl", b'{"body": "x"}\n', "row 0: no text"),
+    ("a.jsonl", b'{"text": 5}\n', "row 0: no text"), ("a.jsonl", b'{"text": "\xff"}\n', "UTF-8"),
+    ("a.parquet", b"PAR1 no parquet PAR1", "parquet"), ("a.parquet", b"", "parquet")])
+def test_unreadable_data(tmp_path: Path, tokenizer: Any, name: str, content: bytes, message: str) -> None:
+    """One line that names the file, and nothing left behind."""
+    data, out = tmp_path / "data", tmp_path / "tokens"
+    data.mkdir()
+    (data / name).write_bytes(content)
+    for source in (data, data / name):
+        with pytest.raises(RecipeError, match=message) as error:
+            tokenize(str(source), tokenizer, out, "id")
+        assert name in str(error.value)
+        assert [f.name for f in out.glob("*")] == []
+
+
+def test_sources_that_are_not_there(tmp_path: Path) -> None:
+    for source in (str(tmp_path / "missing"), "./missing.txt", "a/b/c"):
+        with pytest.raises(RecipeError, match="no such file or folder"):
+            list(documents(source))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match=r"holds no \.txt"):
+        list(documents(str(tmp_path / "empty")))
+    with pytest.raises(RecipeError, match="neither a file"):
+        list(documents("nobody/no-such-data-set"))
+
+
+def test_half_a_character_does_not_stop_the_run(tmp_path: Path, tokenizer: Any) -> None:
+    """JSON may hold one half of a surrogate pair: cut emojis are common in scraped text."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {i} \ud83d"}) + "\n" for i in range(200)))
+    tokenize(str(tmp_path / "rows.jsonl"), tokenizer, tmp_path / "tokens", "id")
+    assert len(load_blocks(tmp_path / "tokens", "train", 8)) > 50
+
+
+# tokens ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenised(texts: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokens") / "here"
+    tokenize(str(texts), tokenizer, folder, "id")
+    return folder
+
+
+def test_splits_are_disjoint_and_whole(tokenised: Path, texts: Path, tokenizer: Any) -> None:
+    """Each document, with its end, lies in exactly one of the two files; none is lost, none is in both."""
+    about = json.loads((tokenised / "tokens.json").read_text())
+    found: dict[str, list[str]] = {}
+    for split in ("train", "held_out"):
+        ids = np.fromfile(tokenised / f"{split}.bin", dtype=about["dtype"])
+        assert len(ids) == about["tokens"][split]
+        ends = np.flatnonzero(ids == tokenizer.eos_token_id)
+        starts = [0, *(ends[:-1] + 1)]
+        found[split] = [tokenizer.decode(ids[a:b]) for a, b in zip(starts, ends, strict=True)]
+        assert about["bytes"][split] == sum(len(t.encode()) for t in found[split])
+    originals = {f.name: f.read_text() for f in texts.iterdir()}
+    assert about["documents"] == len(originals) == 400
+    assert sorted(found["held_out"]) == sorted(t for n, t in originals.items() if is_held_out(n))
+    assert sorted(found["train"]) == sorted(t for n, t in originals.items() if not is_held_out(n))
+    assert len(found["held_out"]) >= 3
+    blocks = load_blocks(tokenised, "held_out", 32)
+    assert blocks.bytes_per_token == pytest.approx(about["bytes"]["held_out"] / about["tokens"]["held_out"])
+
+
+def test_a_small_corpus_still_has_something_held_out(tmp_path: Path, tokenizer: Any) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(4):
+        (data / f"{i}.txt").write_text("some words of a text " * 9)
+    assert not any(is_held_out(f"{i}.txt") for i in range(4))
+    tokenize(str(data), tokenizer, tmp_path / "tokens", "id")
+    about = json.loads((tmp_path / "tokens" / "tokens.json").read_text())
+    assert about["documents"] == 4
+    assert about["tokens"]["train"] == 3 * about["tokens"]["held_out"] > 0
+
+
+def test_tokens_are_made_once(tokenised: Path, texts: Path, tokenizer: Any, tmp_path: Path) -> None:
+    def never(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("tokenised again")
+
+    never.eos_token_id = 0  # type: ignore[attr-defined]
+    before = {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in tokenised.iterdir()}
+    tokenize(str(texts), never, tokenised, "id")  # type: ignore[arg-type]
+    assert {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in tokenised.iterdir()} == before
+    assert sorted(before) == ["held_out.bin", "tokens.json", "train.bin"]
+    heard: list[int] = []
+    tokenize(str(texts), tokenizer, tmp_path / "other", "id", heard.append)
+    assert heard[-1] == 400
+    assert heard == sorted(heard)
+    for name in ("held_out.bin", "train.bin", "tokens.json"):
+        assert (tmp_path / "other" / name).read_bytes() == before[name][0]
+    tokenize(str(texts), tokenizer, tmp_path / "other", "another tokenizer", heard.append)  # made again
+    assert len(heard) == 2 * heard.index(400) + 2
+    assert json.loads((tmp_path / "other" / "tokens.json").read_text())["tokenizer"] == "another tokenizer"
+
+
+def test_stopped_in_the_middle(texts: Path, tokenizer: Any, tokenised: Path, tmp_path: Path) -> None:
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(str(texts), tokenizer, tmp_path / "tokens", "id", stop)
+    assert not (tmp_path / "tokens" / "tokens.json").exists()
+    tokenize(str(texts), tokenizer, tmp_path / "tokens", "id")
+    assert sorted(f.name for f in (tmp_path / "tokens").iterdir()) == ["held_out.bin", "tokens.json", "train.bin"]
+    assert (tmp_path / "tokens" / "train.bin").read_bytes() == (tokenised / "train.bin").read_bytes()
+
+
+def test_blocks_too_long_or_files_too_short(tokenised: Path, tmp_path: Path) -> None:
+    about = json.loads((tokenised / "tokens.json").read_text())
+    count = about["tokens"]["held_out"]
+    assert len(load_blocks(tokenised, "held_out", count)) == 1
+    with pytest.raises(RecipeError, match=f"held_out part has {count} tokens, less than one block of {count + 1}"):
+        load_blocks(tokenised, "held_out", count + 1)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in tokenised.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    os.truncate(copy / "train.bin", 100)
+    with pytest.raises(CorruptArtifact, match=f"100 bytes for {about['tokens']['train']} tokens"):
+        load_blocks(copy, "train", 8)
+
+
+# blocks ----------------------------------------------------------------------------------------------------------
+
+
+def numbered(blocks: int, length: int = 3, rest: int = 1) -> TokenBlocks:
+    """Block i holds i, three times; `rest` tokens at the end make no block."""
+    ids = np.append(np.repeat(np.arange(blocks), length), np.full(rest, 999)).astype(np.uint16)
+    return TokenBlocks(ids, length, "test", "", 0)
+
+
+def test_blocks_are_consecutive_tokens() -> None:
+    tokens = TokenBlocks(np.arange(11, dtype=np.uint16), 3, "test", "", 22)
+    assert len(tokens) == 3
+    assert tokens.block(2).tolist() == [6, 7, 8]
+    assert tokens.block(0).dtype == np.int64
+    assert tokens.bytes_per_token == 2
+
+
+@given(blocks=st.integers(1, 40), size=st.integers(1, 12), seed=st.integers(0, 5))
+def test_every_block_once_an_epoch(blocks: int, size: int, seed: int) -> None:
+    data = numbered(blocks)
+    drawn = np.concatenate([data.batch(seed, step, size)[:, 0] for step in range(-(-3 * blocks // size))])
+    for epoch in range(3):
+        assert sorted(drawn[epoch * blocks : (epoch + 1) * blocks]) == list(range(blocks))
+    assert 999 not in drawn
+
+
+@given(size=st.integers(1, 9), step=st.integers(0, 60), seed=st.integers(0, 9))
+def test_a_batch_is_a_function_of_seed_and_step(size: int, step: int, seed: int) -> None:
+    data = numbered(37)
+    first = data.batch(seed, step, size)
+    data.batch(seed + 1, step + 7, size)  # whatever else was asked for in between
+    assert np.array_equal(data.batch(seed, step, size), first)
+    assert np.array_equal(numbered(37).batch(seed, step, size), first)
+    # two half batches are the whole one: the order does not depend on how many share the work
+    assert np.array_equal(np.concatenate([data.batch(seed, 2 * step, size), data.batch(seed, 2 * step + 1, size)]),
+                          data.batch(seed, step, 2 * size))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    data = numbered(50)
+    orders = {tuple(data.batch(seed, epoch, 50)[:, 0]) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+def test_first_is_spread_over_the_corpus() -> None:
+    data = numbered(100)
+    chosen = data.first(5)[:, 0].tolist()
+    assert chosen == sorted(chosen)
+    assert chosen[0] == 0
+    assert chosen[-1] == 99
+    assert max(np.diff(chosen)) <= 26
+    assert data.first(1000).shape == (100, 3)
+    assert data.first(1).tolist() == [[0, 0, 0]]
