@@ -50,13 +50,13 @@ ARCHITECTURE = Architecture(
 )
 
 CONFIG = {
-    "architectures": ["NemotronHForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
-    "eos_token_id": 0, "pad_token_id": 0, "chunk_size": 64, "expand": 2, "hidden_dropout": 0.0, "initializer_range": 0.02,
-    "layer_norm_epsilon": 1e-5, "mamba_hidden_act": "silu", "mamba_proj_bias": False, "max_position_embeddings": 8192,
-    "mlp_bias": False, "mlp_hidden_act": "relu2", "model_type": "nemotron_h", "num_logits_to_keep": 1,
-    "rescale_prenorm_residual": True, "residual_in_fp32": False, "rms_norm_eps": 1e-5, "sliding_window": None,
-    "time_step_floor": 1e-4, "time_step_max": 0.1, "time_step_min": 0.001, "torch_dtype": "bfloat16", "use_bias": False,
-    "use_cache": True, "use_conv_bias": True, "mamba_ssm_cache_dtype": "float32",
+    "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "torch_dtype": "bfloat16",
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    "chunk_size": 64, "expand": 2, "hidden_dropout": 0.0, "initializer_range": 0.02, "layer_norm_epsilon": 1e-5,
+    "mamba_hidden_act": "silu", "mamba_proj_bias": False, "mamba_ssm_cache_dtype": "float32", "mlp_bias": False,
+    "mlp_hidden_act": "relu2", "max_position_embeddings": 8192, "num_logits_to_keep": 1, "rms_norm_eps": 1e-5,
+    "rescale_prenorm_residual": True, "residual_in_fp32": False, "sliding_window": None, "time_step_floor": 1e-4,
+    "time_step_max": 0.1, "time_step_min": 0.001, "use_bias": False, "use_cache": True, "use_conv_bias": True,
 }
 
 
@@ -190,6 +190,8 @@ def export(work: Path, folder: Path) -> None:
     about = json.loads((folder / "tokenizer_config.json").read_text())
     about["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(
+        dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0), indent=2) + "\n")
     numbers = measure_bundled(folder, work) | {"tokens_trained": saved["step"] * SEQUENCE_LENGTH * BATCH}
     Path("benchmarks/results").mkdir(parents=True, exist_ok=True)
     Path("benchmarks/results/bundled_model.json").write_text(json.dumps(numbers, indent=1) + "\n")

@@ -145,6 +145,20 @@ def test_the_first_step_is_adamw_on_the_kl(tmp_path: Path) -> None:
         torch.testing.assert_close(value, pupil.parameters_by_name()[name].detach(), rtol=1e-3, atol=2e-5)
 
 
+def test_a_batch_in_parts_is_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that are added up part by part are those of the whole batch, to rounding."""
+    short = TrainSettings(tokens=3 * STEP_TOKENS, batch_tokens=STEP_TOKENS, learning_rate=1e-3)
+    whole = weights(train(tmp_path / "whole", settings=short))
+    monkeypatch.setattr(loop, "PASS_TOKENS", {"cpu": SEQ})
+    parts = weights(train(tmp_path / "parts", settings=short))
+    for one, two in zip(rows(tmp_path / "whole"), rows(tmp_path / "parts"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+    start = weights(student())
+    moved = sum(float((whole[n] - start[n]).square().sum()) for n in whole) ** 0.5
+    apart = sum(float((whole[n] - parts[n]).square().sum()) for n in whole) ** 0.5
+    assert apart < 0.02 * moved
+
+
 def test_the_loss_goes_down(tmp_path: Path) -> None:
     longer = TrainSettings(tokens=60 * STEP_TOKENS, batch_tokens=STEP_TOKENS, learning_rate=3e-3)
     pupil, teacher, text = student(), tiny_model(), blocks()

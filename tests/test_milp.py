@@ -160,10 +160,10 @@ SERVED = Workload("nvfp4", "nvfp4", "fp32", context=1024**2)
 WIDTHS = list(range(24576, 32769, 1024))
 
 
-def search_56b(keep, per_layer, **spec):
+def search_56b(keep, per_layer, limit="31.7GiB", **spec):
     space = resolve_space({"drop_mamba": [0, 20], "drop_ffn": [0, 20], "drop_attention": [0, 9],
                            "ffn_size": [24576, 32768, 1024]} | spec, BIG)
-    limits = Budget.parse({"memory": "31.7GiB"}, cost(BIG, SERVED).to_json())
+    limits = Budget.parse({"memory": limit}, cost(BIG, SERVED).to_json())
     curves = WidthCurves(pd.DataFrame({"axis": "ffn_size", "width": WIDTHS,
                                        "mse": [0.6 * (1 - width / 32768) ** 1.3 for width in WIDTHS]}))
     return solve_architectures(BIG, space, limits, SERVED, LayerScores.read(FIG9), curves, keep=keep, per_layer=per_layer)
@@ -192,6 +192,18 @@ def test_the_released_47b_is_a_solution_of_its_counts():
     assert first == released  # FFN 85 and 96 are both among the six, so that their tie does not matter
     assert len(second - first) == 1
     assert solved.candidates[0].cost.parameters == 46791554816
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_a_byte_too_much_is_too_much(per_layer):
+    """Far below what a solver in floats can see: 1 byte of 31.7 GiB."""
+    best = search_56b(1, per_layer).candidates[0]
+    exactly = search_56b(1, per_layer, best.cost.memory_bytes).candidates[0]
+    assert (exactly.kept_layers, exactly.cost) == (best.kept_layers, best.cost)
+    less = search_56b(1, per_layer, best.cost.memory_bytes - 1)
+    assert less.candidates[0].cost.memory_bytes < best.cost.memory_bytes
+    assert less.candidates[0].predicted["damage"] > best.predicted["damage"]
+    assert less.programs > 1
 
 
 # behaviour --------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
         assert difference < 1e-4
         return difference
 
-    monkeypatch.setattr("minipuzzle.recipes.pipeline.reload_gate", check)
+    monkeypatch.setattr("minipuzzle.recipes.stages.reload_gate", check)
 
 
 @pytest.fixture
@@ -511,6 +511,29 @@ def test_the_gate_closes(finished: Run, model_folder: Path, texts: Path, tmp_pat
     assert error.value.exit_code == 5
     assert not (path / "model").exists()
     assert not (path / "stages" / "export.json").exists()
+
+
+@pytest.mark.usefixtures("quick_gate")
+def test_another_candidate_goes_on_from_the_scores(copy: Path, finished: Run, model_folder: Path) -> None:
+    """`prune RUN --candidate NAME`: nothing is scored again, and the result is that candidate."""
+    other = finished.candidates["name"][3]
+    assert not finished.candidates["chosen"][3]
+    result = invoke("prune", copy, "--candidate", other, "--json")
+    assert result.exit_code == 0, result.stderr
+    done = [line.split("] ")[1].split(":")[0] for line in result.stderr.splitlines() if "done earlier" in line]
+    assert done == list(STAGES[:6])
+    report = json.loads(result.stdout)
+    assert report["result"]["candidate"] == other
+    config = json.loads((copy / "model" / "config.json").read_text())
+    chosen = [c for c in json.loads((copy / "candidates.json").read_text())["candidates"] if c["chosen"]]
+    assert [c["name"] for c in chosen] == [other]
+    assert Architecture.from_config(config) == Architecture.from_json(chosen[0]["architecture"])
+    assert metrics(copy)[-1]["tokens"] == 4096
+    before = contents(copy / "model")
+    assert "no candidate 'c9999'" in refused(invoke("prune", copy, "--candidate", "c9999"), 2)
+    assert "leave out the options" in refused(invoke("prune", copy, "--candidate", other, "--seed", "3"), 2)
+    assert "none" in refused(invoke("prune", model_folder, "--candidate", other), 2)
+    assert contents(copy / "model") == before
 
 
 # real weights ----------------------------------------------------------------------------------------------------

@@ -97,8 +97,8 @@ class DistillationSection(_Section):
     tournament_tokens: Decimal = Field(100_000, ge=0)
     tokens: Decimal = Field(600_000, ge=0)
     sequence_length: Binary = Field(256, ge=2)
-    batch_tokens: Binary = Field(2048, ge=1)
-    learning_rate: float = Field(3.0e-3, gt=0)
+    batch_tokens: Binary = Field(1024, ge=1)
+    learning_rate: float = Field(2.0e-3, gt=0)
     temperature: float = Field(1.0, gt=0)
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
 

@@ -1,0 +1,131 @@
+"""Rooms and doors: imports go one way, and what needs no torch does not import it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minipuzzle
+
+ROOT = Path(minipuzzle.__file__).parent
+# room -> the rooms it may import from (HOUSE.md); a room may always import from itself
+ALLOWED = {
+    "core": set(),
+    "models": {"core"},
+    "data": {"core"},
+    "search": {"core"},
+    "report": {"core"},
+    "importance": {"core", "models", "data"},
+    "evaluate": {"core", "models", "data"},
+    "surgery": {"core", "models", "data"},
+    "distill": {"core", "models", "data"},
+    "recipes": {"core", "models", "data", "search", "report", "importance", "evaluate", "surgery", "distill"},
+    "cli": {"core", "recipes", "report"},
+    "_version": set(),
+}
+NO_TORCH = ("core", "search", "report", "cli")
+
+
+def imported(file: Path) -> list[tuple[str, bool]]:
+    """(module, whether it is imported as soon as the file is) for all absolute imports of a file."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    late = {node for function in ast.walk(tree) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+            for node in ast.walk(function)}
+    late |= {node for block in ast.walk(tree) if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+             for node in ast.walk(block)}
+    out = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            out += [(alias.name, node not in late) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names = [f"minipuzzle.{alias.name}" for alias in node.names] if node.module == "minipuzzle" else [node.module]
+            out += [(str(name), node not in late) for name in names]
+    return out
+
+
+def room_of(module: str) -> str:
+    """The room of a module; names of the package itself, such as minipuzzle.Recipe, have none."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "minipuzzle" and len(parts) > 1 and parts[1] in ALLOWED else ""
+
+
+def test_rooms_import_one_way() -> None:
+    files = [f for f in sorted(ROOT.rglob("*.py")) if f != ROOT / "__init__.py"]
+    assert len(files) >= 45
+    rooms, doors, wrong = set(), 0, []
+    for file in files:
+        room = file.relative_to(ROOT).with_suffix("").parts[0]
+        assert room in ALLOWED, f"{file}: a room that HOUSE.md does not have"
+        rooms.add(room)
+        for module, _ in imported(file):
+            other = room_of(module)
+            if other not in ("", room, "_version"):
+                doors += 1
+                if other not in ALLOWED[room]:
+                    wrong.append(f"{file.relative_to(ROOT)} imports {module}")
+    assert wrong == []
+    assert rooms == set(ALLOWED)
+    assert doors >= 100
+
+
+def test_no_torch_at_the_door() -> None:
+    """core, search, report and cli do not import torch or transformers, not even inside a function (but for cli)."""
+    checked = 0
+    for file in sorted(ROOT.rglob("*.py")):
+        room = file.relative_to(ROOT).with_suffix("").parts[0]
+        if room in NO_TORCH:
+            checked += 1
+            heavy = [m for m, _ in imported(file) if m.split(".")[0] in ("torch", "transformers")]
+            assert heavy == [], file
+    assert checked >= 20
+
+
+def test_imports_without_torch() -> None:
+    """In a fresh process, with what is behind the doors: every module of the light rooms, and the help of the command."""
+    program = """
+import importlib, json, pkgutil, sys
+import minipuzzle
+from click.testing import CliRunner
+names = ["minipuzzle.cli"]
+for room in ("core", "search", "report"):
+    package = importlib.import_module(f"minipuzzle.{room}")
+    names += [f"minipuzzle.{room}.{m.name}" for m in pkgutil.iter_modules(package.__path__)]
+for name in names:
+    importlib.import_module(name)
+for name in ("Architecture", "Budget", "Candidate", "LayerScores", "Recipe", "WidthScores", "search_architectures"):
+    getattr(minipuzzle, name)
+from minipuzzle.cli import main
+helps = [CliRunner().invoke(main, ["--help"])] + [CliRunner().invoke(main, [v, "--help"]) for v in main.commands]
+assert all(h.exit_code == 0 for h in helps), helps
+assert CliRunner().invoke(main, ["recipes", "ls"]).exit_code == 0
+print(json.dumps({"modules": len(names), "verbs": list(main.commands), "examples": [h.output for h in helps],
+                  "heavy": sorted({m.split(".")[0] for m in sys.modules} & {"torch", "transformers", "datasets"})}))
+"""
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    found = json.loads(child.stdout)
+    assert found["heavy"] == []
+    assert found["modules"] >= 20
+    assert set(found["verbs"]) == {"prune", "inspect", "score", "search", "evaluate", "distill", "report", "recipes", "doctor"}
+    assert len(found["examples"]) == 10
+    for verb, text in zip(["", *found["verbs"]], found["examples"], strict=True):
+        assert f"minipuzzle {verb}".strip() in text, f"the help of {verb} has no example"
+
+
+def test_public_names_resolve() -> None:
+    assert len(minipuzzle.__all__) == len(set(minipuzzle.__all__)) >= 11
+    assert sorted(minipuzzle.__all__) == list(minipuzzle.__all__)
+    for name in minipuzzle.__all__:
+        value = getattr(minipuzzle, name)
+        assert name == "__version__" or value.__name__ == name
+    contract = {"Recipe", "prune", "Architecture", "Budget", "Candidate", "LayerScores", "WidthScores", "score_layers",
+                "score_widths", "search_architectures", "distill_model"}
+    assert contract <= set(minipuzzle.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'prunes'"):
+        _ = minipuzzle.prunes

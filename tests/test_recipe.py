@@ -1,0 +1,203 @@
+"""The recipe: a closed schema, with errors that say where and what instead."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from minipuzzle import Recipe
+from minipuzzle.core.errors import RecipeError
+from minipuzzle.recipes.plan import make_plan
+from minipuzzle.recipes.schema import recipe_text, shipped_recipes
+
+CONTRACT = {
+    "budget": {"memory"},
+    "workload": {"precision", "kv_precision", "state_precision", "keep_16bit", "context", "batch"},
+    "calibration": {"data", "samples", "sequence_length"},
+    "scores": {"layer_metric", "iterative", "racing", "confidence"},
+    "space": {"drop_mamba", "drop_ffn", "drop_attention", "hidden_size", "ffn_size", "mamba_num_heads", "mamba_head_dim"},
+    "search": {"strategy", "damage", "export", "measure", "finalists", "keep"},
+    "evaluation": {"data", "samples"},
+    "surgery": {"hidden", "refit"},
+    "distillation": {"data", "tournament_tokens", "tokens", "sequence_length", "batch_tokens", "learning_rate",
+                     "temperature", "precision"},
+}
+
+
+def error_of(text: str) -> str:
+    with pytest.raises(RecipeError) as error:
+        Recipe.parse(text, "mine.yaml")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_the_contract_has_these_sections_and_keys() -> None:
+    values = Recipe().model_dump()
+    assert set(values) - {"recipe"} >= set(CONTRACT)
+    for section, keys in CONTRACT.items():
+        assert keys <= set(values[section]), section
+    example = "recipe: 1\n" + "\n".join(f"{s}: {yaml.safe_dump(values[s], default_flow_style=True, width=9999).strip()}"
+                                        for s in CONTRACT)
+    assert Recipe.parse(example, "contract") == Recipe()
+
+
+def test_the_shipped_default_is_the_schemas() -> None:
+    assert Recipe.load("default") == Recipe.load() == Recipe()
+    text, origin = recipe_text("default")
+    assert "default" in origin
+    written = yaml.safe_load(text)
+    assert written.keys() == Recipe().model_dump().keys()  # every section and key is spelled out
+    for section, keys in CONTRACT.items():
+        assert set(written[section]) >= keys, section
+
+
+def test_every_shipped_recipe_is_valid() -> None:
+    files = shipped_recipes()
+    assert len(files) >= 1
+    for file in files:
+        name = file.name.removesuffix(".yaml")
+        recipe = Recipe.load(name)
+        assert Recipe.parse(recipe.dump(), name) == recipe
+        assert file.read_text().startswith("#"), f"{name} does not say what it is for"
+
+
+def test_the_default_fits_the_bundled_model() -> None:
+    from minipuzzle.models.weights import open_model
+    from minipuzzle.recipes.source import bundled_model
+
+    plan = make_plan(open_model(bundled_model()).arch, Recipe())
+    assert plan.feasible > 100
+    assert plan.largest.memory_bytes <= plan.parent_cost.memory_bytes / 2
+
+
+@pytest.mark.parametrize(("line", "text"), [
+    ("search: {finalist: 3}", "line 2: unknown key 'search.finalist' (did you mean 'finalists'?)"),
+    ("budgets: {memory: 0.5x}", "line 2: unknown key 'budgets' (did you mean 'budget'?)"),
+    ("search:\n  measure: 4\n\n  # a comment\n  meassure: 5", "line 6: unknown key 'search.meassure' (did you mean 'measure'?)"),
+    ("budget: {memry: 1GiB}", "unknown budget 'memry' (did you mean 'memory'?)"),
+    ("space: {hiden_size: [1, 2]}", "line 2: unknown key 'space.hiden_size' (did you mean 'hidden_size'?)"),
+    ("calibration: {sampels: 4, dta: x}", "did you mean 'samples'?"),
+    ("xyzzy: 1", "unknown key 'xyzzy'; known: "),
+])
+def test_unknown_keys(line: str, text: str) -> None:
+    message = error_of(f"recipe: 1\n{line}\n")
+    assert message.startswith("mine.yaml")
+    assert text in message
+
+
+@pytest.mark.parametrize(("line", "text"), [
+    ("search: {measure: 0}", "search.measure = 0"), ("search: {measure: many}", "search.measure = 'many'"),
+    ("search: {measure: 2.5}", "search.measure = 2.5"), ("search: {strategy: guess}", "search.strategy = 'guess'"),
+    ("search: 5", "search = 5"), ("search: null", "search = None"), ("calibration: {samples: -3}", "calibration.samples = -3"),
+    ("calibration: {sequence_length: 1}", "calibration.sequence_length"),
+    ("calibration: {sequence_length: 1KiB}", "is not a size"),
+    ("distillation: {tokens: 1GiB}", "is not a size"), ("distillation: {tokens: -1}", "is not a size"),
+    ("distillation: {learning_rate: 0}", "distillation.learning_rate = 0"),
+    ("distillation: {learning_rate: .nan}", "distillation.learning_rate = nan"),
+    ("distillation: {temperature: 0}", "distillation.temperature"),
+    ("scores: {layer_metric: mean}", "scores.layer_metric = 'mean'"), ("scores: {confidence: 2}", "scores.confidence"),
+    ("workload: {precision: fp3}", "workload.precision = 'fp3'"), ("workload: {keep_16bit: [norms]}", "keep_16bit"),
+    ("workload: {batch: 0}", "workload.batch"), ("recipe: 2", "recipe"), ("space: {hidden_size: {a: 1}}", "space.hidden_size"),
+])
+def test_bad_values(line: str, text: str) -> None:
+    first = "" if line.startswith("recipe") else "recipe: 1\n"
+    message = error_of(f"{first}{line}\n")
+    assert text in message
+    assert re.search(r"line [12]", message) or "keep_16bit" in message
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("recipe: 1\nsearch: {measure: [", "line 2: not YAML"), ("- a\n- b\n", "a recipe is a YAML mapping"), ("", "mapping"),
+    ("search: {measure: 4}\n", "first line must be 'recipe: 1'"), ("just text", "mapping"),
+    ("recipe: 1\nbudget: !!python/object/apply:os.system ['true']\n", "not YAML"),
+    ("recipe: 1\n\tbudget: {}\n", "line 2: not YAML")])
+def test_what_is_no_recipe(text: str, message: str) -> None:
+    assert message in error_of(text)
+
+
+def test_a_key_given_twice_is_an_error() -> None:
+    """YAML would take the last and be silent: a setting of the user would be ignored."""
+    message = error_of("recipe: 1\nsearch: {measure: 4}\nbudget: {memory: 0.5x}\nsearch: {finalists: 2}\n")
+    assert "line 4" in message
+    assert "search" in message
+
+
+def test_units() -> None:
+    recipe = Recipe.parse("""recipe: 1
+workload: {context: 1M}
+calibration: {sequence_length: 0.25k}
+distillation: {tokens: 1.5M, tournament_tokens: 10k, batch_tokens: 4k}
+""", "x")
+    assert recipe.workload.context == 2**20
+    assert recipe.calibration.sequence_length == 256
+    assert (recipe.distillation.tokens, recipe.distillation.tournament_tokens) == (1_500_000, 10_000)
+    assert recipe.distillation.batch_tokens == 4096
+
+
+def test_overrides_and_their_order() -> None:
+    base = Recipe.parse("recipe: 1\nbudget: {params: 1M}\ncalibration: {data: a, samples: 4}\n", "x")
+    changed = base.with_overrides(budget={"memory": "1GiB"}, data="b",
+                                  settings={"calibration.data": "c", "search.measure": 7, "budget.kv_cache": "0.5x"})
+    assert changed.budget == {"memory": "1GiB", "kv_cache": "0.5x"}  # --budget in place of the recipe's
+    assert changed.calibration.data == "c"  # --set is stronger than --data
+    assert (changed.evaluation.data, changed.distillation.data) == ("b", "b")
+    assert changed.calibration.samples == 4
+    assert changed.search.measure == 7
+    assert base.calibration.data == "a"  # a copy
+    assert base.with_overrides() == base
+
+
+@pytest.mark.parametrize(("path", "value", "message"), [
+    ("search.meassure", 3, "did you mean 'search.measure'"), ("search", 3, "no such key"), ("serch.measure", 3, "no such key"),
+    ("search.measure.x", 3, "no such key"), ("search.measure", "x", "search.measure"), ("budget.ram", "1x", "unknown budget"),
+    ("recipe", 2, "no such key")])
+def test_bad_overrides(path: str, value: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe().with_overrides(settings={path: value})
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe().with_overrides(settings={
+    "space.hidden_size": [16, 32], "budget.params": "1.5B", "workload.keep_16bit": ["lm_head"], "scores.confidence": 0.9,
+    "distillation.learning_rate": 1e-5, "space.drop_ffn": None})])
+def test_dump_and_parse(recipe: Recipe) -> None:
+    again = Recipe.parse(recipe.dump(), "dump")
+    assert again == recipe
+    assert again.dump() == recipe.dump()
+    assert recipe.dump().startswith("recipe: 1")
+
+
+def test_files_and_names(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("recipe: 1\nsearch: {measure: 5}\n")
+    assert Recipe.load(file).search.measure == 5
+    assert Recipe.load(str(file), settings={"search.measure": 6}).search.measure == 6
+    with pytest.raises(RecipeError, match="did you mean 'default'"):
+        Recipe.load("defaults")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.load(tmp_path / "missing.yaml")
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.load(file)
+    file.write_text("recipe: 1\nsearch: {meassure: 5}\n")
+    with pytest.raises(RecipeError, match=rf"{file.name}, line 2"):
+        Recipe.load(file)
+
+
+def test_a_recipe_does_not_change() -> None:
+    with pytest.raises(Exception, match="frozen"):
+        Recipe().search.measure = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"scores.iterative": True}, "not built yet"), ({"distillation.precision": "fp8"}, "not built yet"),
+    ({"distillation.batch_tokens": 16, "distillation.sequence_length": 32}, "batch_tokens 16"),
+    ({"space.hidden_size": [8, 64]}, "above the parent's 32"), ({"space.drop_attention": [3, 3]}, "cannot drop 3")])
+def test_a_plan_refuses_what_it_cannot_do(settings: dict[str, Any], message: str) -> None:
+    from tiny import ARCH
+
+    with pytest.raises(RecipeError, match=message):
+        make_plan(ARCH, Recipe().with_overrides(settings=settings))
