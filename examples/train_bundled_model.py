@@ -150,7 +150,7 @@ def train(work: Path, tokens: int, muon_lr: float, adam_lr: float, stop_after: i
             opt.load_state_dict(value)
         first = saved["step"]
     log = (work / "log.jsonl").open("a")
-    begin, running = time.perf_counter(), 0.0
+    begin, recent = time.perf_counter(), []
     for step in range(first, min(steps, stop_after or steps)):
         factor = schedule(step, steps)
         for opt, rates in zip(opts, base, strict=True):
@@ -163,10 +163,11 @@ def train(work: Path, tokens: int, muon_lr: float, adam_lr: float, stop_after: i
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
             opt.step()
-        running += loss.item()
+        recent.append(loss.item())
         if (step + 1) % 100 == 0 or step + 1 == steps:
             spent = time.perf_counter() - begin
-            row = {"step": step + 1, "tokens": (step + 1) * SEQUENCE_LENGTH * BATCH, "loss": round(running / 100, 4),
+            row = {"step": step + 1, "tokens": (step + 1) * SEQUENCE_LENGTH * BATCH,
+                   "loss": round(sum(recent) / len(recent), 4),
                    "tokens_per_second": round((step + 1 - first) * SEQUENCE_LENGTH * BATCH / spent)}
             if (step + 1) % 500 == 0 or step + 1 == steps:
                 row["held_out_loss"] = round(held_out_loss(model, evaluation), 4)
@@ -176,7 +177,7 @@ def train(work: Path, tokens: int, muon_lr: float, adam_lr: float, stop_after: i
             log.write(json.dumps(row) + "\n")
             log.flush()
             print(row, flush=True)
-            running = 0.0
+            recent = []
 
 
 def export(work: Path, folder: Path) -> None:

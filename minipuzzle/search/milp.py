@@ -19,9 +19,10 @@ enumerated outside, with a program for each combination; so is the FFN width of 
 layers share makes the bound weak. Combinations wait in the order of a bound, the damage of the grid's best layers with
 the narrowest FFN; most are never solved.
 
-HiGHS counts in floats: each solution is priced again in integers and thrown out if it breaks a budget by a byte. Ties
-go to more parameters, then to the solution that changes later layers, by terms of 1e-5 and 1e-9 of the largest damage
-in the objective: damages that differ by less, far below any standard error, count as tied.
+HiGHS counts in floats: each solution is priced again in integers, and if it breaks a budget by a byte, it is thrown
+out with all that are at least as large. Ties go to more parameters, then to the solution that changes later layers, by
+terms of 1e-5 and 1e-9 of the largest damage in the objective: damages that differ by less, far below any standard
+error, count as tied.
 The suffixes: L = layers, O = options of all layers, W = combinations of widths.
 """
 
@@ -45,7 +46,7 @@ from minipuzzle.search.damage import Damage, predict
 from minipuzzle.search.grid import CHUNK, kept_counts, width_values
 from minipuzzle.search.infeasible import refuse_infeasible
 from minipuzzle.search.prices import KINDS, check_range, fits, prices
-from minipuzzle.search.program import Options, Program, build, minimise
+from minipuzzle.search.program import Options, Program, build, forbid, minimise
 from minipuzzle.search.space import Space
 
 SCALE = 1e7  # of the largest damage: HiGHS stops within 1e-6 of the best objective, which scipy cannot change
@@ -231,9 +232,11 @@ def _next(problem: _Problem, program: Program, index_4: np.ndarray) -> tuple[flo
         chosen_L = minimise(program)
         if chosen_L is None:
             break
-        program.cuts.append(chosen_L)
         candidate = _candidate(p, program.options, chosen_L, index_4)
-        if not p.budget.exceeded(candidate.cost.to_json()):
+        if p.budget.exceeded(candidate.cost.to_json()):
+            forbid(program, chosen_L)
+        else:
+            program.cuts.append(chosen_L)
             return program.constant + float(program.objective_O[chosen_L].sum()), candidate, tries
     return np.inf, None, tries
 

@@ -56,6 +56,9 @@ class Program:
     options: Options
     objective_O: np.ndarray
     constant: float = 0.0  # of the objective
+    dropped: np.ndarray = field(default_factory=lambda: np.empty(0, int))  # columns: layers of each kind that go
+    neurons: np.ndarray = field(default_factory=lambda: np.empty(0, int))  # column: of all FFN layers, if not fixed
+    unit: int = 1  # of neurons
     low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
     rows: list[tuple[np.ndarray, np.ndarray, float, float]] = field(default_factory=list)
@@ -89,14 +92,15 @@ def build(parent: Architecture, drops: Sequence[Sequence[int]], widths: Sequence
     program.columns(len(options), 0, 1)
     for layer in range(options.layers):
         program.row(np.flatnonzero(options.layer_O == layer), 1, 1, 1)
-    dropped = np.concatenate([_dropped(program, kind, values) for kind, values in enumerate(drops)])
-    neurons, unit = _neurons(program, widths)
+    program.dropped = np.concatenate([_dropped(program, kind, values) for kind, values in enumerate(drops)])
+    _count_neurons(program, widths)
     counts = [parent.pattern.count(kind) for kind in KINDS]
     for key, (line, limit) in budgets.items():
         limit *= SIXTEENTHS.get(key, 1)
         each, neuron = _unit_costs(line, widths, counts[KINDS.index(ATTENTION)])
         base = float(line.base_W[0]) + sum(n * price for n, price in zip(counts, each, strict=True))
-        columns, values = np.append(dropped, neurons), np.array([-price for price in each] + [neuron * unit])
+        columns = np.append(program.dropped, program.neurons)
+        values = np.array([-price for price in each] + [neuron * program.unit])
         scale = max(limit, 1)  # so that the solver's tolerance, 1e-6, is one of the budget
         program.row(columns, values[: len(columns)] / scale, -np.inf, (limit - base) / scale)
     return program
@@ -114,17 +118,36 @@ def _dropped(program: Program, kind: int, values: Sequence[int]) -> np.ndarray:
     return count
 
 
-def _neurons(program: Program, widths: Sequence[int]) -> tuple[np.ndarray, int]:
-    """(the column that counts FFN neurons of all layers, in which unit); none where all widths are the same."""
+def _count_neurons(program: Program, widths: Sequence[int]) -> None:
+    """The column that counts the FFN neurons of all layers, if these have a choice."""
     if len(widths) == 1:
-        return np.empty(0, int), 1
-    unit = int(np.gcd.reduce(np.array(widths)))
+        return
+    program.unit = int(np.gcd.reduce(np.array(widths)))
     width_O = program.options.width_O
     kept = np.flatnonzero(width_O)
-    count = program.columns(1, 0, float(widths[0] // unit * (program.options.kind_O[program.options.drop_O]
-                                                            == KINDS.index(FFN)).sum()))
-    program.row(np.append(kept, count), np.append(width_O[kept] // unit, -1), 0, 0)
-    return count, unit
+    most = int((program.options.kind_O[program.options.drop_O] == KINDS.index(FFN)).sum()) * widths[0]
+    program.neurons = program.columns(1, 0, most // program.unit)
+    program.row(np.append(kept, program.neurons), np.append(width_O[kept] // program.unit, -1), 0, 0)
+
+
+def forbid(program: Program, chosen_L: np.ndarray) -> None:
+    """Rule out what breaks a budget: every architecture with at least as many layers of each kind and neurons.
+
+    At least one of four must hold, by a binary for each: one more layer of a kind goes, or neurons do. To rule out
+    only the solution would not do: thousands have its cost, which a solver in floats takes for the limit.
+    """
+    options, ways = program.options, []
+    for kind, column in enumerate(program.dropped):
+        gone = int((options.drop_O[chosen_L] & (options.kind_O[chosen_L] == kind)).sum())
+        way = program.columns(1, 0, 1)
+        program.row(np.append(way, column), np.array([-(gone + 1.0), 1.0]), 0, np.inf)
+        ways.append(way)
+    for column in program.neurons:
+        neurons, most = int(options.width_O[chosen_L].sum()) // program.unit, program.high[column]
+        way = program.columns(1, 0, 1)
+        program.row(np.append(way, column), np.array([most - neurons + 1.0, 1.0]), -np.inf, most)
+        ways.append(way)
+    program.row(np.concatenate(ways), 1, 1, np.inf)
 
 
 def _unit_costs(line: Line, widths: Sequence[int], attention: int) -> tuple[list[float], float]:
