@@ -59,6 +59,16 @@ def _pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
     return out
 
 
+def _settings(values: tuple[str, ...]) -> dict[str, Any]:
+    out = {}
+    for key, text in _pairs(values, "--set").items():
+        try:
+            out[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise RecipeError(f"--set {key}={text}: the value is not YAML") from None
+    return out
+
+
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--recipe, --budget, --data, --set; the command gets `recipe`."""
     @click.option("--recipe", "name", default="default", show_default=True, help="A shipped recipe or a YAML file.")
@@ -71,7 +81,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         from minipuzzle.recipes.schema import Recipe
 
         recipe = Recipe.load(name, budget=_pairs(budgets, "--budget"), data=data,
-                             settings={k: yaml.safe_load(v) for k, v in _pairs(settings, "--set").items()})
+                             settings=_settings(settings))
         return command(recipe=recipe, **rest)
     return wrapped
 
@@ -230,7 +240,7 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
     if run is not None and not _given("name"):
         given = click.get_current_context().params
         recipe = run_recipe(run, _pairs(given["budgets"], "--budget"),
-                            {k: yaml.safe_load(v) for k, v in _pairs(given["settings"], "--set").items()})
+                            _settings(given["settings"]))
     path, data, frame = research(recipe, run, config, scores, output_dir)
     columns = [c for c in ("budget", "name", "num_mamba", "num_ffn", "num_attention", "hidden_size", "ffn_size",
                            "mamba_num_heads", "mamba_head_dim", "parameters", "memory_bytes", "predicted_damage",
@@ -315,7 +325,7 @@ def doctor(as_json: bool) -> None:
 
 @main.group()
 def recipes() -> None:
-    """The shipped recipes: ls, show, copy, validate."""
+    """The shipped recipes: ls, show, copy, validate. Example: minipuzzle recipes show default"""
 
 
 @recipes.command("ls")

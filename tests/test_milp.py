@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -194,6 +195,38 @@ def test_the_released_47b_is_a_solution_of_its_counts():
     assert solved.candidates[0].cost.parameters == 46791554816
 
 
+def least_damage_56b(limit):
+    """The optimum with a width for each layer, by dynamic programming over (FFN layers dropped, neurons kept)."""
+    mse, kinds = LayerScores.read(FIG9).metric("mse"), np.array(list(BIG.pattern))
+    share, curve = mse / mse[kinds == "-"].sum(), [0.6 * (1 - width / 32768) ** 1.3 for width in WIDTHS]
+    least = np.full((22, 54 * 32 + 33), np.inf)  # neurons in units of 1024; a row and 32 columns of room
+    least[0, 0] = 0
+    for layer in np.flatnonzero(kinds == "-"):
+        options = [np.roll(least, 1, axis=0) + mse[layer]]
+        options += [np.roll(least, width // 1024, axis=1) + share[layer] * curve[i] for i, width in enumerate(WIDTHS)]
+        least = np.min(options, axis=0)
+        least[21] = np.inf
+    best = np.inf
+    sums = {kind: np.concatenate([[0], np.cumsum(np.sort(mse[kinds == kind]))]) for kind in "M*"}
+    for mamba, ffn, attention in itertools.product(range(21), range(21), range(10)):
+        arch = dataclasses.replace(BIG, pattern="M" * (54 - mamba) + "-" * (54 - ffn) + "*" * (10 - attention))
+        at_32, at_0 = (cost(dataclasses.replace(arch, ffn_size=width * 1024), SERVED).memory_bytes for width in (32, 16))
+        layers, fits = 54 - ffn, -1
+        if layers:  # memory is a line in the neurons
+            each = (at_32 - at_0) / (16 * layers)
+            fits = math.floor((limit - at_32) / each + 32 * layers + 1e-9)
+        if fits >= 24 * layers:
+            damage = least[ffn, : min(fits, 54 * 32) + 1].min() + sums["M"][mamba] + sums["*"][attention]
+            best = min(best, damage)
+    return best
+
+
+@pytest.mark.parametrize("gib", [26, 29, 31.7, 36])
+def test_the_56b_against_dynamic_programming(gib):
+    found = search_56b(1, True, int(gib * 2**30)).candidates[0]
+    assert found.predicted["damage"] == pytest.approx(least_damage_56b(int(gib * 2**30)), rel=1e-6)
+
+
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_a_byte_too_much_is_too_much(per_layer):
     """Far below what a solver in floats can see: 1 byte of 31.7 GiB."""
@@ -203,6 +236,8 @@ def test_a_byte_too_much_is_too_much(per_layer):
     less = search_56b(1, per_layer, best.cost.memory_bytes - 1)
     assert less.candidates[0].cost.memory_bytes < best.cost.memory_bytes
     assert less.candidates[0].predicted["damage"] > best.predicted["damage"]
+    if per_layer:
+        assert less.candidates[0].predicted["damage"] == pytest.approx(least_damage_56b(best.cost.memory_bytes - 1), rel=1e-6)
     assert less.programs > 1 or not per_layer  # what the solver took for feasible was thrown out
 
 

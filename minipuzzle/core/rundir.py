@@ -61,7 +61,7 @@ class RunDir:
         self.path = path
         if path.exists() and not path.is_dir():
             raise RecipeError(f"{path} is a file; choose another output folder with -o")
-        if path.is_dir() and any(path.iterdir()) and not (path / "run.json").is_file():
+        if path.is_dir() and not (path / "run.json").is_file() and not _just_begun(path):
             raise RecipeError(f"{path} is not empty and not a run of minipuzzle; choose another output folder with -o")
         try:
             (path / "stages").mkdir(parents=True, exist_ok=True)
@@ -144,6 +144,12 @@ class RunDir:
         old, new = _flat(manifest["inputs"]), _flat(_plain(inputs))
         return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys())
                 if old.get(key) != new.get(key)]
+
+
+def _just_begun(path: Path) -> bool:
+    """Whether the folder holds nothing but what is there before run.json is."""
+    return all(p.name == ".lock" or (p.name == "stages" and p.is_dir() and not any(p.iterdir()))
+               for p in path.iterdir())
 
 
 def digest(inputs: Any) -> str:

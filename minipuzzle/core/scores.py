@@ -104,7 +104,7 @@ class WidthScores:
         from safetensors.numpy import save_file
 
         save_file({k: np.ascontiguousarray(v) for k, v in self.arrays().items()}, path,
-                  metadata={"samples": str(self.samples), "criterion": "l2_over_samples_of_mean_abs"})
+                  metadata={"samples": str(self.samples)})  # one key: several are written in any order
 
     @classmethod
     def read(cls, path: Path) -> WidthScores:

@@ -112,6 +112,10 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
                 sizes[split] += len(raw)
             done += len(chunk)
             progress(done)
+    except BaseException:
+        for file in files.values():
+            Path(file.name).unlink()
+        raise
     finally:
         for file in files.values():
             file.flush()

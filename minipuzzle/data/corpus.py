@@ -86,12 +86,13 @@ def _rows(rows: Iterator[dict[str, Any]], name: str) -> Iterator[Document]:
         key = next((k for k in TEXT_KEYS if isinstance(row.get(k), str)), None)
         if key is None:
             raise RecipeError(f"{name}, row {number}: no text; one of the keys {', '.join(TEXT_KEYS)} must hold it")
-        yield f"{name}:{number}", row[key]
+        # JSON may hold one half of a surrogate pair, which is no text
+        yield f"{name}:{number}", row[key].encode("utf-8", "replace").decode()
 
 
 def _jsonl(path: Path, name: str) -> Iterator[Document]:
     def parse() -> Iterator[dict[str, Any]]:
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines):
                 if not line.strip():
                     continue
@@ -99,14 +100,20 @@ def _jsonl(path: Path, name: str) -> Iterator[Document]:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise RecipeError(f"{path}, line {number + 1}: not JSON ({error.msg})") from None
+                except UnicodeDecodeError:
+                    raise RecipeError(f"{path}, line {number + 1}: not UTF-8 text") from None
                 yield row if isinstance(row, dict) else {}
     yield from _rows(parse(), name)
 
 
 def _parquet(path: Path, name: str) -> Iterator[Document]:
-    import pyarrow.parquet as pq  # comes with `datasets`
+    import pyarrow as pa  # comes with `datasets`
+    import pyarrow.parquet as pq
 
-    yield from _rows((row for batch in pq.ParquetFile(path).iter_batches() for row in batch.to_pylist()), name)
+    try:
+        yield from _rows((row for batch in pq.ParquetFile(path).iter_batches() for row in batch.to_pylist()), name)
+    except (pa.ArrowException, OSError) as error:
+        raise RecipeError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]})") from None
 
 
 def _hub(source: str) -> Iterator[Document]:

@@ -119,7 +119,8 @@ def distill_model(student: HybridLM, teacher: Model, blocks: TokenBlocks, settin
                     raise RecipeError(f"distillation: {skipped} steps with a non-finite loss or gradient, the last at "
                                       f"step {step}; lower distillation.learning_rate ({settings.learning_rate})")
             tokens = (step + 1) * size * seq
-            row: dict[str, Any] = {"step": step + 1, "tokens": tokens, "loss": value, "lr": rate,
+            row: dict[str, Any] = {"step": step + 1, "tokens": tokens, "lr": rate,
+                                   "loss": value if math.isfinite(value) else None,  # NaN is not JSON
                                    "tokens_per_second": (step + 1 - first) * size * seq / (time.perf_counter() - begin)}
             if evaluate is not None and (step + 1 == last or (evaluate_every and (step + 1) % evaluate_every == 0)):
                 row |= {f"eval_{k}": v for k, v in evaluate(student).items()}
@@ -191,6 +192,9 @@ def _load_state(folder: Path, parameters: dict[str, torch.nn.Parameter], optimiz
     tensors, about = _read_state(path)
     if about["settings"] != asdict(settings):
         raise RecipeError(f"{path} was trained with other settings; delete it to train again from the start")
+    shapes = {n.removeprefix("model."): t.shape for n, t in tensors.items() if n.startswith("model.")}
+    if shapes != {name: p.shape for name, p in parameters.items()}:
+        raise CorruptArtifact(f"{path} is the state of another student; delete it to train again from the start")
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"model.{name}"])

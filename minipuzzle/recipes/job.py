@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from minipuzzle.core.candidate import Candidate
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.rundir import RunDir, digest
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blocks import TokenBlocks, load_blocks
@@ -133,13 +133,19 @@ class Job:
         self.run.commit(name, inputs, files, time.perf_counter() - begin)
 
     def refuse_changes(self, redo: bool) -> None:
-        """Compare the recipe with the finished stages.
+        """Compare the recipe with the finished stages. With `redo` forget those, and those whose files were changed.
 
         Raises:
             RecipeError: some were made with other settings, and `redo` is false.
         """
         changed = {name: self.run.differences(name, self.inputs[name]) for name in STAGES}
         changed = {name: lines for name, lines in changed.items() if lines}
+        if redo:
+            for name in STAGES:
+                try:
+                    self.run.is_done(name, self.inputs[name])
+                except CorruptArtifact:
+                    self.run.drop(name)
         if not changed:
             return
         if not redo:

@@ -73,7 +73,7 @@ def research(recipe: Recipe, run: Path | None, config: Path | None, scores: Path
 
     Raises:
         RecipeError: neither or both of run and config, a folder that is not ours, a setting that does not fit.
-        Infeasible: no architecture meets the budget (of a sweep: any of them).
+        Infeasible: no architecture meets the budget (of a sweep: none of them).
     """
     if (run is None) == (config is None):
         raise RecipeError("search needs a run, or --model CONFIG" + (", not both" if run is not None else ""))
@@ -86,8 +86,7 @@ def research(recipe: Recipe, run: Path | None, config: Path | None, scores: Path
     layers, curves = read_scores(scores)
     question = Question(name, parent, recipe, recipe.workload.build(),
                         resolve_space(recipe.space.model_dump(), parent), layers, curves, scores)
-    budgets = sweep(recipe.budget)
-    answers = [_answer(question, texts, len(budgets) > 1) for texts in budgets]
+    answers = [_answer(question, texts) for texts in sweep(recipe.budget)]
     if all(answer.note for answer in answers):
         raise Infeasible(max(answers, key=lambda answer: answer.budget.limits).note)  # the loosest
     folder = output_dir or (run or Path()) / "searches" / _folder_name(question)
@@ -179,8 +178,8 @@ def _read(path: Path, missing: str) -> dict[str, Any]:
 # the search -------------------------------------------------------------------------------------------
 
 
-def _answer(question: Question, texts: Mapping[str, str], one_of_many: bool) -> Answer:
-    """Search for one budget. Of many, one that nothing meets is a note and not an error.
+def _answer(question: Question, texts: Mapping[str, str]) -> Answer:
+    """Search for one budget. That nothing meets it is a note here; an error if it holds for all that were asked.
 
     The grid enumerates all and keeps search.keep; programs are solved one by one, for as many as will be measured.
     """
@@ -200,8 +199,6 @@ def _answer(question: Question, texts: Mapping[str, str], one_of_many: bool) -> 
         found = search_architectures(q.parent, q.space, budget, q.workload, q.scores, q.curves,
                                      q.recipe.scores.layer_metric, search.keep)
     except Infeasible as error:
-        if not one_of_many:
-            raise
         return Answer(budget, [], q.space.num_points, 0, time.perf_counter() - begin, str(error))
     return Answer(budget, found.candidates, found.points, found.feasible, time.perf_counter() - begin)
 

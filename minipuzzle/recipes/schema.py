@@ -17,8 +17,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from minipuzzle.core.budget import BUDGET_KEYS, Workload, parse_quantity
 from minipuzzle.core.errors import RecipeError
 
-Decimal = Annotated[int, BeforeValidator(lambda v: parse_quantity(v, "decimal"))]
-Binary = Annotated[int, BeforeValidator(lambda v: parse_quantity(v, "binary"))]
+
+def _quantity(value: Any, units: str) -> int:
+    try:
+        return parse_quantity(value, units)
+    except RecipeError as error:
+        raise ValueError(str(error)) from None  # pydantic adds the key, `_explain` the line
+
+
+Decimal = Annotated[int, BeforeValidator(lambda v: _quantity(v, "decimal"))]
+Binary = Annotated[int, BeforeValidator(lambda v: _quantity(v, "binary"))]
 Range = list[int | str] | int | str | None
 Text = Annotated[str, BeforeValidator(str), PlainSerializer(str)]
 
@@ -226,6 +234,8 @@ def _line_numbers(node: yaml.Node | None, path: tuple[Any, ...] = ()) -> dict[tu
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, key.value)
+            if here in out:
+                raise yaml.MarkedYAMLError(problem=f"{'.'.join(here)} is given twice", problem_mark=key.start_mark)
             out[here] = key.start_mark.line + 1
             out |= _line_numbers(value, here)
     return out

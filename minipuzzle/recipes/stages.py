@@ -129,7 +129,10 @@ def measure_candidates(job: Job) -> None:
 
     def make(update: Update) -> list[Path]:
         unfinished = job.run.path / "search" / f"measured-{digest(job.inputs['measure'])}.jsonl"
-        known = dict(json.loads(line) for line in unfinished.read_text().splitlines()) if unfinished.is_file() else {}
+        rows = unfinished.read_text().splitlines(True) if unfinished.is_file() else []
+        rows = [row for row in rows if row.endswith("\n")]  # a power cut may leave half of the last
+        write_atomic(unfinished, "".join(rows))
+        known = dict(json.loads(row) for row in rows)
         with unfinished.open("a") as lines:
             for done, candidate in enumerate(chosen):
                 if candidate.name not in known:

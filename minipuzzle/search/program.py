@@ -97,7 +97,7 @@ def build(parent: Architecture, drops: Sequence[Sequence[int]], widths: Sequence
     counts = [parent.pattern.count(kind) for kind in KINDS]
     for key, (line, limit) in budgets.items():
         limit *= SIXTEENTHS.get(key, 1)
-        each, neuron = _unit_costs(line, widths, counts[KINDS.index(ATTENTION)])
+        each, neuron = _unit_costs(line, widths)
         base = float(line.base_W[0]) + sum(n * price for n, price in zip(counts, each, strict=True))
         columns = np.append(program.dropped, program.neurons)
         values = np.array([-price for price in each] + [neuron * program.unit])
@@ -150,14 +150,15 @@ def forbid(program: Program, chosen_L: np.ndarray) -> None:
     program.row(np.concatenate(ways), 1, 1, np.inf)
 
 
-def _unit_costs(line: Line, widths: Sequence[int], attention: int) -> tuple[list[float], float]:
+def _unit_costs(line: Line, widths: Sequence[int]) -> tuple[list[float], float]:
     """(the cost of a layer of each kind, of an FFN neuron); where widths differ, of an FFN layer without its neurons.
 
-    The KV cache of n layers is rounded to bytes as a whole; here every layer has an equal share.
+    The KV cache of n layers is rounded up to bytes as a whole; here each has the least share that it has for any n, so
+    that nothing within the budget is lost.
     """
     each = [float(line.each_3W[kind, 0]) for kind in range(len(KINDS))]
-    if attention:
-        each[KINDS.index(ATTENTION)] += float(line.extra[-1]) / attention
+    if len(line.extra) > 1:
+        each[KINDS.index(ATTENTION)] += float((line.extra[1:] / np.arange(1, len(line.extra))).min())
     if len(widths) == 1:
         return each, 0.0
     ffn = line.each_3W[KINDS.index(FFN)]
