@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,19 @@ def documents(source: str) -> Iterator[Document]:
         yield from _READERS.get(path.suffix, _text)(path, path.name)
     else:
         yield from _hub(source)
+
+
+def identity(source: str) -> str:
+    """What tells this state of the data from another: files with sizes and times, or the interpreter's version.
+
+    For a Hub data set its name alone.
+    """
+    if source == "stdlib":
+        return f"stdlib of Python {platform.python_version()}"
+    path = Path(source)
+    files = sorted(p for p in path.rglob("*") if p.suffix in _READERS) if path.is_dir() else [path]
+    about = [f"{p}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files if p.is_file()]
+    return f"{source} {hashlib.sha256(chr(10).join(about).encode()).hexdigest()[:12]}" if about else source
 
 
 def _stdlib() -> Iterator[Document]:

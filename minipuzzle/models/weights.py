@@ -70,7 +70,21 @@ class ModelFolder:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that most of the model is written in: that of the embeddings."""
-        return self.read(next(iter(self.family.top_axes(self.arch)))).dtype
+        return self.dtypes(())[next(iter(self.family.top_axes(self.arch)))]
+
+    def dtypes(self, kept_layers: tuple[int, ...]) -> dict[str, torch.dtype]:
+        """Name in a child with these of our layers -> the dtype that the weight has here (A_log is float32 in some)."""
+        family = self.family
+        origin = {name: name for name in family.top_axes(self.arch)}
+        for new, old in enumerate(kept_layers):
+            origin |= {family.layer_prefix(new) + n: family.layer_prefix(old) + n
+                       for n in family.layer_axes(self.arch, self.arch.pattern[old])}
+        out = {}
+        for name, old_name in origin.items():
+            file, stored = self.files[old_name]
+            with safe_open(file, framework="pt") as shard:
+                out[name] = shard.get_slice(stored)[:0].dtype
+        return out
 
     @cached_property
     def fingerprint(self) -> str:

@@ -19,6 +19,7 @@ from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.rundir import RunDir, digest
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blocks import TokenBlocks, load_blocks
+from minipuzzle.data.corpus import identity
 from minipuzzle.evaluate.quality import Reference
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import COMPANIONS, ModelFolder
@@ -98,7 +99,7 @@ class Job:
     # data ------------------------------------------------------------------------------------------
 
     def token_folder(self, source: str) -> Path:
-        return self.run.path / "tokens" / digest([source, self.tokenizer_hash])
+        return self.run.path / "tokens" / digest([identity(source), self.tokenizer_hash])
 
     def blocks(self, source: str, split: str, sequence_length: int) -> TokenBlocks:
         return load_blocks(self.token_folder(source), split, sequence_length)

@@ -17,6 +17,7 @@ from minipuzzle.core.cost import Cost, cost
 from minipuzzle.core.errors import RecipeError, ResourceError
 from minipuzzle.core.rundir import digest
 from minipuzzle.core.scores import WIDTH_AXES
+from minipuzzle.data.corpus import identity
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.space import Space, resolve_space
@@ -62,8 +63,9 @@ class Plan:
         r = self.recipe
         d = r.distillation.model_dump()
         out: dict[str, dict[str, Any]] = {}
-        out["tokenize"] = {"data": {"calibration": r.calibration.data, "evaluation": r.evaluation.data,
-                                    "distillation": r.distillation.data}, "tokenizer": tokenizer}
+        out["tokenize"] = {"data": {name: identity(source) for name, source in (
+            ("calibration", r.calibration.data), ("evaluation", r.evaluation.data),
+            ("distillation", r.distillation.data))}, "tokenizer": tokenizer}
         out["score"] = {"model": model, "calibration": r.calibration.model_dump(), "after": digest(out["tokenize"])}
         out["curves"] = {"widths": self.curve_widths, "hidden": r.surgery.hidden, "after": digest(out["score"])}
         out["search"] = {"budget": self.budget.to_json(), "workload": self.workload.to_json(),

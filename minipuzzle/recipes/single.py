@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.rundir import RunDir, write_json
+from minipuzzle.core.rundir import RunDir, digest, write_json
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.distill.loop import distill_model
 from minipuzzle.evaluate.quality import Reference, measure
@@ -94,13 +94,16 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
         start = Model.load(small, device)
         before = measure(start, job.reference)
         pupil = HybridLM(small.family, small.arch, start.by_name())
-        state = job.run.path / "distillation" / small.fingerprint
+        # another student, teacher, data or setting is another run of training
+        key = digest([small.fingerprint, job.inputs["tokenize"], big.fingerprint, d.model_dump(), seed])
+        state = job.run.path / "distillation" / key
         with reporter.stage("distill", d.tokens) as update:
             done = distill_model(pupil, job.model, stages.training_blocks(job), stages.settings(job), state,
                                  progress=lambda tokens, loss: update(tokens, f"KL {loss:.3f}"))
         unchecked, final = job.run.path / "model-unchecked", job.run.path / "model"
         config = small.arch.to_config(small.config)
-        write_model(unchecked, config, ((n, p.detach().to(small.dtype)) for n, p in pupil.parameters_by_name().items()),
+        dtypes = small.dtypes(tuple(range(small.arch.num_layers)))
+        write_model(unchecked, config, ((n, p.detach().to(dtypes[n])) for n, p in pupil.parameters_by_name().items()),
                     small.path)
         reload_gate(unchecked, job.evaluation_ids[:2])
         after = measure(Model.load(open_model(unchecked), device), job.reference)

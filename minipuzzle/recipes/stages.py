@@ -164,7 +164,7 @@ def tournament(job: Job) -> None:
             student = _student(job, candidate)
             distill_model(student, job.model, training_blocks(job), settings(job), job.state_folder(candidate), share,
                           progress=partial(_say_loss, update, i * share, candidate.name))
-            results[candidate.name] = measure(_as_written(job, student), job.reference)
+            results[candidate.name] = measure(_as_written(job, candidate, student), job.reference)
         path = job.run.path / "search" / "tournament.json"
         every = rank([dataclasses.replace(c, after_distillation=results.get(c.name)) for c in every])
         job.write_candidates(path, [dataclasses.replace(c, chosen=i == 0) for i, c in enumerate(every)])
@@ -196,9 +196,10 @@ def _student(job: Job, candidate: Candidate) -> HybridLM:
     return HybridLM(job.folder.family, candidate.architecture, _pruned(job, candidate).by_name())
 
 
-def _as_written(job: Job, student: HybridLM) -> Model:
-    """The student rounded to the parent's dtype, as its checkpoint will hold it."""
-    tensors = ((n, p.detach().to(job.folder.dtype).float()) for n, p in student.parameters_by_name().items())
+def _as_written(job: Job, candidate: Candidate, student: HybridLM) -> Model:
+    """The student rounded to the parent's dtypes, as its checkpoint will hold it."""
+    dtypes = job.folder.dtypes(candidate.kept_layers)
+    tensors = ((n, p.detach().to(dtypes[n]).float()) for n, p in student.parameters_by_name().items())
     return Model.build(job.folder.family, student.arch, tensors)
 
 
@@ -228,7 +229,7 @@ def distill(job: Job) -> None:
         some = Reference(job.model, job.evaluation_ids[:EVALUATION_BLOCKS])
         steps = settings(job).steps(d.sequence_length)
         distill_model(student, job.model, training_blocks(job), settings(job), state,
-                      evaluate=lambda s: measure(_as_written(job, s), some),
+                      evaluate=lambda s: measure(_as_written(job, candidate, s), some),
                       evaluate_every=max(1, steps // EVALUATIONS),
                       progress=partial(_say_loss, update, 0, candidate.name))
         shutil.copyfile(state / "metrics.jsonl", metrics)
@@ -242,15 +243,16 @@ def export(job: Job) -> None:
     def make(update: Update) -> list[Path]:
         candidate = winner(job)
         student = _student(job, candidate)
-        pruned = measure(_as_written(job, student), job.reference)
+        pruned = measure(_as_written(job, candidate, student), job.reference)
         plain = measure(job.plain_cutter.cut(candidate.architecture, candidate.kept_layers), job.reference)
         if job.plan.recipe.distillation.tokens:
             load_student(job.state_folder(candidate), student)
         unchecked, final = job.run.path / "model-unchecked", job.run.path / "model"
         config = candidate.architecture.to_config(job.folder.config)
         config["torch_dtype"] = str(job.folder.dtype).removeprefix("torch.")
-        write_model(unchecked, config, ((n, p.detach().to(job.folder.dtype))
-                                        for n, p in student.parameters_by_name().items()), job.folder.path)
+        dtypes = job.folder.dtypes(candidate.kept_layers)
+        write_model(unchecked, config, ((n, p.detach().to(dtypes[n])) for n, p in student.parameters_by_name().items()),
+                    job.folder.path)
         update(0.3, "written; reloading in transformers")
         difference = reload_gate(unchecked, job.evaluation_ids[:2])
         written = open_model(unchecked)

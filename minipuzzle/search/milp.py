@@ -175,7 +175,7 @@ def _best_first(problem: _Problem, keep: int) -> tuple[list[Candidate], int]:
         value, solution, tries = _next(problem, programs[w], index_W4[w])
         solved += tries
         if solution is not None:
-            heapq.heappush(heap, (max(value, bound), w, solution))
+            heapq.heappush(heap, (value, w, solution))
     return found, solved
 
 
