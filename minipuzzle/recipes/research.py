@@ -178,29 +178,39 @@ def _read(path: Path, missing: str) -> dict[str, Any]:
 # the search -------------------------------------------------------------------------------------------
 
 
-def _answer(question: Question, texts: Mapping[str, str]) -> Answer:
-    """Search for one budget. That nothing meets it is a note here; an error if it holds for all that were asked.
+def find_candidates(recipe: Recipe, parent: Architecture, space: Space, budget: Budget, workload: Workload,
+                    scores: LayerScores | None, curves: WidthCurves | None) -> tuple[list[Candidate], int, int | None]:
+    """(candidates best predicted first, architectures of the space, those within the budget) by the recipe's strategy.
 
-    The grid enumerates all and keeps search.keep; programs are solved one by one, for as many as will be measured.
+    The grid enumerates all and keeps search.keep. Integer programs find one at a time, as many as will be measured,
+    and do not count the feasible (null).
+
+    Raises:
+        RecipeError: settings that exclude each other or are not built; as search_architectures.
+        Infeasible: no architecture meets the budget.
     """
-    q, search = question, question.recipe.search
+    search, metric = recipe.search, recipe.scores.layer_metric
     if search.damage != "additive":
         raise RecipeError(f"search.damage = {search.damage!r} is not built yet; the only value is 'additive'")
-    if search.strategy == "grid" and search.export == "per_layer":
+    if search.strategy == "milp":
+        solved = solve_architectures(parent, space, budget, workload, scores, curves, metric,
+                                     min(search.measure, search.keep), search.export == "per_layer")
+        return solved.candidates, solved.points, None
+    if search.export == "per_layer":
         raise RecipeError("search.export per_layer needs search.strategy milp; the grid has one FFN width for all")
-    budget = Budget.parse(texts, cost(q.parent, q.workload).to_json())
-    begin = time.perf_counter()
+    found = search_architectures(parent, space, budget, workload, scores, curves, metric, search.keep)
+    return found.candidates, found.points, found.feasible
+
+
+def _answer(question: Question, texts: Mapping[str, str]) -> Answer:
+    """Search for one budget. That nothing meets it is a note here; an error if it holds for all that were asked."""
+    q = question
+    budget, begin = Budget.parse(texts, cost(q.parent, q.workload).to_json()), time.perf_counter()
     try:
-        if search.strategy == "milp":
-            solved = solve_architectures(q.parent, q.space, budget, q.workload, q.scores, q.curves,
-                                         q.recipe.scores.layer_metric, min(search.measure, search.keep),
-                                         search.export == "per_layer")
-            return Answer(budget, solved.candidates, solved.points, None, time.perf_counter() - begin)
-        found = search_architectures(q.parent, q.space, budget, q.workload, q.scores, q.curves,
-                                     q.recipe.scores.layer_metric, search.keep)
+        found, points, feasible = find_candidates(q.recipe, q.parent, q.space, budget, q.workload, q.scores, q.curves)
     except Infeasible as error:
         return Answer(budget, [], q.space.num_points, 0, time.perf_counter() - begin, str(error))
-    return Answer(budget, found.candidates, found.points, found.feasible, time.perf_counter() - begin)
+    return Answer(budget, found, points, feasible, time.perf_counter() - begin)
 
 
 # what is written --------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ class SpaceSection(_Section):
     """Ranges `[low, high]` or `[low, high, step]`; numbers, or parts of the parent such as `0.5x`."""
 
     drop_mamba: Range = [0, "0.5x"]
-    drop_ffn: Range = [0, "0.6x"]
+    drop_ffn: Range = [0, "0.8x"]
     drop_attention: Range = [0, "0.5x"]
     hidden_size: Range = ["0.625x", "1x", "0.125x"]
     ffn_size: Range = ["0.25x", "1x", "0.125x"]
@@ -82,7 +82,7 @@ class SearchSection(_Section):
     damage: Literal["additive", "quadratic"] = "additive"
     export: Literal["uniform", "per_layer"] = "uniform"
     measure: int = Field(64, ge=1)
-    finalists: int = Field(3, ge=1)
+    finalists: int = Field(4, ge=1)
     keep: int = Field(10_000, ge=1)
 
 
@@ -102,8 +102,8 @@ class DistillationSection(_Section):
     """`tokens` includes the winner's share of the tournament; 0 prunes only."""
 
     data: str = "stdlib"
-    tournament_tokens: Decimal = Field(100_000, ge=0)
-    tokens: Decimal = Field(600_000, ge=0)
+    tournament_tokens: Decimal = Field(80_000, ge=0)
+    tokens: Decimal = Field(700_000, ge=0)
     sequence_length: Binary = Field(256, ge=2)
     batch_tokens: Binary = Field(1024, ge=1)
     learning_rate: float = Field(2.0e-3, gt=0)
