@@ -129,6 +129,7 @@ def test_equals_brute_force(problem, data):
         assert c.cost == cost(c.architecture, workload)
         assert c.architecture.pattern == "".join(parent.pattern[i] for i in c.kept_layers)
         assert c.predicted["layers_stderr"] == pytest.approx(2.0 * dropped**0.5)
+        assert c.predicted["widths_stderr"] is None  # these curves come without errors
         assert (c.predicted["widths"] is None) == (curves is None)
 
 
@@ -405,3 +406,18 @@ def test_diverse_caps_each_shape_and_keeps_the_best():
     assert diverse(twins, 0) == []
     nulls = [candidate(f"n{i}", hidden=8 + i) for i in range(9)]
     assert diverse([*nulls, twins[3]], 3) == [twins[3], nulls[0], nulls[1]]
+
+
+def test_standard_error_of_the_widths():
+    """Interpolated like the curve, 0 at the parent's width, and added in squares over the axes."""
+    parent = Architecture("M*-", vocab_size=8, hidden_size=32, ffn_size=64, mamba_num_heads=4, mamba_head_dim=4, n_groups=2,
+                          state_size=4, num_attention_heads=2, num_key_value_heads=1, head_dim=4)
+    space = resolve_space({"hidden_size": [16, 32, 8], "ffn_size": [32, 64, 32]}, parent)
+    curves = WidthCurves(pd.DataFrame([{"axis": "hidden_size", "width": 16, "mse": 1.0, "mse_stderr": 0.4},
+                                       {"axis": "ffn_size", "width": 32, "mse": 2.0, "mse_stderr": 0.3}]))
+    scores = layer_scores(parent.pattern, [1.0, 1.0, 1.0])
+    budget = Budget.parse({"memory": "1x"}, cost(parent, Workload()).to_json())
+    found = search_architectures(parent, space, budget, Workload(), scores, curves).candidates
+    errors = {(c.architecture.hidden_size, c.architecture.ffn_size): c.predicted["widths_stderr"] for c in found}
+    expected = {(32, 64): 0.0, (24, 64): 0.2, (16, 64): 0.4, (32, 32): 0.3, (24, 32): 0.13**0.5, (16, 32): 0.5}
+    assert errors == pytest.approx(expected)

@@ -16,7 +16,8 @@ from minipuzzle.core.cost import Cost
 class Candidate:
     """A point of the search. `kept_layers` are the parent's 0-based indices.
 
-    predicted: `layers` and `widths` damage (null where it was not scored) and their sum `damage`.
+    predicted: `layers` and `widths` damage (null where it was not scored), their standard errors, and their sum
+    `damage`.
     measured: before any training: `loss`, `kl`, `accuracy`, `agreement` and standard errors, on held-out blocks.
     after_distillation: the same after the tournament.
     """

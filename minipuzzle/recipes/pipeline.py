@@ -23,6 +23,7 @@ from minipuzzle.recipes import stages
 from minipuzzle.recipes.job import Job
 from minipuzzle.recipes.plan import Plan, check_disk, check_memory, find_device, make_plan
 from minipuzzle.recipes.progress import Reporter
+from minipuzzle.recipes.research import candidates_document
 from minipuzzle.recipes.results import make_report, model_card_files, stage_list, versions
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.recipes.source import bundled_model, default_output, find_model
@@ -128,11 +129,8 @@ def _run(job: Job) -> Run:
 def report(job: Job) -> Run:
     """Everything that was found -> candidates.csv, candidates.json, report.json, report.html, the model card."""
     found = stages.candidates(job)
-    parent = {"name": job.folder.path.name, "architecture": job.plan.parent.to_json(),
-              "cost": job.plan.parent_cost.to_json()}
-    write_json(job.run.path / "candidates.json", {
-        "schema": 1, "budget": job.plan.budget.to_json(), "workload": job.plan.workload.to_json(), "parent": parent,
-        "candidates": [c.to_json() for c in found]})
+    write_json(job.run.path / "candidates.json", candidates_document(
+        job.plan.budget, job.plan.workload, job.folder.path.name, job.plan.parent, found))
     frame = to_frame(found)
     write_atomic(job.run.path / "candidates.csv", frame.to_csv(index=False))
     data = make_report(job, found)

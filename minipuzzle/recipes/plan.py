@@ -23,7 +23,7 @@ from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.space import Space, resolve_space
 
 # key, the only value that exists so far, and what to say. Accepting and ignoring a setting would be a lie.
-_NOT_YET = (("scores.iterative", False), ("scores.racing", False), ("search.strategy", "grid"),
+_NOT_YET = (("scores.iterative", False), ("scores.racing", False),
             ("search.damage", "additive"), ("search.export", "uniform"), ("distillation.precision", "fp32"),
             ("surgery.refit", "none"))
 CURVE_POINTS = 3  # measured widths per axis; between them the search interpolates
@@ -69,7 +69,8 @@ class Plan:
         out["score"] = {"model": model, "calibration": r.calibration.model_dump(), "after": digest(out["tokenize"])}
         out["curves"] = {"widths": self.curve_widths, "hidden": r.surgery.hidden, "after": digest(out["score"])}
         out["search"] = {"budget": self.budget.to_json(), "workload": self.workload.to_json(),
-                         "space": self.space.to_json(), "search": r.search.model_dump(exclude={"measure", "finalists"}),
+                         "space": self.space.to_json(), "search": r.search.model_dump(
+                             exclude={"finalists"} if r.search.strategy == "milp" else {"measure", "finalists"}),
                          "layer_metric": r.scores.layer_metric, "after": digest(out["curves"])}
         out["measure"] = {"measure": r.search.measure, "evaluation": r.evaluation.model_dump(),
                           "sequence_length": r.calibration.sequence_length, "refit": r.surgery.refit,

@@ -81,7 +81,7 @@ class SearchSection(_Section):
     strategy: Literal["grid", "milp"] = "grid"
     damage: Literal["additive", "quadratic"] = "additive"
     export: Literal["uniform", "per_layer"] = "uniform"
-    measure: int = Field(64, ge=1)
+    measure: int = Field(48, ge=1)
     finalists: int = Field(4, ge=1)
     keep: int = Field(10_000, ge=1)
 
@@ -103,7 +103,7 @@ class DistillationSection(_Section):
 
     data: str = "stdlib"
     tournament_tokens: Decimal = Field(80_000, ge=0)
-    tokens: Decimal = Field(700_000, ge=0)
+    tokens: Decimal = Field(600_000, ge=0)
     sequence_length: Binary = Field(256, ge=2)
     batch_tokens: Binary = Field(1024, ge=1)
     learning_rate: float = Field(2.0e-3, gt=0)

@@ -29,7 +29,7 @@ from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.recipes.job import Job
 from minipuzzle.recipes.progress import Update
-from minipuzzle.search.grid import search_architectures
+from minipuzzle.recipes.research import find_candidates
 from minipuzzle.search.rank import diverse, rank
 from minipuzzle.surgery.gate import reload_gate
 from minipuzzle.surgery.rotate import find_rotation
@@ -112,12 +112,13 @@ def search(job: Job) -> None:
     def make(update: Update) -> list[Path]:
         plan, scores = job.plan, job.run.path / "scores"
         layers, widths = LayerScores.read(scores / "layers.csv"), WidthCurves.read(scores / "width_curves.csv")
-        found = search_architectures(plan.parent, plan.space, plan.budget, plan.workload, layers, widths,
-                                     plan.recipe.scores.layer_metric, plan.recipe.search.keep)
+        found, points, feasible = find_candidates(plan.recipe, plan.parent, plan.space, plan.budget, plan.workload,
+                                                  layers, widths)
         path = job.run.path / "search" / "predicted.json"
         path.parent.mkdir(exist_ok=True)
-        job.write_candidates(path, found.candidates)
-        update(1, f"{found.feasible:,} of {found.points:,} architectures within the budget")
+        job.write_candidates(path, found)
+        update(1, f"{points:,} architectures, {len(found) if feasible is None else feasible:,} "
+                  f"{'solved for' if feasible is None else 'within the budget'}")
         return [path]
 
     job.stage("search", 1, make)

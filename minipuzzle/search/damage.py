@@ -27,6 +27,14 @@ class Damage:
     values_L: np.ndarray | None
     stderr_L: np.ndarray | None
     axes: tuple[np.ndarray, ...] | None
+    axes_stderr: tuple[np.ndarray, ...] | None = None
+
+    def widths_stderr(self, index_W4: np.ndarray) -> np.ndarray | None:
+        """[W] standard error of `widths`, with the axes' errors independent; NaN where it was not measured."""
+        if self.axes_stderr is None:
+            return None
+        errors_4W = np.stack([values[index_W4[:, i]] for i, values in enumerate(self.axes_stderr)])
+        return np.asarray(np.sqrt((errors_4W**2).sum(0)))
 
     def widths(self, index_W4: np.ndarray) -> np.ndarray | None:
         """[W] damage by the widths at these indices of the axes."""
@@ -52,7 +60,7 @@ def predict(parent: Architecture, space: Space, scores: LayerScores | None, curv
         RecipeError: scores of another model, no such metric, an axis that was not measured.
         CorruptArtifact: values that are not finite.
     """
-    values_L = stderr_L = axes = None
+    values_L = stderr_L = axes = axes_stderr = None
     if scores is not None:
         if scores.pattern != parent.pattern:
             raise RecipeError(f"scores {scores.source or 'given'} are of another model: {len(scores.pattern)} layers "
@@ -66,7 +74,10 @@ def predict(parent: Architecture, space: Space, scores: LayerScores | None, curv
             raise RecipeError(f"width curves have no column {metric!r}; they have {', '.join(have) or 'no metric'}")
         axes = tuple(_curve(parent, curves, axis, metric, values)
                      for axis, values in zip(WIDTH_AXES, space.widths, strict=True))
-    return Damage(orders, values_L, stderr_L, axes)
+        if f"{metric}_stderr" in curves.table.columns:
+            axes_stderr = tuple(curves.damage(axis, f"{metric}_stderr", np.array(values), _whole(parent, axis, values))
+                                for axis, values in zip(WIDTH_AXES, space.widths, strict=True))
+    return Damage(orders, values_L, stderr_L, axes, axes_stderr)
 
 
 def drop_order(parent: Architecture, kind: str, values_L: np.ndarray | None) -> list[int]:
@@ -90,13 +101,18 @@ def _dropped_sums(values_L: np.ndarray, orders: tuple[list[int], ...], space: Sp
 
 def _curve(parent: Architecture, curves: WidthCurves, axis: str, metric: str, widths: tuple[int, ...]) -> np.ndarray:
     """Damage at each width of an axis."""
-    whole = max(parent.ffn_sizes, default=widths[-1]) if axis == "ffn_size" else getattr(parent, axis)
+    whole = _whole(parent, axis, widths)
     if widths != (whole,) and axis not in set(curves.table["axis"]):
         raise RecipeError(f"width curves have nothing about {axis}, which the space cuts to {widths[0]}; "
                           "measure it, or leave the axis at the parent's width")
     damage = curves.damage(axis, metric, np.array(widths), whole)
     _check_finite(damage, f"width curve {axis}", metric)
     return damage
+
+
+def _whole(parent: Architecture, axis: str, widths: tuple[int, ...]) -> int:
+    """The parent's own width."""
+    return max(parent.ffn_sizes, default=widths[-1]) if axis == "ffn_size" else int(getattr(parent, axis))
 
 
 def _check_finite(values: np.ndarray, what: str, metric: str) -> None:

@@ -146,6 +146,7 @@ def _candidates(parent: Architecture, space: Space, budget: Budget, workload: Wo
     c_P, w_P = np.divmod(points.number_P, math.prod(shape_4))
     index_P4 = np.stack(np.unravel_index(w_P, shape_4), axis=1)
     widths_P, layers_C, stderr_C = damage.widths(index_P4), damage.layers(space), damage.layers_stderr(space)
+    width_stderr_P = damage.widths_stderr(index_P4)
     digits = max(4, len(str(len(c_P))))
     kept_of: dict[int, tuple[int, ...]] = {}
     out = []
@@ -158,7 +159,7 @@ def _candidates(parent: Architecture, space: Space, budget: Budget, workload: Wo
         assert exact.parameters == points.parameters_P[i], (exact, points.parameters_P[i])
         assert not budget.exceeded(exact.to_json()), (exact, budget)
         predicted = {"layers": _at(layers_C, c), "widths": _at(widths_P, i), "damage": None,
-                     "layers_stderr": _at(stderr_C, c)}
+                     "layers_stderr": _at(stderr_C, c), "widths_stderr": _at(width_stderr_P, i)}
         if predicted["layers"] is not None or predicted["widths"] is not None:
             predicted["damage"] = float(points.damage_P[i])
         out.append(Candidate(f"c{i + 1:0{digits}d}", arch, kept_of[c], exact, predicted))
