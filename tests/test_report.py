@@ -14,6 +14,7 @@ import pytest
 import yaml
 from report_data import RECIPE, build
 
+from minipuzzle.core import rundir
 from minipuzzle.report import facts, html
 from minipuzzle.report.card import model_card
 from minipuzzle.report.html import render_html, write_report
@@ -220,7 +221,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(html.os, "fsync", fail)
+    monkeypatch.setattr(rundir.os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report({"schema": 1, "parent": {}, "result": {}}, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, Template
 from markupsafe import Markup
 
+from minipuzzle.core.rundir import write_atomic
 from minipuzzle.report import curves, facts, plots
 from minipuzzle.report.svg import draw
 
@@ -126,22 +125,7 @@ def write_report(report: dict[str, Any], folder: Path) -> Path:
     """Write report.json and report.html into `folder`, each whole or not at all; returns the page's path."""
     page = render_html(report)
     data = json.dumps(facts.clean(report), indent=1, ensure_ascii=False, allow_nan=False)
-    _write(folder / "report.json", data + "\n")
-    _write(folder / "report.html", page)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "report.json", data + "\n")
+    write_atomic(folder / "report.html", page)
     return folder / "report.html"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write under a temporary name, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
