@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError, ResourceError
 
@@ -55,14 +55,17 @@ def file_hash(path: Path) -> str:
 class RunDir:
     """A run directory, held by this process."""
 
-    def __init__(self, path: Path) -> None:
-        """Open or create.
+    def __init__(self, path: Path, hold: bool = True) -> None:
+        """Open or create. Not to `hold` it is to look only, beside the process that does.
 
         Raises:
             RecipeError: a folder with something else in it.
             ResourceError: another process works there, or it can't be written.
         """
         self.path = path
+        self._lock: TextIO | None = None
+        if not hold:
+            return
         if path.exists() and not path.is_dir():
             raise RecipeError(f"{path} is a file; choose another output folder with -o")
         if path.is_dir() and not (path / "run.json").is_file() and not _just_begun(path):
@@ -82,7 +85,8 @@ class RunDir:
 
     def close(self) -> None:
         """Let go of the lock."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def discard_unused(self) -> None:
         """Remove the run if no stage of it was ever finished: a refused request leaves nothing behind."""

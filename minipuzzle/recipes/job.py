@@ -21,6 +21,7 @@ from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blocks import TokenBlocks, load_blocks
 from minipuzzle.data.corpus import identity
 from minipuzzle.evaluate.quality import Reference
+from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import COMPANIONS, ModelFolder
 from minipuzzle.recipes.plan import Plan
@@ -40,11 +41,15 @@ class Job:
     folder: ModelFolder
     run: RunDir
     seed: int
-    device: torch.device
+    ranks: Ranks
     reporter: Reporter
     command: str = ""
     candidate: str | None = None
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
 
     @cached_property
     def inputs(self) -> dict[str, dict[str, Any]]:
@@ -122,16 +127,22 @@ class Job:
 
     # stages ----------------------------------------------------------------------------------------
 
-    def stage(self, name: str, total: float, make: Callable[[Update], list[Path]]) -> None:
-        """Run `make` unless the stage is done with the same inputs; commit the files it returns."""
+    def stage(self, name: str, total: float, make: Callable[[Update], list[Path]], shared: bool = False) -> None:
+        """Run `make` unless the stage is done with the same inputs; commit the files it returns.
+
+        Of several processes the main one runs it while the others wait; all of them, if the work is `shared`.
+        """
         inputs = self.inputs[name]
-        if self.run.is_done(name, inputs):
+        if self.ranks.broadcast(self.ranks.main and self.run.is_done(name, inputs)):
             self.reporter.skip(name)
             return
         begin = time.perf_counter()
-        with self.reporter.stage(name, total) as update:
-            files = make(update)
-        self.run.commit(name, inputs, files, time.perf_counter() - begin)
+        if shared or self.ranks.main:
+            with self.reporter.stage(name, total) as update:
+                files = make(update)
+            if self.ranks.main:
+                self.run.commit(name, inputs, files, time.perf_counter() - begin)
+        self.ranks.barrier()
 
     def refuse_changes(self, redo: bool) -> None:
         """Compare the recipe with the finished stages. With `redo` forget those, and those whose files were changed.

@@ -8,6 +8,7 @@ Every stage leaves files and a manifest (core/rundir.py): the same command conti
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 from minipuzzle.core.candidate import to_frame
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.rundir import RunDir, write_atomic, write_json
+from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.recipes import stages
 from minipuzzle.recipes.job import Job
@@ -59,6 +61,8 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
     """
     recipe = recipe or Recipe()
     where = find_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RecipeError("prune runs in one process; score and distill are the verbs for torchrun")
     folder, plan = prepare(model, recipe)
     path = Path(output_dir) if output_dir else default_output(folder, recipe, seed)
     check_disk(plan, path)
@@ -67,7 +71,7 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
     try:
         if fresh:
             run.clear()
-        job = Job(plan, folder, run, seed, where, reporter or Reporter(), command, candidate)
+        job = Job(plan, folder, run, seed, Ranks(where), reporter or Reporter(), command, candidate)
         if candidate is not None:
             _check_candidate(job, candidate)
         job.refuse_changes(redo)

@@ -16,6 +16,7 @@ from minipuzzle.core.scores import LayerScores
 from minipuzzle.distill.loop import distill_model
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.models.module import HybridLM
+from minipuzzle.models.ranks import open_ranks
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
 from minipuzzle.recipes import stages
@@ -31,7 +32,11 @@ from minipuzzle.surgery.gate import reload_gate
 def _job(folder: ModelFolder, recipe: Recipe, output: Path, seed: int, device: str, reporter: Reporter,
          command: str) -> Job:
     plan = make_plan(folder.arch, recipe, need_budget=False)
-    return Job(plan, folder, RunDir(output), seed, find_device(device), reporter, command)
+    ranks = open_ranks(find_device(device))
+    run = RunDir(output) if ranks.main else None
+    ranks.barrier()  # the folder is there
+    return Job(plan, folder, run or RunDir(output, hold=False), seed, ranks, reporter if ranks.main else Reporter(),
+               command)
 
 
 def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int, device: str, reporter: Reporter,
@@ -40,8 +45,10 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
     folder = open_model(find_model(model))
     job = _job(folder, recipe, output_dir or default_output(folder, recipe, seed), seed, device, reporter, command)
     try:
-        job.refuse_changes(redo=False)
-        write_json(job.run.path / "run.json", run_about(job))
+        if job.ranks.main:
+            job.refuse_changes(redo=False)
+            write_json(job.run.path / "run.json", run_about(job))
+        job.ranks.barrier()
         for stage in (stages.tokenize_data, stages.score, stages.curves):
             stage(job)
     finally:

@@ -1,0 +1,75 @@
+"""The processes of a run: one, or those that torchrun started. Samples are split over them, files are written by one.
+
+The run directory is read by all of them: on several machines it lies on a shared file system.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minipuzzle.core.errors import ResourceError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process (`rank` of `size`) and the device it computes on."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for the others."""
+        if self.size > 1:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every process, in order of rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """`value` of the main process."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def share(self, items: list[Any]) -> list[Any]:
+        """The part of `items` that is this process's to work on."""
+        return items[self.rank :: self.size]
+
+
+def open_ranks(device: torch.device) -> Ranks:
+    """Join the processes that torchrun started (gloo on CPU, nccl on GPU); alone without torchrun.
+
+    Raises:
+        ResourceError: more processes on this machine than it has GPUs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return Ranks(device)
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ResourceError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                                "lower --nproc-per-node")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Ranks(device, dist.get_rank(), size)
