@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Spinning OpenMP threads slow two processes at once down by up to 20x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install prune test lint clean
+.PHONY: install prune test browser test-browser lint docs clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,20 @@ prune: install
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# A browser for tests/test_browser.py, by apt if there is none; without apt those tests are skipped and say so.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { command -v apt-get >/dev/null \
+	  && timeout 300 sh -c 'apt-get update -qq && apt-get install -y -qq chromium chromium-driver' >/dev/null 2>&1; } \
+	  || echo "no chromium, and apt did not bring it: the browser tests will be skipped"
+
+test-browser: install browser
+	$(BIN)/python -m pytest tests/test_browser.py
+
+# The API reference, from the docstrings -> build/docs
+docs: install
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/pdoc -o build/docs -d google minipuzzle
 
 lint: install
 	$(BIN)/ruff check .

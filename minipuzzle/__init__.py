@@ -1,8 +1,9 @@
 """minipuzzle makes hybrid language models smaller: it scores, searches, slices and distils.
 
-    from minipuzzle import Recipe, prune
+    from minipuzzle import Recipe, Run, prune
     run = prune("path/or/hub-id", Recipe.load("default"), output_dir="runs/mine")
-    run.candidates, run.model_path, run.report_path
+    run.candidates, run.model_path, run.report_path, run.plot_tradeoff()
+    Run.open("runs/mine")
 
 Names are resolved when they are first used (PEP 562): importing minipuzzle does not import torch.
 """
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from minipuzzle.distill.loop import distill_model
     from minipuzzle.importance.layers import score_layers
     from minipuzzle.importance.widths import score_widths
-    from minipuzzle.recipes.pipeline import prune
+    from minipuzzle.recipes.pipeline import Run, prune
     from minipuzzle.recipes.schema import Recipe
     from minipuzzle.search.grid import search_architectures
 
@@ -32,6 +33,7 @@ _HOMES = {
     "Candidate": "core.candidate",
     "LayerScores": "core.scores",
     "Recipe": "recipes.schema",
+    "Run": "recipes.pipeline",
     "WidthScores": "core.scores",
     "distill_model": "distill.loop",
     "prune": "recipes.pipeline",
@@ -46,6 +48,7 @@ __all__ = [
     "Candidate",
     "LayerScores",
     "Recipe",
+    "Run",
     "WidthScores",
     "__version__",
     "distill_model",

@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from minipuzzle._version import __version__
 from minipuzzle.core import interrupt
 from minipuzzle.core.budget import human_bytes, human_count
-from minipuzzle.core.errors import MinipuzzleError, RecipeError
+from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError
 
 if TYPE_CHECKING:
     from minipuzzle.recipes.schema import Recipe
@@ -292,19 +292,41 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path))
-def report(run: Path) -> None:
-    """report.json -> report.html again.
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The comparison's file; default comparison.html.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
+    """report.json -> report.html again; of several runs one page that compares them.
 
     \b
     minipuzzle report runs/mine
+    minipuzzle report runs/half runs/third -o comparison.html
     """
+    from minipuzzle.report.compare import comparison, write_comparison
     from minipuzzle.report.html import write_report
 
+    found = {str(run): _report_of(run) for run in runs}
+    if len(found) < len(runs):
+        raise RecipeError("report: a run is named twice")
+    if len(runs) > 1:
+        page = write_comparison(found, output or Path("comparison.html"))
+        _print(comparison(found) | {"path": str(page)}, as_json, [str(page)])
+        return
+    if output is not None:
+        raise RecipeError("report writes RUN/report.html; -o is for the comparison of several runs")
+    page = write_report(found[str(runs[0])], runs[0])
+    _print({"path": str(page)}, as_json, [str(page)])
+
+
+def _report_of(run: Path) -> dict[str, Any]:
     path = run / "report.json"
     if not path.is_file():
         raise RecipeError(f"{path} does not exist; the run is not finished: 'minipuzzle prune' continues it")
-    click.echo(str(write_report(json.loads(path.read_text(encoding="utf-8")), run)))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptArtifact(f"{path} is not JSON ({error}); 'minipuzzle prune' writes it again") from None
+    return dict(data)
 
 
 @main.command()

@@ -10,6 +10,8 @@ from minipuzzle.core.architecture import FFN, KINDS, MAMBA, Architecture
 from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.core.candidate import Candidate
 from minipuzzle.core.cost import cost
+from minipuzzle.core.scores import WidthScores
+from minipuzzle.recipes.results import width_shares
 
 PARENT = Architecture(
     pattern="M-M-M*-M-M-M-M*-M-M-M-", vocab_size=2048, hidden_size=96, ffn_size=512, mamba_num_heads=16,
@@ -103,7 +105,9 @@ def build(count: int = 200, measure: int = 64) -> dict[str, Any]:
         "workload": LOAD.to_json(),
         "evaluation": {"blocks": 64, "sequence_length": 256, "tokens": 16384, "bytes_per_token": 3.12,
                        "source": "stdlib (Python 3.11.2)"},
-        "scores": {"metric": "mse", "layers": rows, "curves": width_curves()},
+        "scores": {"metric": "mse", "layers": rows, "curves": width_curves()} | width_shares(
+            WidthScores(rng.uniform(size=96), {i: rng.uniform(size=512) for i in PARENT.layers_of(FFN)},
+                        {i: rng.uniform(size=(16, 16)) for i in PARENT.layers_of(MAMBA)}), PARENT, chosen),
         "search": {"points": 15120, "feasible": 6011, "measured": measure, "rank_correlation": 0.83},
         "candidates": [c.to_json() for c in found],
         "distillation": {"tokens": 600000, "seconds": 131.5, "tokens_per_second": 4562.7,

@@ -18,7 +18,7 @@ from minipuzzle.core import rundir
 from minipuzzle.report import facts, html
 from minipuzzle.report.card import model_card
 from minipuzzle.report.html import render_html, write_report
-from minipuzzle.report.plots import pareto
+from minipuzzle.report.plots import GRID_ROWS, METRIC_WORDS, pareto
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 NASTY = "<script>alert('$x_1$ & \"y\"')</script>"
@@ -69,7 +69,8 @@ def page(report: dict[str, Any]) -> str:
 def test_page_is_well_formed_and_complete(page: str) -> None:
     parsed = Page(page)
     figures = sum(len(f) for *_, f in html.FIGURES)
-    assert parsed.tags.count("svg") == figures == 11
+    assert parsed.tags.count("svg") == figures + len(html.PHONE) == 13 + 5
+    assert parsed.tags.count("details") == 1
     assert len(parsed.ids) == len(set(parsed.ids)) > 50
     for section, *_ in html.FIGURES:
         assert section in parsed.ids
@@ -87,7 +88,7 @@ def test_page_needs_no_network(page: str) -> None:
 
 def test_size_of_a_long_run() -> None:
     text = render_html(build(count=200, measure=64))
-    assert 100_000 < len(text.encode()) < 500_000
+    assert 100_000 < len(text.encode()) < 1_500_000
 
 
 def test_same_report_same_bytes(report: dict[str, Any], page: str) -> None:
@@ -95,19 +96,21 @@ def test_same_report_same_bytes(report: dict[str, Any], page: str) -> None:
 
 
 def test_verdict_and_removed(report: dict[str, Any]) -> None:
-    verdict, removed = facts.verdict(report), facts.removed(report)
-    for part in ("2.35M parameters", "5.16 MiB", "bf16, context 1,024, batch 1", "1.842 (parent)", "4.018 (sliced)",
-                 "1.994 (distilled)", "93.0 %", "0.152"):
+    verdict, result = facts.verdict(report), report["result"]["architecture"]
+    for part in ("2.35M parameters", "5.16 MiB", "bf16, context 1,024, batch 1", "1.842 (parent)", "4.018 (pruned)",
+                 "1.994 (distilled)", f"of {len(report['parent']['architecture']['pattern'])} layers",
+                 f"hidden size 96 → {result['hidden_size']}", f"FFN width 512 → {result['ffn_size']}"):
         assert part in verdict
-    result = report["result"]["architecture"]
-    assert f"of {len(report['parent']['architecture']['pattern'])} layers" in removed
-    assert f"hidden size 96 → {result['hidden_size']}" in removed
-    assert f"FFN width 512 → {result['ffn_size']}" in removed
+    assert "93.0 %" in (recovery := facts.recovery(report))
+    assert "0.152" in recovery
+    strip = facts.strip(report)
+    assert [i for i, layer in enumerate(strip) if layer["kept"]] == report["result"]["kept_layers"]
+    assert "".join(layer["kind"] for layer in strip) == report["parent"]["architecture"]["pattern"]
 
 
 def test_table_has_winner_first_and_every_name(report: dict[str, Any], page: str) -> None:
     rows = facts.candidate_rows(report)
-    assert len(rows) == facts.TABLE_ROWS
+    assert len(rows) == min(facts.TABLE_ROWS, 60)
     assert [r["role"] for r in rows[:4]] == ["winner", "finalist", "finalist", ""]
     assert rows[0]["cells"][1][0] == report["result"]["candidate"]
     names = [c["name"] for c in report["candidates"][: facts.TABLE_ROWS]]
@@ -122,7 +125,14 @@ def test_points_have_titles(report: dict[str, Any], page: str) -> None:
     assert len(measured) == 24
     for c in measured:
         assert sum(t.startswith(f"{c['name']};") for t in titles) >= 2  # trade-off, and prediction
-    assert sum(t.startswith("layer ") for t in titles) == 2 * len(report["scores"]["layers"])
+    metrics = [k for k in METRIC_WORDS if k in report["scores"]["layers"][0]]
+    layers, kept = report["scores"]["layers"], report["result"]["kept_layers"]
+    # one point per layer and metric; in the figure of what was cut a bar per layer and one per kept layer
+    assert sum(t.startswith("layer ") for t in titles) == len(metrics) * len(layers) + len(layers) + len(kept)
+    assert len(metrics) == 5
+    grid = [t for t in titles if re.match(r"c\d+ keeps layer ", t)]
+    shown = facts.best(report, GRID_ROWS)
+    assert len(grid) == sum(len(c["kept_layers"]) for c in shown)
 
 
 def test_everything_is_escaped(report: dict[str, Any]) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 from pydantic import ValidationError
 
 from minipuzzle.core.candidate import to_frame
@@ -29,16 +31,54 @@ from minipuzzle.recipes.research import candidates_document
 from minipuzzle.recipes.results import make_report, model_card_files, stage_list, versions
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.recipes.source import bundled_model, default_output, find_model
+from minipuzzle.report import curves, plots
 from minipuzzle.report.html import write_report
+from minipuzzle.report.svg import Draw, styled
+
+
+def _figure(draw: Draw) -> Callable[[Run], Figure | None]:
+    def plot(self: Run) -> Figure | None:
+        return styled(draw, self.report)
+
+    plot.__doc__ = f"{draw.__doc__} None where the run has nothing to draw."
+    return plot
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run."""
+    """A finished run: `candidates` has a row per candidate, best first; the figures are those of the report."""
 
     path: Path
     report: dict[str, Any]
     candidates: pd.DataFrame
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """The run in a folder.
+
+        Raises:
+            RecipeError: it is not a finished one.
+        """
+        path = Path(path)
+        try:
+            report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+            return cls(path, report, pd.read_csv(path / "candidates.csv"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise RecipeError(f"{path} is not a finished run ({error}); 'minipuzzle prune' finishes it") from None
+
+    plot_tradeoff = _figure(plots.tradeoff)
+    plot_layers = _figure(plots.layers)
+    plot_layers_by_other_metrics = _figure(plots.layers_by_other_metrics)
+    plot_kept_layers = _figure(plots.kept_grid)
+    plot_prediction = _figure(plots.prediction)
+    plot_widths = _figure(curves.widths)
+    plot_cuts = _figure(curves.cuts)
+    plot_ranks = _figure(curves.ranks)
+    plot_tournament = _figure(curves.tournament)
+    plot_distillation = _figure(curves.distillation)
+    plot_memory = _figure(curves.memory)
+    plot_memory_by_context = _figure(curves.memory_by_context)
+    plot_stages = _figure(curves.stages)
 
     @property
     def model_path(self) -> Path:

@@ -10,9 +10,12 @@ import time
 from importlib import metadata
 from typing import Any
 
+import numpy as np
+
 from minipuzzle._version import __version__
+from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.candidate import Candidate
-from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores, mamba_selection
 from minipuzzle.distill.loop import read_metrics
 from minipuzzle.recipes.job import STAGES, Job
 from minipuzzle.report.card import model_card
@@ -53,7 +56,7 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
         "evaluation": {"blocks": len(job.evaluation_ids), "sequence_length": held_out.sequence_length,
                        "tokens": job.evaluation_ids.numel(), "bytes_per_token": held_out.bytes_per_token,
                        "source": held_out.source, "corpus_hash": held_out.corpus_hash},
-        "scores": _scores(job),
+        "scores": _scores(job, chosen),
         "search": {"points": job.plan.points, "feasible": job.plan.feasible,
                    "measured": sum(c.measured is not None for c in candidates),
                    "rank_correlation": rank_correlation(candidates)},
@@ -71,11 +74,38 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
     }
 
 
-def _scores(job: Job) -> dict[str, Any]:
+def _scores(job: Job, chosen: Candidate) -> dict[str, Any]:
     folder = job.run.path / "scores"
     layers, curves = LayerScores.read(folder / "layers.csv"), WidthCurves.read(folder / "width_curves.csv")
     return {"metric": job.plan.recipe.scores.layer_metric, "layers": _records(layers.table),
-            "curves": _records(curves.table)}
+            "curves": _records(curves.table)} | width_shares(job.width_scores, job.plan.parent, chosen)
+
+
+def width_shares(scores: WidthScores, parent: Architecture, chosen: Candidate) -> dict[str, Any]:
+    """widths: how much of the squared importance the best channels hold, lowest, median and highest layer, at up to
+    33 widths per axis. kept_importance: the share that each kept layer's cut leaves, by the parent's layer."""
+    mamba = [a.astype(float) for a in scores.mamba.values()]
+    axes = {"hidden_size": [scores.hidden.astype(float)], "ffn_size": [a.astype(float) for a in scores.ffn.values()],
+            "mamba_num_heads": [np.linalg.norm(a, axis=1) for a in mamba],
+            "mamba_head_dim": [np.linalg.norm(a, axis=0) for a in mamba]}
+    widths = []
+    for axis, arrays in axes.items():
+        if not arrays:
+            continue
+        held = np.array([np.cumsum(np.sort(a**2)[::-1]) / max((a**2).sum(), 1e-30) for a in arrays])
+        for n in sorted(set(np.linspace(1, held.shape[1], 33).round().astype(int).tolist())):
+            low, middle, high = np.percentile(held[:, n - 1], [0, 50, 100]).round(5).tolist()
+            widths.append({"axis": axis, "width": n, "low": low, "median": middle, "high": high})
+    arch, left = chosen.architecture, {}
+    for i, layer in enumerate(chosen.kept_layers):
+        if layer in scores.ffn:
+            part = np.sort(scores.ffn[layer].astype(float) ** 2)[::-1]
+            left[layer] = part[: arch.ffn_size_of(i)].sum() / max(part.sum(), 1e-30)
+        elif layer in scores.mamba:
+            part = scores.mamba[layer].astype(float)
+            heads, channels = mamba_selection(part, parent.n_groups, arch.mamba_num_heads, arch.mamba_head_dim)
+            left[layer] = (part[np.ix_(heads, channels)] ** 2).sum() / max((part**2).sum(), 1e-30)
+    return {"widths": widths, "kept_importance": {str(k): round(float(v), 5) for k, v in left.items()}}
 
 
 def _records(table: Any) -> list[dict[str, Any]]:

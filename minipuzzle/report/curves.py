@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from minipuzzle.core.architecture import ATTENTION, MAMBA
+from minipuzzle.core.architecture import ATTENTION, FFN, KINDS, MAMBA, MOE, Architecture
 from minipuzzle.core.budget import human_bytes, human_count
-from minipuzzle.core.cost import cost
+from minipuzzle.core.cost import block_parameters, cost
 from minipuzzle.report import facts
 from minipuzzle.report.facts import at
-from minipuzzle.report.plots import HALF, METRIC_WORDS, TALL, WIDE, in_units, plain_ticks, wide_scale
+from minipuzzle.report.plots import HALF, METRIC_WORDS, TALL, WIDE, in_units, layer_ticks, plain_ticks, wide_scale
 from minipuzzle.report.svg import CARD, INK, KIND_COLORS, LINE, MUTED, SERIES, WINNER, hover
 
 # weights are grey; the caches have the colour of the layers that keep them
@@ -27,35 +27,94 @@ MEMORY_PARTS = (("weights_bytes", "weights", MUTED), ("kv_cache_bytes", "KV cach
 
 
 def widths(report: dict[str, Any]) -> Figure | None:
-    """One panel per axis: the damage of cutting that axis alone, with the chosen width marked."""
-    rows = [r for r in at(report, "scores", "curves") or [] if at(r, "width") is not None]
+    """One column per axis: above, the share of importance that the best channels hold; below, the measured damage of
+    cutting that axis alone. The chosen width and the parent's are marked."""
     first = at(report, "scores", "metric") or "kl"
-    metric = next((m for m in (first, "kl", "mse", "loss_delta") if any(r.get(m) is not None for r in rows)), None)
-    names = [n for n in facts.WIDTH_WORDS if any(r.get("axis") == n and r.get(metric) is not None for r in rows)]
-    if metric is None or not names:
+    rows = [r for r in at(report, "scores", "curves") or [] if at(r, "width") is not None]
+    metric = next((m for m in (first, "kl", "mse", "loss_delta") if any(r.get(m) is not None for r in rows)), first)
+    rows = [r for r in rows if r.get(metric) is not None]
+    least = {n: min((r["width"] for r in rows if r.get("axis") == n), default=0) for n in facts.WIDTH_WORDS}
+    shares = [r for r in at(report, "scores", "widths") or []
+              if at(r, "median") is not None and r["width"] >= least.get(r.get("axis"), 0)]
+    cut = {r.get("axis") for r in rows} or {r.get("axis") for r in shares}
+    names = [n for n in facts.WIDTH_WORDS if n in cut]
+    if not names:
         return None
-    figure = Figure(figsize=(WIDE, 2.5), layout="constrained")
-    panels = figure.subplots(1, max(len(names), 2), squeeze=False, sharey=True)[0]
-    for panel, name in zip(panels, names, strict=False):
-        some = sorted((r for r in rows if r.get("axis") == name and r.get(metric) is not None),
-                      key=lambda r: r["width"])
-        x, y = [r["width"] for r in some], [r[metric] for r in some]
-        panel.plot(x, y, color=INK, lw=1.2)
-        hover(panel.scatter(x, y, s=18, c=INK, linewidths=0, zorder=3),
-              [f"{facts.WIDTH_WORDS[name]} {a}: {metric} {b:.4g}" for a, b in zip(x, y, strict=True)])
-        _mark_width(panel, report, name)
+    parts = [(some, draw) for some, draw in ((shares, _share_panel), (rows, _damage_panel)) if some]
+    figure = Figure(figsize=(WIDE, 1.7 * len(parts) + 0.4), layout="constrained")
+    grid = figure.subplots(len(parts), max(len(names), 2), squeeze=False, sharex="col", sharey="row")
+    for line, (some, draw) in zip(grid, parts, strict=True):
+        for panel, name in zip(line, names, strict=False):
+            own = sorted((r for r in some if r.get("axis") == name), key=lambda r: r["width"])
+            draw(panel, own, metric, facts.WIDTH_WORDS[name])
+            _mark_width(panel, report, name)
+        for panel in line[len(names):]:
+            panel.set_visible(False)
+    for panel, name in zip(grid[0], names, strict=False):
         panel.set_title(facts.WIDTH_WORDS[name])
-        if len(x) <= 6:
-            panel.set_xticks(x)
-        else:
-            panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         panel.invert_xaxis()
-    for panel in panels[len(names):]:
-        panel.set_visible(False)
-    wide_scale(panels[0], "y", [r[metric] for r in rows if r.get(metric)])
-    plain_ticks(panels[0])
-    panels[0].set_ylabel(METRIC_WORDS.get(metric, metric).replace(" at ", "\nat ").replace(" (", "\n("))
+    if rows:
+        wide_scale(grid[-1][0], "y", [r[metric] for r in rows if r.get(metric)])
+        plain_ticks(grid[-1][0])
+        grid[-1][0].set_ylabel(METRIC_WORDS.get(metric, metric).replace(" at ", "\nat ").replace(" (", "\n("))
+    if shares:
+        grid[0][0].set_ylabel("share of importance\nheld by the best")
+        grid[0][0].yaxis.set_major_formatter(PercentFormatter(1))
     return figure
+
+
+def _share_panel(panel: Axes, rows: list[dict[str, Any]], _: str, words: str) -> None:
+    x, y = [r["width"] for r in rows], [r["median"] for r in rows]
+    panel.fill_between(x, [r.get("low") or 0 for r in rows], [r.get("high") or 0 for r in rows], color=LINE, lw=0)
+    panel.plot(x, y, color=INK, lw=1.2)
+    hover(panel.scatter(x, y, s=7, c=INK, linewidths=0, zorder=3),
+          [f"best {a} {words}: {b:.1%} of the importance in the median layer" for a, b in zip(x, y, strict=True)])
+
+
+def _damage_panel(panel: Axes, rows: list[dict[str, Any]], metric: str, words: str) -> None:
+    x, y = [r["width"] for r in rows], [r[metric] for r in rows]
+    error = [r.get(f"{metric}_stderr") or 0.0 for r in rows]
+    panel.errorbar(x, y, yerr=error, color=INK, lw=1.2, capsize=2)
+    hover(panel.scatter(x, y, s=18, c=INK, linewidths=0, zorder=3),
+          [f"{words} {a}: {metric} {b:.4g}" for a, b in zip(x, y, strict=True)])
+
+
+def cuts(report: dict[str, Any]) -> Figure | None:
+    """Parameters of each of the parent's layers, and how many of them the result keeps."""
+    parent, result = facts.architecture_of(at(report, "parent")), facts.architecture_of(at(report, "result"))
+    kept = at(report, "result", "kept_layers")
+    if parent is None or result is None or kept is None or len(kept) != result.num_layers or MOE in parent.pattern:
+        return None
+    before = [_block(parent, i) for i in range(parent.num_layers)]
+    after = dict(zip(kept, (_block(result, i) for i in range(result.num_layers)), strict=True))
+    shares = at(report, "scores", "kept_importance") or {}
+    figure = Figure(figsize=(WIDE, 2.2), layout="constrained")
+    axis = figure.subplots()
+    step, unit = in_units("params", max(before))
+    bars = axis.bar(range(len(before)), [n / step for n in before], width=0.8, color=LINE)
+    for i, bar in enumerate(bars):
+        hover(bar, [_cut_words(i, parent.pattern[i], before[i], after.get(i, 0), shares.get(str(i)))])
+    for kind in KINDS:
+        some = [i for i in after if parent.pattern[i] == kind]
+        if some:
+            marks = axis.bar(some, [after[i] / step for i in some], width=0.8, color=KIND_COLORS[kind])
+            for i, bar in zip(some, marks, strict=True):
+                hover(bar, [_cut_words(i, kind, before[i], after[i], shares.get(str(i)))])
+    axis.set_title(f"parameters of each layer ({unit}); grey: cut" if unit else "parameters of each layer; grey: cut")
+    layer_ticks(axis, parent.pattern)
+    return figure
+
+
+def _block(arch: Architecture, layer: int) -> int:
+    kind = arch.pattern[layer]
+    return sum(block_parameters(arch, kind, arch.ffn_size_of(layer) if kind == FFN else 0))
+
+
+def _cut_words(layer: int, kind: str, before: int, after: int, share: float | None) -> str:
+    text = f"layer {layer} ({facts.KIND_WORDS[kind]}): {human_count(before)} parameters, "
+    return text + (f"{human_count(after)} kept ({after / before:.0%})" if after else "all cut") \
+        + (f"; {share:.1%} of the importance of its channels kept" if share is not None else "")
 
 
 def _mark_width(panel: Axes, report: dict[str, Any], name: str) -> None:
@@ -118,13 +177,16 @@ def tournament(report: dict[str, Any]) -> Figure | None:
     runs = [r for r in runs if len(r[1]) > 1]
     if not runs:
         return None
+    end = min(x[-1] for _, x, _ in runs)  # the winner went on from here
+    runs = [(name, x[: (n := sum(v <= end for v in x))], y[:n]) for name, x, y in runs]
     figure = Figure(figsize=(HALF, TALL), layout="constrained")
     axis = figure.subplots()
     win = at(facts.winner(report), "name")
     others = iter(SERIES[1:] * len(runs))
     for name, x, y in runs:
         bold = name == win
-        axis.plot(x, y, color=WINNER if bold else next(others), lw=2.2 if bold else 1.3, label=str(name))
+        axis.plot(x, y, color=WINNER if bold else next(others), lw=2 if bold else 1, label=str(name),
+                  zorder=3 if bold else 2)
     wide_scale(axis, "y", [v for _, _, y in runs for v in y], 10)
     plain_ticks(axis)
     _token_axis(axis)
@@ -134,37 +196,50 @@ def tournament(report: dict[str, Any]) -> Figure | None:
 
 
 def distillation(report: dict[str, Any]) -> Figure | None:
-    """Training KL and held-out loss of the winner, with the parent's loss."""
+    """The winner's KL over training, in training batches and on held-out blocks; and the held-out loss of each step
+    from the parent to the result, all on the same blocks."""
     curve = at(report, "distillation", "curve")
     tokens, train = _series(curve, "tokens", "loss")
     if len(tokens) < 2:
         return None
-    figure = Figure(figsize=(WIDE, 2.9), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(tokens, train, color=MUTED, lw=1, label="training batches")
+    figure = Figure(figsize=(WIDE, 2.7), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    left.plot(tokens, train, color=MUTED, lw=0.8, alpha=0.7, label="training batches")
     x, y = _series(curve, "tokens", "eval_kl")
     if x:
-        left.plot(x, y, color=WINNER, marker="o", label="held out")
+        left.plot(x, y, color=WINNER, lw=1.6, label="held out")
+        hover(left.scatter(x, y, s=22, c=WINNER, edgecolors=INK, linewidths=0.5, zorder=3),
+              [f"{human_count(a)} tokens: held-out KL {b:.4g}" for a, b in zip(x, y, strict=True)])
     wide_scale(left, "y", train + y, 10)
     plain_ticks(left)
     left.set_title("KL to the parent (nats per token)")
     left.legend()
-    x, y = _series(curve, "tokens", "eval_loss")
-    end = at(report, "result", "loss_distilled")
-    if end is not None and (not x or x[-1] < tokens[-1]):
-        x, y = [*x, tokens[-1]], [*y, end]
-    right.plot(x, y, color=WINNER, marker="o", label="student")
-    for value, label, style in ((at(report, "parent", "loss"), "parent", "--"),
-                                (at(report, "result", "loss_sliced"), "sliced, not trained", ":")):
-        if value is not None:
-            right.axhline(value, color=INK, ls=style, lw=1, label=f"{label} {value:.3f}")
-    right.set_title("held-out loss (nats per token)")
-    right.set_xlim(left.get_xlim())
-    right.legend()
-    plain_ticks(right)
     _token_axis(left)
-    _token_axis(right)
+    _losses(right, report)
     return figure
+
+
+def _losses(axis: Axes, report: dict[str, Any]) -> None:
+    result, win = at(report, "result") or {}, facts.winner(report)
+    steps = [("parent", at(report, "parent", "loss"), at(report, "parent", "loss_stderr")),
+             ("sliced", result.get("loss_sliced"), None), ("pruned", result.get("loss_pruned"), None),
+             ("tournament", at(win, "after_distillation", "loss"), at(win, "after_distillation", "loss_stderr")),
+             ("distilled", result.get("loss_distilled"), result.get("loss_distilled_stderr"))]
+    steps = [s for s in steps if s[1] is not None]
+    y = range(len(steps))
+    if not steps:
+        axis.set_visible(False)
+        return
+    axis.axvline(steps[0][1], color=MUTED, ls="--", lw=1)
+    axis.errorbar([s[1] for s in steps], y, xerr=[s[2] or 0 for s in steps], fmt="none", ecolor=MUTED, lw=1)
+    marks = axis.scatter([s[1] for s in steps], y, s=30, zorder=3, edgecolors=INK, linewidths=0.5,
+                         c=[WINNER if s[0] == "distilled" else MUTED for s in steps])
+    hover(marks, [f"{s[0]}: loss {s[1]:.4f}" + (f" ± {s[2]:.2g}" if s[2] else "") for s in steps])
+    axis.set_yticks(y, [f"{s[0]}  {s[1]:.3f}" for s in steps])
+    axis.set_ylim(len(steps) - 0.5, -0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.set_title("held-out loss (nats per token)")
+    axis.grid(axis="y", visible=False)
 
 
 # memory and time -------------------------------------------------------------------------------------
@@ -176,7 +251,7 @@ def memory(report: dict[str, Any]) -> Figure | None:
     bars = [(name, c) for name, c in bars if c.get("memory_bytes") and c.get("weights_bytes")]
     if not bars:
         return None
-    figure = Figure(figsize=(HALF, TALL), layout="constrained")
+    figure = Figure(figsize=(WIDE, 1.7), layout="constrained")
     axis = figure.subplots()
     divisor, unit = in_units("memory", max(c["memory_bytes"] for _, c in bars))
     for y, (name, priced) in enumerate(bars):
@@ -192,33 +267,37 @@ def memory(report: dict[str, Any]) -> Figure | None:
     limit = at(report, "budget", "memory", "limit")
     if limit is not None:
         axis.axvline(limit / divisor, color=INK, ls="--", lw=1, label=f"budget {human_bytes(limit)}")
-    axis.set_xlabel(f"memory ({unit})")
+    axis.set_xlabel(f"memory at the workload ({unit})")
     axis.grid(axis="y", visible=False)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
 def memory_by_context(report: dict[str, Any]) -> Figure | None:
-    """Memory as the context grows, batch and precisions as in the workload."""
-    parent, result = facts.architecture_of(at(report, "parent")), facts.architecture_of(at(report, "result"))
-    if parent is None or result is None:
+    """Parts of the memory of parent and result as the context grows, batch and precisions as in the workload."""
+    both = [(name, facts.architecture_of(at(report, name))) for name in ("parent", "result")]
+    both = [(name, arch) for name, arch in both if arch is not None]
+    if len(both) < 2:
         return None
     load = facts.workload_of(report)
-    contexts = sorted({max(1, load.context * 2**i // 16) for i in range(13)})
-    before, after = ([cost(a, dataclasses.replace(load, context=n)) for n in contexts] for a in (parent, result))
-    figure = Figure(figsize=(HALF, TALL), layout="constrained")
-    axis = figure.subplots()
-    axis.plot(contexts, [c.memory_bytes for c in before], color=INK, ls="--", label="parent")
-    axis.plot(contexts, [c.memory_bytes for c in after], color=INK, lw=2, label="result")
-    for key, label, color in MEMORY_PARTS:
-        axis.plot(contexts, [getattr(c, key) for c in after], color=color, lw=1, label=f"result: {label}")
-    axis.axvline(load.context, color=LINE, lw=3, zorder=0)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
-    axis.xaxis.set_major_formatter(FuncFormatter(_tokens))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: human_bytes(v)))
-    axis.set_xlabel("context (tokens)")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    contexts = sorted({max(1, load.context * 2**i // 8) for i in range(9)})
+    priced = {name: [cost(a, dataclasses.replace(load, context=n)) for n in contexts] for name, a in both if a}
+    divisor, unit = in_units("memory", max(c.memory_bytes for costs in priced.values() for c in costs))
+    figure = Figure(figsize=(WIDE, TALL), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axis, (name, costs) in zip(axes, priced.items(), strict=True):
+        axis.stackplot(contexts, [[getattr(c, key) / divisor for c in costs] for key, *_ in MEMORY_PARTS],
+                       colors=[color for *_, color in MEMORY_PARTS], labels=[label for _, label, _ in MEMORY_PARTS])
+        tops = axis.scatter(contexts, [c.memory_bytes / divisor for c in costs], s=12, c=INK, zorder=3)
+        hover(tops, [f"{name} at {_tokens(n, 0)} tokens: {human_bytes(c.memory_bytes)} ("
+                     + ", ".join(f"{label} {human_bytes(getattr(c, key))}" for key, label, _ in MEMORY_PARTS) + ")"
+                     for n, c in zip(contexts, costs, strict=True)])
+        axis.axvline(load.context, color=INK, ls=":", lw=1, label="the workload")
+        axis.set_title(f"{name}: memory ({unit})")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(FuncFormatter(_tokens))
+        axis.set_xlabel("context (tokens)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 

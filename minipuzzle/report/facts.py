@@ -13,7 +13,7 @@ from minipuzzle.core.errors import UnsupportedModel
 KIND_WORDS = {MAMBA: "Mamba", ATTENTION: "attention", FFN: "FFN"}
 WIDTH_WORDS = {"hidden_size": "hidden size", "ffn_size": "FFN width", "mamba_num_heads": "Mamba heads",
                "mamba_head_dim": "Mamba head channels"}
-TABLE_ROWS = 50
+TABLE_ROWS = 100
 ABSENT = "-"  # what stands for a number that was not measured
 
 
@@ -175,7 +175,7 @@ def workload_text(report: dict[str, Any]) -> str:
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """Size, memory and loss before and after, as far as they are known."""
+    """One sentence: size and memory before and after, what was removed, and the loss on the way."""
     parent, result = at(report, "parent") or {}, at(report, "result") or {}
     parts = []
     if parent.get("parameters") and result.get("parameters"):
@@ -183,34 +183,56 @@ def verdict(report: dict[str, Any]) -> str:
     if parent.get("memory_bytes") and result.get("memory_bytes"):
         parts.append(f"{size(parent['memory_bytes'])} of memory became {size(result['memory_bytes'])} "
                      f"({workload_text(report)})")
-    text = " and ".join(parts)
-    steps = [f"{number(value)} {name}" for value, name in
-             ((parent.get("loss"), "(parent)"), (result.get("loss_sliced"), "(sliced)"),
-              (result.get("loss_distilled"), "(distilled)")) if value is not None]
+    text, gone = " and ".join(parts), removed(report)
+    if text and gone:
+        text += f" by removing {gone}"
+    steps = [f"{number(value)} ({name})" for value, name in
+             ((parent.get("loss"), "parent"), (result.get("loss_pruned"), "pruned"),
+              (result.get("loss_distilled"), "distilled")) if value is not None]
     if steps:
         text += ("; held-out loss" if text else "Held-out loss")
         text += f" went from {' to '.join(steps)}" if len(steps) > 1 else f" is {steps[0]}"
         text += " nats per token"
-    if result.get("recovery") is not None:
-        text += f", so distillation recovered {percent(result['recovery'])} of the gap that slicing opened"
-        if result.get("gap_left") is not None:
-            text += f" and leaves {number(result['gap_left'])}"
     return f"{text}." if text else "The report has no results yet."
 
 
+def recovery(report: dict[str, Any]) -> str:
+    """What distillation gave back of what plain slicing took."""
+    result = at(report, "result") or {}
+    if result.get("recovery") is None:
+        return ""
+    left = result.get("gap_left")
+    return (f"Distillation recovered {percent(result['recovery'])} of the gap that slicing opened (loss "
+            f"{number(result.get('loss_sliced'))} by plain selection, untrained)"
+            + (f" and leaves {number(left)} nats per token." if left is not None else "."))
+
+
 def removed(report: dict[str, Any]) -> str:
-    """Which layers by kind and which widths went."""
+    """Which layers by kind and which widths went, as a phrase; '' where that is not known."""
     parent, result = architecture_of(at(report, "parent")), architecture_of(at(report, "result"))
     if parent is None or result is None:
         return ""
     gone = parent.num_layers - result.num_layers
     kinds = [f"{parent.pattern.count(k) - result.pattern.count(k)} of {parent.pattern.count(k)} {KIND_WORDS[k]}"
              for k in KINDS if parent.pattern.count(k) > result.pattern.count(k)]
-    text = f"Removed: {gone} of {parent.num_layers} layers ({', '.join(kinds)})" if gone else "No layer was removed"
+    text = f"{gone} of {parent.num_layers} layers ({', '.join(kinds)})" if gone else "no layer"
     before, after = parent.to_json(), result.to_json()
     widths = [f"{words} {widths_text(before[axis])} → {widths_text(after[axis])}"
               for axis, words in WIDTH_WORDS.items() if widths_text(before[axis]) != widths_text(after[axis])]
-    return f"{text}; " + (", ".join(widths) or "all widths are the parent's") + "."
+    return f"{text} and narrowing {', '.join(widths)}" if widths else f"{text}, all widths kept"
+
+
+def strip(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parent's layers in order: kind, whether the result keeps it, and a line on it. [] where that is not known."""
+    parent, kept = architecture_of(at(report, "parent")), at(report, "result", "kept_layers")
+    if parent is None or kept is None:
+        return []
+    metric = at(report, "scores", "metric") or "kl"
+    scores = {at(r, "layer"): at(r, metric) for r in at(report, "scores", "layers") or []}
+    return [{"kind": kind, "kept": i in kept, "text": f"layer {i}, {KIND_WORDS.get(kind, kind)}: "
+             + ("kept" if i in kept else "removed")
+             + (f"; without it {metric} {scores[i]:.4g}" if scores.get(i) is not None else "")}
+            for i, kind in enumerate(parent.pattern)]
 
 
 def key_figures(report: dict[str, Any]) -> list[dict[str, str]]:

@@ -5,57 +5,67 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, Template
+from jinja2 import Environment, FunctionLoader
 from markupsafe import Markup
 
 from minipuzzle.core.rundir import write_atomic
 from minipuzzle.report import curves, facts, plots
-from minipuzzle.report.svg import draw
+from minipuzzle.report.svg import Draw, draw
 
 # (section, heading of the section, [(figure, caption)]): the order of the page
 FIGURES = (
     ("tradeoff", "Memory against quality", (
-        (plots.tradeoff, "One point is one candidate before any training; lower and further left is better, and right "
-                         "of the dashed line is over the budget. Hover a point for its numbers."),)),
+        (plots.tradeoff, "A grey point is a candidate before any training, a hollow mark one that was chosen for the "
+                         "tournament; the line below it leads to its quality after distillation. Lower and further "
+                         "left is better; right of the dashed line is over the budget."),)),
     ("layers", "Which layers matter", (
         (plots.layers, "How far the output moves when one layer is taken out; bars are one standard error. "
-                       "Low layers are cheap to remove."),)),
+                       "Low layers are cheap to remove."),
+        (plots.layers_by_other_metrics, "The same by the other metrics, none of which the search used."))),
     ("grid", "Which layers the best candidates keep", (
         (plots.kept_grid, "A row is a candidate, a column a layer of the parent; a dot is a removed layer. "
                           "★ winner, ◆ finalist; on the right the measured quality before training."),)),
-    ("widths", "What narrower costs", (
-        (curves.widths, "The whole model cut along one axis only, without training; narrower to the right. "
-                       "Dotted: the parent's width; thick line: the width chosen."),)),
+    ("widths", "What narrower costs, and what was cut", (
+        (curves.widths, "Narrower to the right; dotted: the parent's width, thick line: the width chosen. Above: how "
+                        "concentrated importance is (median layer, band over all layers). Below: the whole model cut "
+                        "along one axis only, without training."),
+        (curves.cuts, "Each layer's parameters; what is coloured was kept."))),
     ("prediction", "Predicted against measured", (
         (plots.prediction, "Each point is a measured candidate; a useful prediction rises from left to right."),)),
     ("tournament", "The tournament", (
         (curves.ranks, "Rank of the finalists, best on top: lines that cross are candidates that overtook another."),
         (curves.tournament, "Short distillation of each finalist; lower is closer to the parent."))),
     ("distillation", "Distillation", (
-        (curves.distillation, "Left: what training minimises. Right: loss on text that was kept apart; the dashed "
-                              "line is the parent."),)),
+        (curves.distillation, "Left: what training minimises; the held-out points are measured on a part of the "
+                              "held-out blocks. Right: all held-out blocks, bars are one standard error; sliced is "
+                              "plain selection of the same architecture."),)),
     ("memory", "Where the memory goes", (
         (curves.memory, "Parts of the memory at the workload."),
-        (curves.memory_by_context, "Memory as the context grows, both axes logarithmic; the grey line is the "
-                                   "workload."))),
-    ("stages", "Time by stage", (
-        (curves.stages, "Wall-clock time of each stage of the run."),)),
+        (curves.memory_by_context, "The same as the context grows: weights and Mamba state stay, the KV cache "
+                                   "does not."))),
+    ("stages", "What the run cost", (
+        (curves.stages, "Wall-clock time of each stage."),)),
 )
-NARROW = ("tournament", "memory")  # sections whose figures take half the width
+NARROW = (curves.ranks, curves.tournament)  # two beside each other
+FOLDED = (plots.layers_by_other_metrics,)  # behind a fold
+# drawn a second time for phones; the others scroll sideways there
+PHONE = (plots.tradeoff, plots.prediction, curves.memory, curves.memory_by_context, curves.stages)
 HEADINGS = ("#", "candidate", "M", "*", "-", "hidden", "FFN", "heads", "channels", "parameters", "memory",
-            "predicted", "KL", "loss", "loss after", "agreement")
+            "predicted", "KL", "loss", "after", "agreement")
 SAMPLES = (("parent", "Parent"), ("pruned", "Pruned, not trained"), ("distilled", "Pruned and distilled"))
 
 
 @functools.cache
-def _template() -> Template:
-    source = resources.files("minipuzzle.report").joinpath("template.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(source)
+def environment() -> Environment:
+    """Jinja2 with this room's templates, everything escaped."""
+    folder = resources.files("minipuzzle.report")
+    load = FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=load)
 
 
 def render_html(report: dict[str, Any]) -> str:
@@ -63,19 +73,27 @@ def render_html(report: dict[str, Any]) -> str:
     report = facts.clean(report)
     sections = []
     for name, heading, figures in FIGURES:
-        drawn = [{"svg": Markup(svg), "caption": caption} for function, caption in figures  # noqa: S704 (our own SVG)
-                 if (svg := draw(function, report, f"{heading}. {caption}"))]
-        note = _note(report, name)
+        drawn = figures_of(report, heading, figures)
         if drawn:
-            sections.append({"name": name, "heading": heading, "figures": drawn, "note": note})
+            sections.append({"name": name, "heading": heading, "figures": drawn, "note": _note(report, name)})
     samples = [(label, text) for key, label in SAMPLES if (text := facts.at(report, "samples", key)) is not None]
-    total = len(facts.candidates(report))
-    return _template().render(
+    return environment().get_template("report.html").render(
         report=report, at=facts.at, sections=sections, verdict=unbroken(facts.verdict(report)),
-        removed=facts.removed(report),
-        tiles=facts.key_figures(report), samples=samples, headings=HEADINGS, rows=facts.candidate_rows(report),
-        total=total, measured=len(facts.measured(report)), facts=_provenance(report), narrow=NARROW,
-        unbroken=unbroken)
+        recovery=unbroken(facts.recovery(report)), strip=facts.strip(report), tiles=facts.key_figures(report),
+        samples=samples, headings=HEADINGS, rows=facts.candidate_rows(report), total=len(facts.candidates(report)),
+        facts=_provenance(report), unbroken=unbroken)
+
+
+def figures_of(data: Any, heading: str, figures: Iterable[tuple[Draw, str]]) -> list[dict[str, Any]]:
+    """What the template needs to show figures of `data`; those with nothing to draw are left out."""
+    out = []
+    for function, caption in figures:
+        label = f"{heading}. {caption}"
+        if svg := draw(function, data, label):
+            small = draw(function, data, label, small=True) if function in PHONE else ""
+            out.append({"svg": Markup(svg), "small": Markup(small), "caption": caption,  # noqa: S704 (our own SVG)
+                        "narrow": function in NARROW, "folded": function in FOLDED})
+    return out
 
 
 def unbroken(text: str) -> str:

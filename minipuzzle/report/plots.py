@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import PathPatch
-from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from minipuzzle.core.architecture import KINDS
@@ -29,8 +28,8 @@ from minipuzzle.report.svg import (
     hover,
 )
 
-WIDE, HALF, TALL = 8.6, 4.2, 2.9  # inches: over the page's width; one of two beside each other; their height
-GRID_ROWS = 20
+WIDE, HALF, TALL = 8.0, 3.9, 2.8  # inches: over the page's width; one of two beside each other; their height
+GRID_ROWS = 16
 METRIC_WORDS = {"mse": "mean squared error at the LM head", "nmse": "relative squared error at the LM head",
                 "kl": "KL to the parent (nats per token)", "loss_delta": "change of loss (nats per token)",
                 "loss": "held-out loss (nats per token)", "cosine": "1 - cosine of the block"}
@@ -87,7 +86,11 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric: str) -> bool:
-    """Points of one quality against cost, with front, finalists and winner. False if there is none."""
+    """Points of one quality against cost, with front, finalists and winner. False if there is none.
+
+    Finalists are hollow before training; a line leads to the filled mark after the tournament, or after the whole
+    distillation for the winner.
+    """
     key, limit = facts.budget_of(report)
     column = BUDGET_KEYS[key][0]
     have = [(c, at(c, "cost", column), at(c, section, metric)) for c in facts.candidates(report)]
@@ -97,23 +100,42 @@ def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric
     divisor, unit = in_units(key, max(x for _, x, _ in have))
     points = [(c, x / divisor, y) for c, x, y in have]
     win, last = facts.winner(report), facts.finalists(report)
-    groups = (("candidate", [p for p in points if p[0] is not win and p[0] not in last], MUTED, "o", 16, CARD, 2),
-              ("finalist", [p for p in points if p[0] is not win and p[0] in last], FINALIST, "D", 42, INK, 4),
-              ("winner", [p for p in points if p[0] is win], WINNER, "*", 150, INK, 5))
-    for name, group, color, marker, area, edge, order in groups:
-        if group:
-            marks = axis.scatter([p[1] for p in group], [p[2] for p in group], s=area, c=color, marker=marker,
-                                 edgecolors=edge, linewidths=0.6, zorder=order, label=name)
-            hover(marks, [facts.summary(p[0]) for p in group])
+    groups = (("candidate", [p for p in points if p[0] is not win and p[0] not in last], MUTED, "o", 16, 2),
+              ("finalist", [p for p in points if p[0] is not win and p[0] in last], FINALIST, "D", 34, 4),
+              ("winner", [p for p in points if p[0] is win], WINNER, "*", 130, 5))
+    ends: list[float] = []
+    for name, group, color, marker, area, order in groups:
+        if not group:
+            continue
+        ended = [(c, x, y, end) for c, x, y in group
+                 if section == "measured" and (end := _trained(report, c, metric)) is not None]
+        marks = axis.scatter([p[1] for p in group], [p[2] for p in group], s=area, marker=marker, zorder=order,
+                             c=CARD if ended else color, edgecolors=color if ended else CARD,
+                             linewidths=1.2 if ended else 0.6, label=None if ended else name)
+        hover(marks, [facts.summary(p[0]) + (" (before training)" if ended else "") for p in group])
+        if ended:
+            lines = axis.vlines([p[1] for p in ended], [p[2] for p in ended], [p[3] for p in ended], color=color)
+            lines.set(linewidth=1.2, zorder=1)
+            marks = axis.scatter([p[1] for p in ended], [p[3] for p in ended], s=area, marker=marker, c=color,
+                                 edgecolors=INK, linewidths=0.6, zorder=order, label=f"{name}, distilled")
+            hover(marks, [f"{c.get('name', '?')} after distillation: {metric} {end:.4g}" for c, _, _, end in ended])
+            ends += [p[3] for p in ended]
     front = pareto([(p[1], p[2]) for p in points])
     axis.plot(*zip(*front, strict=True), drawstyle="steps-post", color=INK, lw=1, zorder=1, label="Pareto front")
     if limit is not None:
         axis.axvline(limit / divisor, color=INK, ls="--", lw=1, label=f"budget {human_budget(key, limit)}")
-    wide_scale(axis, "y", [p[2] for p in points])
+    wide_scale(axis, "y", [p[2] for p in points] + ends, 6)
     plain_ticks(axis)
     axis.set_xlabel(f"{'memory at the workload' if key == 'memory' else key.replace('_', ' ')} ({unit})")
     axis.label_outer()
     return True
+
+
+def _trained(report: dict[str, Any], candidate: dict[str, Any], metric: str) -> float | None:
+    """A candidate's quality after the longest training it had."""
+    final = at(report, "result", f"{metric}_distilled") if candidate is facts.winner(report) else None
+    after: float | None = at(candidate, "after_distillation", metric)
+    return after if final is None else final
 
 
 def tradeoff(report: dict[str, Any]) -> Figure | None:
@@ -125,7 +147,7 @@ def tradeoff(report: dict[str, Any]) -> Figure | None:
     panels = [p for p in panels if any(at(c, p[0], p[1]) is not None for c in facts.candidates(report))]
     if not panels:
         return None
-    figure = Figure(figsize=(WIDE, 3.9 * len(panels) ** 0.6), layout="constrained")
+    figure = Figure(figsize=(WIDE, 3.6 * len(panels) ** 0.6), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     drawn = [_scatter_candidates(axis, report, section, name)
              for axis, (section, name, _) in zip(axes, panels, strict=True)]
@@ -133,7 +155,7 @@ def tradeoff(report: dict[str, Any]) -> Figure | None:
         return None
     for axis, (_, _, label) in zip(axes, panels, strict=True):
         axis.set_title(label)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -147,9 +169,13 @@ def prediction(report: dict[str, Any]) -> Figure | None:
     figure = Figure(figsize=(WIDE, 3.0), layout="constrained")
     axis = figure.subplots()
     win, last = facts.winner(report), facts.finalists(report)
-    colors = [WINNER if c is win else FINALIST if c in last else MUTED for _, _, c in pairs]
-    marks = axis.scatter([p[0] for p in pairs], [p[1] for p in pairs], s=18, c=colors, edgecolors=CARD, linewidths=0.5)
-    hover(marks, [facts.summary(c) for _, _, c in pairs])
+    for some, color, marker, area in (([p for p in pairs if p[2] is not win and p[2] not in last], MUTED, "o", 18),
+                                      ([p for p in pairs if p[2] is not win and p[2] in last], FINALIST, "D", 34),
+                                      ([p for p in pairs if p[2] is win], WINNER, "*", 130)):
+        if some:
+            marks = axis.scatter([p[0] for p in some], [p[1] for p in some], s=area, c=color, marker=marker,
+                                 edgecolors=CARD if color == MUTED else INK, linewidths=0.6)
+            hover(marks, [facts.summary(c) for _, _, c in some])
     for which, values in (("x", [p[0] for p in pairs]), ("y", [p[1] for p in pairs])):
         wide_scale(axis, which, values)
         plain_ticks(axis, which)
@@ -183,20 +209,32 @@ def layer_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def layers(report: dict[str, Any]) -> Figure | None:
-    """Importance of each layer with standard errors, one panel per metric; removed layers are hollow."""
+    """Importance of each layer with standard errors by the metric of the search; removed layers are hollow."""
+    return _layers(report, _metrics(report)[:1])
+
+
+def layers_by_other_metrics(report: dict[str, Any]) -> Figure | None:
+    """The same, one panel for each of the other metrics."""
+    return _layers(report, _metrics(report)[1:])
+
+
+def _metrics(report: dict[str, Any]) -> list[str]:
     rows = layer_rows(report)
     first = at(report, "scores", "metric") or "mse"
-    metrics = [m for m in dict.fromkeys((first, "kl", "mse")) if any(r.get(m) is not None for r in rows)][:2]
+    return [m for m in dict.fromkeys((first, *METRIC_WORDS)) if any(r.get(m) is not None for r in rows)]
+
+
+def _layers(report: dict[str, Any], metrics: list[str]) -> Figure | None:
     if not metrics:
         return None
+    rows = layer_rows(report)
     kept = at(report, "result", "kept_layers")
     gone = {r["layer"] for r in rows} - set(kept) if kept is not None else set()
-    figure = Figure(figsize=(WIDE, 2.1 * len(metrics) + 0.9), layout="constrained")
+    figure = Figure(figsize=(WIDE, 1.2 * len(metrics) + (2.2 if len(metrics) == 1 else 0.9)), layout="constrained")
     axes = figure.subplots(len(metrics), 1, squeeze=False, sharex=True)[:, 0]
     for axis, metric in zip(axes, metrics, strict=True):
         _importance(axis, rows, metric, gone)
-        axis.set_title(f"without the layer: {METRIC_WORDS.get(metric, metric)}"
-                       + (" (used for the search)" if metric == first and len(metrics) > 1 else ""))
+        axis.set_title(f"without the layer: {METRIC_WORDS.get(metric, metric)}")
         axis.label_outer()
     layer_ticks(axes[-1], "".join(r["kind"] for r in rows))
     for axis in axes[:-1]:
@@ -238,20 +276,24 @@ def kept_grid(report: dict[str, Any]) -> Figure | None:
     rows = rows[:GRID_ROWS]
     if not rows or not pattern:
         return None
+    win, last, metric = facts.winner(report), facts.finalists(report), facts.quality(report)
+    names = [_short(c.get("name")) + (" ★" if c is win else " ◆" if c in last else "") for c in rows]
+    notes = [facts.number(at(c, "measured", metric)) for c in rows]
+    return grid_of_layers(rows, pattern, names, notes, {"kl": "KL", "loss": "loss"}[metric], bold=rows[0] is win)
+
+
+def grid_of_layers(rows: list[dict[str, Any]], pattern: str, names: list[str], notes: list[str], heading: str,
+                   bold: bool = False) -> Figure:
+    """The grid: `rows` have kept_layers; on their left a name, on their right a note under a heading."""
     figure = Figure(figsize=(WIDE, 0.19 * len(rows) + 1.15), layout="constrained")
     axis = figure.subplots()
     axis.grid(False)
-    metric = facts.quality(report)
-    for y, candidate in enumerate(rows):
-        _grid_row(axis, y, candidate, pattern)
-        value = at(candidate, "measured", metric)
-        if value is not None:
-            axis.text(len(pattern) - 0.2, y, f"{value:.3f}", va="center", fontsize=7.5)
-    axis.text(len(pattern) - 0.2, -0.95, {"kl": "KL", "loss": "loss"}[metric], va="center", fontsize=7.5, color=INK)
-    win, last = facts.winner(report), facts.finalists(report)
-    axis.set_yticks(range(len(rows)), [_short(c.get("name")) + (" ★" if c is win else " ◆" if c in last else "")
-                                       for c in rows])
-    if rows[0] is win:
+    _grid_cells(axis, rows, pattern)
+    for y, note in enumerate([heading, *notes]):
+        axis.text(len(pattern) - 0.2, y - 1 if y else -0.95, note if note != facts.ABSENT else "", va="center",
+                  fontsize=7.5)
+    axis.set_yticks(range(len(rows)), names)
+    if bold:
         axis.get_yticklabels()[0].set_fontweight("bold")
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.spines[["left", "bottom"]].set_visible(False)
@@ -264,19 +306,19 @@ def kept_grid(report: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def _grid_row(axis: Axes, y: int, candidate: dict[str, Any], pattern: str) -> None:
-    kept = set(candidate["kept_layers"])
+def _grid_cells(axis: Axes, rows: list[dict[str, Any]], pattern: str) -> None:
+    """A coloured cell for each kept layer, which says what it is, and a dot for each removed one."""
     for kind in KINDS:
-        own = [i for i, k in enumerate(pattern) if k == kind and i in kept]
-        if own:
-            cells = [Outline([(i - 0.43, y - 0.4), (i + 0.43, y - 0.4), (i + 0.43, y + 0.4), (i - 0.43, y + 0.4),
-                              (i - 0.43, y - 0.4)], closed=True) for i in own]
-            patch = PathPatch(Outline.make_compound_path(*cells), facecolor=KIND_COLORS[kind], lw=0)
-            axis.add_patch(patch)
-            hover(patch, [f"keeps {len(own)} of {pattern.count(kind)} {facts.KIND_WORDS[kind]} layers; "
-                          + facts.summary(candidate)])
-    gone = [i for i in range(len(pattern)) if i not in kept]
-    axis.plot(gone, [y] * len(gone), ls="", marker=".", color=MUTED, ms=2.5, mew=0)
+        cells = [(x, y, c) for y, c in enumerate(rows) for x in c["kept_layers"]
+                 if x < len(pattern) and pattern[x] == kind]
+        if cells:
+            boxes = [[(x - 0.43, y - 0.4), (x + 0.43, y - 0.4), (x + 0.43, y + 0.4), (x - 0.43, y + 0.4)]
+                     for x, y, _ in cells]
+            marks = PolyCollection(boxes, facecolors=KIND_COLORS[kind], linewidths=0)
+            axis.add_collection(marks)
+            hover(marks, [f"{c.get('name', '?')} keeps layer {x} ({facts.KIND_WORDS[kind]})" for x, _, c in cells])
+    gone = [(x, y) for y, c in enumerate(rows) for x in set(range(len(pattern))) - set(c["kept_layers"])]
+    axis.plot([x for x, _ in gone], [y for _, y in gone], ls="", marker=".", color=MUTED, ms=2.5, mew=0)
 
 
 def _short(name: Any) -> str:

@@ -40,6 +40,8 @@ STYLE: dict[str, Any] = {
     "axes.formatter.useoffset": False, "axes.formatter.use_mathtext": False,
     "lines.linewidth": 1.4, "lines.markersize": 4.5, "path.simplify": True,
 }
+Draw = Callable[[Any], Figure | None]
+SMALL = 4.0  # inches: the width of a phone
 _HOVER = "hover:"
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
@@ -49,13 +51,24 @@ def hover(artist: Artist, titles: Sequence[str]) -> None:
     artist.set_gid(_HOVER + json.dumps(list(titles)))
 
 
-def draw(function: Callable[[dict[str, Any]], Figure | None], report: dict[str, Any], label: str) -> str:
-    """Inline SVG of `function(report)`; '' where the report has nothing to draw."""
-    name = function.__name__
+def styled(function: Draw, report: Any) -> Figure | None:
+    """`function(report)` in the report's style: a figure for a notebook or a file."""
+    with matplotlib.rc_context(STYLE):
+        return function(report)
+
+
+def draw(function: Draw, report: Any, label: str, small: bool = False) -> str:
+    """Inline SVG of `function(report)`, `small` for a phone; '' where the report has nothing to draw."""
+    name = function.__name__ + ("-small" if small else "")
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = function(report)
         if figure is None:
             return ""
+        if small:
+            figure.set_size_inches(SMALL, max(2.6, 0.9 * figure.get_figheight()))
+            for legend in list(figure.legends):  # its columns are laid out when it is made
+                legend.remove()
+                figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return _inline(buffer.getvalue(), name, label)

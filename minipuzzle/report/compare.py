@@ -1,0 +1,144 @@
+"""Several runs side by side: their report.json -> one page, or one JSON document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+
+from minipuzzle.core.rundir import write_atomic
+from minipuzzle.report import facts
+from minipuzzle.report.facts import at
+from minipuzzle.report.html import environment, figures_of
+from minipuzzle.report.plots import METRIC_WORDS, WIDE, grid_of_layers, in_units, plain_ticks, wide_scale
+from minipuzzle.report.svg import INK, KIND_COLORS, SERIES, WINNER, hover
+
+COLORS = (*KIND_COLORS.values(), WINNER, *SERIES[1:])
+MARKERS = "osD^vPX*"
+# column of the table, its path in report.json, its format
+COLUMNS = (("parameters", ("result", "parameters"), facts.count), ("memory", ("result", "memory_bytes"), facts.size),
+           ("parent loss", ("parent", "loss"), facts.number), ("sliced", ("result", "loss_sliced"), facts.number),
+           ("pruned", ("result", "loss_pruned"), facts.number),
+           ("distilled", ("result", "loss_distilled"), facts.number),
+           ("recovered", ("result", "recovery"), facts.percent), ("KL", ("result", "kl_distilled"), facts.number),
+           ("agreement", ("result", "agreement_distilled"), facts.percent),
+           ("tokens", ("distillation", "tokens"), facts.count), ("time", ("seconds",), facts.duration))
+
+
+def comparison(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """runs: what each run came to; settings: the recipe keys in which they differ; warnings.
+
+    `reports`: report.json by the name to show, in order.
+    """
+    runs, recipes = [], {}
+    for name, raw in reports.items():
+        report = facts.clean(raw)
+        report["seconds"] = sum(at(s, "seconds") or 0 for s in at(report, "stages") or []) or None
+        values = {label.replace(" ", "_"): at(report, *path) for label, path, _ in COLUMNS}
+        runs.append({"name": name, "candidate": at(report, "result", "candidate"),
+                     "pattern": at(report, "result", "architecture", "pattern"),
+                     "kept_layers": at(report, "result", "kept_layers"), "seed": report.get("seed")} | values)
+        recipes[name] = _flat(report) | {"seed": report.get("seed")}
+    keys = dict.fromkeys(key for recipe in recipes.values() for key in recipe)
+    settings = {key: {name: recipe.get(key) for name, recipe in recipes.items()} for key in keys
+                if len({str(recipe.get(key)) for recipe in recipes.values()}) > 1}
+    return {"schema": 1, "runs": runs, "settings": settings, "warnings": _differences(reports)}
+
+
+def _flat(report: dict[str, Any]) -> dict[str, Any]:
+    """section.key: value of the recipe in the report."""
+    try:
+        recipe = yaml.safe_load(str(report.get("recipe") or "")) or {}
+    except yaml.YAMLError:
+        return {}
+    return {f"{section}.{key}": value for section, values in recipe.items() if isinstance(values, dict)
+            for key, value in values.items()}
+
+
+def _differences(reports: Mapping[str, dict[str, Any]]) -> list[str]:
+    out = []
+    for what, path in (("parents", ("hashes", "model")), ("held-out texts", ("hashes", "corpus")),
+                       ("numbers of held-out tokens", ("evaluation", "tokens")), ("workloads", ("workload",))):
+        if len({str(at(r, *path)) for r in reports.values()}) > 1:
+            out.append(f"The runs have different {what}: their numbers do not compare directly.")
+    return out
+
+
+def compare_quality(reports: Mapping[str, dict[str, Any]]) -> Figure | None:
+    """Cost against held-out loss of each result: hollow before training, filled after."""
+    rows = [(name, at(r, "result", "memory_bytes"), at(r, "result", "loss_pruned"), at(r, "result", "loss_distilled"))
+            for name, r in reports.items()]
+    rows = [r for r in rows if r[1] is not None and r[3] is not None]
+    if not rows:
+        return None
+    figure = Figure(figsize=(WIDE, 3.4), layout="constrained")
+    axis = figure.subplots()
+    divisor, unit = in_units("memory", max(r[1] for r in rows))
+    for i, (name, memory, before, after) in enumerate(rows):
+        x, color, marker = memory / divisor, COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+        if before is not None:
+            axis.plot([x, x], [before, after], color=color, marker=marker, markerfacecolor="none", lw=1.2)
+        marks = axis.scatter([x], [after], s=60, c=color, marker=marker, edgecolors=INK, linewidths=0.6, zorder=3,
+                             label=name)
+        hover(marks, [f"{name}: {facts.size(memory)}, loss {facts.number(before)} pruned, {facts.number(after)} "
+                      "distilled"])
+    parents = {at(r, "parent", "loss") for r in reports.values()} - {None}
+    for loss in sorted(parents):
+        axis.axhline(loss, color=INK, ls="--", lw=1, label=f"parent {loss:.3f}")
+    wide_scale(axis, "y", [v for r in rows for v in r[2:] if v is not None] + sorted(parents), 6)
+    plain_ticks(axis)
+    axis.set_xlabel(f"memory at the workload ({unit})")
+    axis.set_title(METRIC_WORDS["loss"])
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def compare_layers(reports: Mapping[str, dict[str, Any]]) -> Figure | None:
+    """Which layers each result keeps, where all have the same parent."""
+    patterns = {at(r, "parent", "architecture", "pattern") for r in reports.values()}
+    rows = [{"name": name, "kept_layers": at(r, "result", "kept_layers")} for name, r in reports.items()]
+    rows = [r for r in rows if r["kept_layers"]]
+    pattern = next(iter(patterns))
+    if len(patterns) > 1 or not pattern or not rows:
+        return None
+    notes = [facts.number(at(reports[r["name"]], "result", "loss_distilled")) for r in rows]
+    return grid_of_layers(rows, pattern, [str(r["name"]) for r in rows], notes, "loss")
+
+
+FIGURES = ((compare_quality, "Hollow: pruned, before training; filled: distilled. Lower and further left is better."),
+           (compare_layers, "A row is a run's result, a column a layer of the parent; a dot is a removed layer."))
+
+
+def render_comparison(reports: Mapping[str, dict[str, Any]]) -> str:
+    """The page that compares runs; the same reports give the same bytes."""
+    reports = {name: facts.clean(report) for name, report in reports.items()}
+    data = comparison(reports)
+    rows = [{"role": "", "cells": [(str(i + 1), i + 1), (run["name"], run["name"])] + [
+        (form(value), value) for label, _, form in COLUMNS for value in [run[label.replace(" ", "_")]]]}
+        for i, run in enumerate(data["runs"])]
+    figures = figures_of(reports, "Runs side by side", FIGURES)
+    return environment().get_template("compare.html").render(
+        data=data, figures=figures, rows=rows, headings=("#", "run", *(label for label, *_ in COLUMNS)),
+        verdict=_verdict(data["runs"]))
+
+
+def _verdict(runs: list[dict[str, Any]]) -> str:
+    """The best loss, and the smallest result, in a sentence."""
+    known = [r for r in runs if r["distilled"] is not None and r["memory"] is not None]
+    if not known:
+        return "None of the runs has a result yet."
+    best, least = min(known, key=lambda r: r["distilled"]), min(known, key=lambda r: r["memory"])
+    text = (f"Of {len(runs)} runs, {best['name']} has the lowest held-out loss, {best['distilled']:.3f} nats per token "
+            f"in {facts.size(best['memory'])}")
+    return text + ("." if best is least else f"; {least['name']} is the smallest, {facts.size(least['memory'])} with "
+                                             f"{least['distilled']:.3f}.")
+
+
+def write_comparison(reports: Mapping[str, dict[str, Any]], path: Path) -> Path:
+    """Write the page, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, render_comparison(reports))
+    return path
