@@ -57,6 +57,10 @@ class Family(ABC):
         """The layer's norm of the stream -> the matrices that read its output."""
 
     @abstractmethod
+    def layer_writers(self, kind: str) -> tuple[str, str]:
+        """(the matrix that writes to the stream, the probe's place of its input): one to a block."""
+
+    @abstractmethod
     def layer_prefix(self, layer: int) -> str:
         """What precedes a layer's weight names on disk."""
 

@@ -112,6 +112,13 @@ class NemotronH(Family):
             FFN: ("mixer.up_proj.weight",),
         }[kind]}
 
+    def layer_writers(self, kind: str) -> tuple[str, str]:
+        return {
+            MAMBA: ("mixer.out_proj.weight", "mamba_out"),
+            ATTENTION: ("mixer.o_proj.weight", "attention_out"),
+            FFN: ("mixer.down_proj.weight", "ffn"),
+        }[kind]
+
     def layer_prefix(self, layer: int) -> str:
         return f"backbone.layers.{layer}."
 

@@ -1,7 +1,8 @@
 """The cut: a parent and what is known of it -> any smaller architecture, as its checkpoint would be written.
 
 `select` keeps the highest-scored channels of the hidden axis; `rotate` first turns the stream so that few directions
-carry most of it (surgery/rotate.py). The other axes are index lists either way.
+carry most of it (surgery/rotate.py). The other axes are index lists either way. Candidates by the hundred are only
+cut; what is trained or written may be refitted too (surgery/refit.py).
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 
 from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.scores import WidthScores
-from minipuzzle.models.axes import select
+from minipuzzle.models.axes import Selection, select
 from minipuzzle.models.walk import Model
+from minipuzzle.surgery.refit import BlockFit, refit
 from minipuzzle.surgery.rotate import Rotation, rotate
 
 
@@ -29,19 +31,35 @@ class Cutter:
         assert self.rotation is not None
         return rotate(self.parent, self.rotation)
 
-    def cut(self, target: Architecture, kept_layers: tuple[int, ...]) -> Model:
-        """The parent cut to `target`. Nothing cut: the parent's own tensors."""
+    def _source(self, target: Architecture, kept_layers: tuple[int, ...]) -> tuple[Model, Selection]:
+        """The parent in the basis that the cut is made in, and what is kept there."""
         arch = self.parent.arch
         if self.rotation is None or target.hidden_size == arch.hidden_size:
-            return self.parent.slice(target, select(arch, target, kept_layers, self.scores))
-        scores = replace(self.scores, hidden=self.rotation.scores)
-        small = self._rotated.slice(target, select(arch, target, kept_layers, scores))
+            return self.parent, select(arch, target, kept_layers, self.scores)
+        return self._rotated, select(arch, target, kept_layers, replace(self.scores, hidden=self.rotation.scores))
+
+    def cut(self, target: Architecture, kept_layers: tuple[int, ...]) -> Model:
+        """The parent cut to `target`. Nothing cut: the parent's own tensors."""
+        source, selection = self._source(target, kept_layers)
+        small = source.slice(target, selection)
+        if self.rotation is None or source is self.parent:
+            return small
         weights = self.rotation.norm_weights(target.hidden_size)
         family = small.family
         top = {n: t * weights[-1] if n in family.top_readers() else t for n, t in small.top.items()}
         layers = tuple({n: t * weights[old] if n in family.layer_readers(kind) else t for n, t in layer.items()}
                        for layer, kind, old in zip(small.layers, target.pattern, kept_layers, strict=True))
         return replace(small, top=top, layers=layers)
+
+    def refitted(self, target: Architecture, kept_layers: tuple[int, ...],
+                 ids_NT: torch.Tensor) -> tuple[Model, list[BlockFit]]:
+        """The cut with its writers refitted on N samples of T tokens, and what was found for each block.
+
+        Raises:
+            RecipeError: too few tokens.
+        """
+        source, selection = self._source(target, kept_layers)
+        return refit(source, self.cut(target, kept_layers), selection, ids_NT)
 
     def expand(self, hidden: torch.Tensor) -> torch.Tensor:
         """A small model's LM head input [..., k] as the parent's LM head would see it, [..., D]."""

@@ -1,0 +1,137 @@
+"""Ridge refit of the writers: what the cut took from the stream, the matrices that write to it give back, by algebra.
+
+Block j of the student adds W a to its stream. In the order of the blocks, each on the student's own stream:
+
+    W* = argmin_W  sum_t |r_T - r_S - W a|^2 + lambda |W - W0|^2            (ridge regression, towards W0)
+       = W0 + M (G + lambda)^-1,    G = sum a a',  M = sum e a',  e = r_T - r_S - W0 a
+       = W0 + M V diag(1 / (s + lambda)) V',   G = V diag(s) V'             (one eigendecomposition for every lambda)
+
+    W0      the writer as it was cut: down_proj, out_proj or o_proj [k, n]    `family.layer_writers`
+    a       its input on the student's own stream [n]                         the probe at that place
+    r_S     the student's stream before the block adds to it [k]              `ours`
+    r_T     the parent's stream in the kept basis [k]: the first k            `theirs`, cut by `selection.hidden`
+            coordinates of the rotated one, or the kept channels
+    lambda  a multiple of the mean of s                                       RIDGES
+
+Mapped depth: r_T is taken after the last parent's layer before the one that the next block was made of. So a block
+stands in for the layers that were removed behind it, and the next one reads what its original read. lambda is the one
+with the least error on held-out samples; if no error is less than that of W0, W0 stays. Norm weights stay as they
+were cut: what the lost directions did to a norm is seen only through the blocks. A bias stays too.
+
+Ours; the nearest kin is the layer-wise least squares of SparseGPT (arXiv:2301.00774). Shapes: k hidden of the student,
+n inputs of a writer, N samples of T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import scipy.linalg
+import torch
+
+from minipuzzle.core.architecture import Architecture
+from minipuzzle.core.errors import RecipeError
+from minipuzzle.models.axes import Selection
+from minipuzzle.models.walk import Model, batches, floats_per_sample
+
+RIDGES = tuple(10.0**x for x in range(-6, 2))
+FOLDS = 8  # one sample in so many is held out
+TOKENS_PER_INPUT = 4  # of the widest writer, beside the held-out ones
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """Held-out squared error per token of a block, as cut and as refitted; the ridge taken, None where W0 stayed."""
+
+    before: float
+    after: float
+    ridge: float | None
+
+    def to_json(self) -> dict[str, float | None]:
+        return asdict(self)
+
+
+def writer_inputs(arch: Architecture) -> int:
+    """Inputs n of the widest writer."""
+    return max(*arch.ffn_sizes, arch.mamba_inner, arch.num_attention_heads * arch.head_dim)
+
+
+def samples_needed(arch: Architecture, sequence_length: int) -> int:
+    """Samples below which a refit is refused."""
+    fit = -(-TOKENS_PER_INPUT * writer_inputs(arch) // sequence_length)
+    return -(-fit * FOLDS // (FOLDS - 1)) + 1
+
+
+def refit_bytes(parent: Architecture, tokens: int) -> int:
+    """Beside the models: both streams, the held-out inputs of a block, its Gram matrix and eigenvectors in float64."""
+    n = writer_inputs(parent)
+    return 8 * tokens * parent.hidden_size + 4 * tokens // FOLDS * (n + parent.hidden_size) + 8 * (2 * n * n)
+
+
+@torch.no_grad()
+def refit(parent: Model, small: Model, selection: Selection, ids_NT: torch.Tensor) -> tuple[Model, list[BlockFit]]:
+    """`small` with its writers refitted; it was cut from `parent` (in the same basis) by `selection`.
+
+    Raises:
+        RecipeError: too few tokens for the widest writer.
+    """
+    family, kept, (count, length) = small.family, selection.kept_layers, ids_NT.shape
+    needed = samples_needed(small.arch, length)
+    if count < needed:
+        raise RecipeError(f"surgery.refit: a writer of {writer_inputs(small.arch)} inputs needs {needed} samples of "
+                          f"{length} tokens, there are {count}; give more calibration data, or set surgery.refit=none")
+    held_out = torch.arange(count) % FOLDS == 0
+    floats = floats_per_sample(parent.arch, length)
+    fit_ids, held_ids = batches(ids_NT[~held_out], floats), batches(ids_NT[held_out], floats)
+    ids = (*fit_ids, *held_ids)
+    theirs = [family.embed(parent.top, x) for x in ids]
+    ours = [family.embed(small.top, x) for x in ids]
+    hidden = ... if selection.hidden is None else torch.from_numpy(selection.hidden).to(parent.device)
+    layers, fits, at = list(small.layers), [], 0
+    for j, (kind, end) in enumerate(zip(small.arch.pattern, (*kept[1:], parent.arch.num_layers), strict=True)):
+        name, place = family.layer_writers(kind)
+        weight = layers[j][name]
+        gram = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+        cross = torch.zeros_like(weight, dtype=torch.float64)
+        held = []
+        for i in range(len(ids)):
+            for layer in range(at, end):
+                theirs[i] = theirs[i] + family.block(parent.arch, parent.arch.pattern[layer], parent.layers[layer],
+                                                     theirs[i])
+            seen: dict[str, torch.Tensor] = {}
+            after = ours[i] + family.block(small.arch, kind, layers[j], ours[i], seen.__setitem__)
+            a_tn, e_tk = seen[place].flatten(0, 1), (theirs[i][..., hidden] - after).flatten(0, 1)
+            if i < len(fit_ids):
+                gram += a_tn.double().T @ a_tn.double()
+                cross += e_tk.double().T @ a_tn.double()
+            else:
+                held.append((a_tn, e_tk))
+        at = end
+        step, fit = ridge_step(gram, cross, held)
+        if step is not None:
+            layers[j] = {**layers[j], name: weight + step.to(weight)}
+        fits.append(fit)
+        for i in range(len(ids)):
+            ours[i] = ours[i] + family.block(small.arch, kind, layers[j], ours[i])
+    return replace(small, layers=tuple(layers)), fits
+
+
+def ridge_step(gram_nn: torch.Tensor, cross_kn: torch.Tensor,
+               held: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor | None, BlockFit]:
+    """(W* - W0 [k, n] on CPU, or None; what was found) from G, M, and the (a [t, n], e [t, k]) that are held out."""
+    # evr, in place: the Gram matrix and the eigenvectors, no third of that size
+    values, vectors = scipy.linalg.eigh(gram_nn.numpy(force=True), overwrite_a=True, driver="evr", check_finite=False)
+    s, v = torch.from_numpy(np.maximum(values, 0)), torch.from_numpy(vectors)
+    m = cross_kn.cpu() @ v
+    damping = [1 / (s + max(ridge * float(s.mean()), torch.finfo(s.dtype).tiny)) for ridge in RIDGES]
+    before, after, tokens = 0.0, np.zeros(len(RIDGES)), 0
+    for a, e in held:
+        turned, error = a.double().cpu() @ v, e.double().cpu()
+        before += float(error.square().sum())
+        after += [float((error - (turned * d) @ m.T).square().sum()) for d in damping]
+        tokens += len(a)
+    best = int(after.argmin())
+    if not after[best] < before:
+        return None, BlockFit(before / tokens, before / tokens, None)
+    return (m * damping[best]) @ v.T, BlockFit(before / tokens, float(after[best]) / tokens, RIDGES[best])
