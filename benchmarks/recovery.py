@@ -1,6 +1,6 @@
 """Recovery before training: select, rotate, refit and both, before and after distillation, at equal parameters.
 
-    python benchmarks/recovery.py [--phase before|sums|short|long] [--cases ...] [--work runs/recovery]
+    python benchmarks/recovery.py [--phase before|sums|short|long] [--cases ...] [--methods ...] [--work runs/recovery]
 
 Cuts of the bundled model; every method makes the same architecture of the same layers. `before`: KL and loss before
 training, 3 calibration seeds. `sums`: the rotation by differently weighted sums. `short`: 200 KD steps of 1k tokens,
@@ -17,7 +17,7 @@ import json
 import resource
 import tempfile
 import time
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ CASES: dict[str, tuple[dict[str, int], int | tuple[int, ...]]] = {
     "hidden 5/8": ({"hidden_size": 60}, 0),
     "FFN 3/4": ({"ffn_size": 384}, 0),
 }
+METHODS = ("select", "rotate", "refit", "rotate + refit", "scalar", "rotate + scalar")
 SUMS = ("equal", "energy", "readers")
 
 
@@ -175,10 +176,10 @@ def scaled(parent: Model, small: Model, kept: tuple[int, ...], ids_NT: torch.Ten
     return dataclasses.replace(small, top=top, layers=tuple(layers))
 
 
-def before(bench: Bench, cases: list[str]) -> None:
+def before(bench: Bench, cases: list[str], chosen: list[str]) -> None:
     for case in cases:
         parameters = cost(bench.case(case)[0], Workload()).parameters
-        for method in methods(case):
+        for method in (m for m in methods(case) if m in chosen):
             for seed in SEEDS:
                 key = {"phase": "before", "case": case, "method": method, "seed": seed}
                 if not bench.has(key):
@@ -187,7 +188,7 @@ def before(bench: Bench, cases: list[str]) -> None:
                     bench.add(key, {"parameters": parameters} | measure(model, bench.reference) | about)
 
 
-def sums(bench: Bench, cases: list[str]) -> None:
+def sums(bench: Bench, cases: list[str], chosen: list[str]) -> None:
     """The rotation's sum over norms weighted equally, by the stream's energy, and by the readers' norms."""
     family, arch = bench.parent.family, bench.parent.arch
     for seed in SEEDS:
@@ -213,9 +214,9 @@ def sums(bench: Bench, cases: list[str]) -> None:
                     bench.add(key, measure(model, bench.reference))
 
 
-def train(bench: Bench, cases: list[str], phase: str, steps: int) -> None:
+def train(bench: Bench, cases: list[str], chosen: list[str], phase: str, steps: int) -> None:
     for case in cases:
-        for method in methods(case):
+        for method in (m for m in methods(case) if m in chosen):
             key = {"phase": phase, "case": case, "method": method, "seed": 0}
             if bench.has(key):
                 continue
@@ -256,7 +257,7 @@ def write(bench: Bench) -> None:
             if "curve" in r and (r["phase"], r["case"]) in plain else r for r in bench.rows]
     whole = measure(bench.parent, bench.reference)
     out = {"what": "recovery before training, bundled model", "date": time.strftime("%Y-%m-%d"),
-           "hardware": hardware() | {"threads": torch.get_num_threads()}, "versions": versions(),
+           "hardware": hardware(), "threads": torch.get_num_threads(), "versions": versions(),
            "corpus_hash": bench.train.corpus_hash,
            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
            "parent": {"loss": whole["loss"], "parameters": cost(bench.parent.arch, Workload()).parameters},
@@ -270,15 +271,16 @@ def write(bench: Bench) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    phases = {"before": before, "sums": sums, "short": lambda b, c: train(b, c, "short", SHORT),
-              "long": lambda b, c: train(b, c, "long", LONG)}
+    phases = {"before": before, "sums": sums, "short": partial(train, phase="short", steps=SHORT),
+              "long": partial(train, phase="long", steps=LONG)}
     parser.add_argument("--phase", nargs="*", choices=phases, default=list(phases))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--work", type=Path, default=Path("runs/recovery"))
     args = parser.parse_args()
     bench = Bench(args.work)
     for phase in args.phase:
-        phases[phase](bench, args.cases)
+        phases[phase](bench, args.cases, args.methods)
         write(bench)
 
 

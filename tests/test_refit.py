@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,22 @@ from tiny import (
     write_folder,
 )
 
+from minipuzzle import Recipe, prune
 from minipuzzle.core.architecture import Architecture
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import CorruptArtifact, RecipeError, ResourceError
+from minipuzzle.core.scores import WidthScores
+from minipuzzle.data.blocks import load_blocks
+from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.importance.widths import score_widths
 from minipuzzle.models.axes import Selection
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model
+from minipuzzle.recipes.pipeline import Run
+from minipuzzle.recipes.plan import check_memory, make_plan
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.gate import reload_gate
 from minipuzzle.surgery.refit import FOLDS, RIDGES, BlockFit, refit, refit_bytes, ridge_step, samples_needed
-from minipuzzle.surgery.rotate import find_rotation, rotate
+from minipuzzle.surgery.rotate import Rotation, find_rotation, rotate
 
 ALL = tuple(range(ARCH.num_layers))
 KEPT = (0, 1, 3, 4, 6, 7)  # layer 2, 5 and the last are gone
@@ -248,3 +255,116 @@ def test_the_written_model_opens_in_transformers(tmp_path: Path) -> None:
     write_model(tmp_path / "child", target.to_config(folder.config), small.by_name().items())
     assert reload_gate(tmp_path / "child", tokens(2, 40)) < 1e-4
     assert open_model(tmp_path / "child").arch == target
+
+
+# in a run --------------------------------------------------------------------------------------------------------
+
+RECIPE = """
+recipe: 1
+budget: {memory: 0.7x}
+workload: {context: 128}
+calibration: {data: DATA, samples: 8, sequence_length: 32}
+space: {drop_mamba: [1, 2], drop_ffn: [0, 1], drop_attention: 0, hidden_size: 24, ffn_size: [24, 48, 24]}
+search: {measure: 3, finalists: 2}
+evaluation: {data: DATA, samples: 8}
+surgery: {hidden: rotate, refit: ridge}
+distillation:
+  {data: DATA, tournament_tokens: 512, tokens: 1024, sequence_length: 32, batch_tokens: 256, learning_rate: 1.0e-3}
+"""
+
+
+def recipe_for(data: Path, **settings: object) -> Recipe:
+    return Recipe.parse(RECIPE.replace("DATA", str(data)), "test").with_overrides(
+        settings={k.replace("__", "."): v for k, v in settings.items()})
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return prune(model_folder, recipe_for(texts), tmp_path_factory.mktemp("runs") / "run")
+
+
+def rounded(model: Model) -> Model:
+    tensors = ((n, t.bfloat16().float()) for n, t in model.by_name().items())
+    return Model.build(model.family, model.arch, tensors)
+
+
+def test_a_run_tells_the_refitted_numbers(finished: Run, model_folder: Path) -> None:
+    """Pruned: as refitted, from the parent and what the run has written; sliced: plain selection."""
+    result, path = finished.report["result"], finished.path
+    parent = Model.load(open_model(model_folder))
+    (folder,) = (path / "tokens").iterdir()
+    reference = Reference(parent, torch.from_numpy(load_blocks(folder, "held_out", 32).first(8)))
+    target, kept = Architecture.from_json(result["architecture"]), tuple(result["kept_layers"])
+    scores = WidthScores.read(path / "scores" / "widths.safetensors")
+    cutter = Cutter(parent, scores, Rotation.read(path / "scores" / "rotation.safetensors"))
+    needed = samples_needed(parent.arch, 32)
+    assert needed > 8
+    ids = torch.from_numpy(load_blocks(folder, "train", 32).first(needed))
+    small, fits = cutter.refitted(target, kept, ids)
+    assert measure(rounded(small), reference)["kl"] == pytest.approx(result["kl_pruned"], rel=1e-5)
+    assert measure(rounded(cutter.cut(target, kept)), reference)["kl"] != pytest.approx(result["kl_pruned"], rel=1e-2)
+    assert measure(rounded(Cutter(parent, scores).cut(target, kept)), reference)["loss"] == pytest.approx(
+        result["loss_sliced"], rel=1e-6)
+    assert [fit["ridge"] for fit in result["refit"]] == [fit.ridge for fit in fits]
+    assert any(f"surgery.refit took {needed} samples" in line for line in finished.report["warnings"])
+    # candidates are measured as they are cut: hundreds of them must stay cheap
+    chosen = next(c for c in finished.report["candidates"] if c["chosen"])
+    assert chosen["measured"]["kl"] == pytest.approx(measure(cutter.cut(target, kept), reference)["kl"], rel=1e-5)
+
+
+def test_refitted_once_and_found_again(finished: Run, model_folder: Path, texts: Path, tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tournament, distillation and export read the same file; without it they make the same again."""
+    files = sorted((finished.path / "refit").iterdir())
+    assert [f.suffix for f in files] == [".safetensors"] * 2  # of two finalists
+    path = Path(shutil.copytree(finished.path, tmp_path / "run"))
+    (path / "stages" / "export.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("minipuzzle.surgery.cut.refit", None)  # nothing is refitted
+        again = prune(model_folder, recipe_for(texts), path)
+    assert again.report["result"] | {"path": ""} == finished.report["result"] | {"path": ""}
+    for stage in ("tournament", "distill", "export"):
+        (path / "stages" / f"{stage}.json").unlink()
+    shutil.rmtree(path / "refit")
+    shutil.rmtree(path / "distillation")
+    prune(model_folder, recipe_for(texts), path)
+    for file in files:
+        assert (path / "refit" / file.name).read_bytes() == file.read_bytes()
+    for name in ("model/model.safetensors", "candidates.csv"):
+        assert (path / name).read_bytes() == (finished.path / name).read_bytes()
+
+
+def test_another_refit_is_another_result(finished: Run, model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(finished.path, tmp_path / "run"))
+    with pytest.raises(RecipeError, match=r"refit: ridge -> none.*stages to make again: tournament, distill, export\."):
+        prune(model_folder, recipe_for(texts, surgery__refit="none"), path)
+    run = prune(model_folder, recipe_for(texts, surgery__refit="none"), path, redo=True)
+    assert run.report["result"]["refit"] is None
+    assert run.report["result"]["kl_pruned"] != pytest.approx(finished.report["result"]["kl_pruned"], rel=1e-2)
+
+
+def test_damaged_or_too_little(finished: Run, model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(finished.path, tmp_path / "run"))
+    (path / "stages" / "export.json").unlink()
+    for file in (path / "refit").iterdir():
+        file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(CorruptArtifact, match=r"refit/.*cannot be read"):
+        prune(model_folder, recipe_for(texts), path)
+    short = tmp_path / "short"
+    short.mkdir()
+    for file in sorted(texts.iterdir())[:2]:
+        shutil.copy(file, short)
+    with pytest.raises(RecipeError, match=r"64 inputs needs \d+ samples of 128 tokens, there are \d+; give more"):
+        prune(model_folder, recipe_for(short, calibration__sequence_length=128), tmp_path / "other")
+
+
+def test_the_plan_counts_a_refit(model_folder: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = open_model(model_folder).arch
+    with_it, without = (make_plan(arch, recipe_for(texts, surgery__refit=refit)) for refit in ("ridge", "none"))
+    assert (with_it.refit_samples, without.refit_samples) == (samples_needed(arch, 32), 0)
+    assert with_it.estimates()["tournament"] > without.estimates()["tournament"]
+    needed = 4 * (2 * with_it.parent_cost.parameters + 4 * with_it.largest.parameters)
+    monkeypatch.setattr("os.sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else needed + 10)
+    check_memory(without, torch.device("cpu"))
+    with pytest.raises(ResourceError, match="to refit; use a machine with more memory"):
+        check_memory(with_it, torch.device("cpu"))

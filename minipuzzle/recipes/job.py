@@ -97,6 +97,10 @@ class Job:
     def rotates(self) -> bool:
         return self.plan.recipe.surgery.hidden == "rotate"
 
+    @property
+    def refits(self) -> bool:
+        return self.plan.recipe.surgery.refit == "ridge"
+
     @cached_property
     def width_scores(self) -> WidthScores:
         return WidthScores.read(self.run.path / "scores" / "widths.safetensors")
@@ -113,6 +117,12 @@ class Job:
     def calibration_ids(self) -> torch.Tensor:
         c = self.plan.recipe.calibration
         return self._ids(self.blocks(c.data, "train", c.sequence_length).first(c.samples))
+
+    @property
+    def refit_ids(self) -> torch.Tensor:
+        """The calibration blocks, and more of that data where the parent's widest writer needs more."""
+        c = self.plan.recipe.calibration
+        return self._ids(self.blocks(c.data, "train", c.sequence_length).first(self.plan.refit_samples))
 
     @property
     def evaluation_blocks(self) -> TokenBlocks:

@@ -21,11 +21,11 @@ from minipuzzle.data.corpus import identity
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.space import Space, resolve_space
+from minipuzzle.surgery.refit import refit_bytes, samples_needed, writer_inputs
 
 # key, the only value that exists so far, and what to say. Accepting and ignoring a setting would be a lie.
 _NOT_YET = (("scores.iterative", False), ("scores.racing", False),
-            ("search.damage", "additive"), ("search.export", "uniform"), ("distillation.precision", "fp32"),
-            ("surgery.refit", "none"))
+            ("search.damage", "additive"), ("search.export", "uniform"), ("distillation.precision", "fp32"))
 CURVE_POINTS = 3  # measured widths per axis; between them the search interpolates
 # of a large matrix product's speed: what the whole forward pass of a hybrid reaches on CPU, from
 # benchmarks/results/main_job.json; only the estimates of time depend on it
@@ -57,6 +57,14 @@ class Plan:
             out[axis] = tuple(widths[p] for p in places)
         return out
 
+    @property
+    def refit_samples(self) -> int:
+        """Calibration samples that a refit of the writers takes; 0 without one."""
+        c = self.recipe.calibration
+        if self.recipe.surgery.refit == "none":
+            return 0
+        return max(c.samples, samples_needed(self.parent, c.sequence_length))
+
     def stage_inputs(self, model: str, tokenizer: str, seed: int,
                      candidate: str | None = None) -> dict[str, dict[str, Any]]:
         """What each stage reads: how a finished stage is recognised. A later stage holds the earlier's hash."""
@@ -73,10 +81,9 @@ class Plan:
                              exclude={"finalists"} if r.search.strategy == "milp" else {"measure", "finalists"}),
                          "layer_metric": r.scores.layer_metric, "after": digest(out["curves"])}
         out["measure"] = {"measure": r.search.measure, "evaluation": r.evaluation.model_dump(),
-                          "sequence_length": r.calibration.sequence_length, "refit": r.surgery.refit,
-                          "after": digest(out["search"])}
+                          "sequence_length": r.calibration.sequence_length, "after": digest(out["search"])}
         out["tournament"] = {"finalists": r.search.finalists, "distillation": d, "seed": seed,
-                             "after": digest(out["measure"])}
+                             "refit": r.surgery.refit, "after": digest(out["measure"])}
         out["distill"] = {"distillation": d, "candidate": candidate or "winner", "after": digest(out["tournament"])}
         out["export"] = {"after": digest(out["distill"])}
         return out
@@ -91,10 +98,13 @@ class Plan:
         points = sum(len(w) for w in self.curve_widths.values())
         share = min(r.distillation.tournament_tokens, r.distillation.tokens)
         per_token = parent + 3 * child
+        # the parent, the student twice, and Gram matrices in float64
+        refit = r.calibration.sequence_length * self.refit_samples * (
+            parent + 2 * child + 4 * self.parent.num_layers * writer_inputs(self.parent) ** 2)
         flops = {"tokenize": 0.0, "score": calibration * parent * (self.parent.num_layers / 2 + 2),
                  "curves": calibration * parent * (points + 1), "search": 0.0,
                  "measure": held_out * (parent + child * min(r.search.measure, self.feasible)),
-                 "tournament": float(per_token * share * min(r.search.finalists, self.feasible)),
+                 "tournament": float((per_token * share + refit) * min(r.search.finalists, self.feasible)),
                  "distill": float(per_token * (r.distillation.tokens - share)), "export": held_out * 3.0 * parent}
         fixed = {"tokenize": 5.0, "search": 1.0, "export": 15.0}
         return {name: count / speed + fixed.get(name, 0.5) for name, count in flops.items()}
@@ -189,19 +199,24 @@ def find_device(name: str) -> torch.device:
 
 
 def check_memory(plan: Plan, device: torch.device) -> None:
-    """Room for the parent twice (as it is and rotated), a student with gradient and two moments, all float32.
+    """Room for the parent twice (as it is and rotated), a student with gradient and two moments, all float32, and for
+    a refit: the streams, and the Gram matrix of one block with its eigenvectors in float64.
 
     Raises:
         ResourceError: too little.
     """
     needed = 4 * (2 * plan.parent_cost.parameters + 4 * plan.largest.parameters)
+    tokens = plan.refit_samples * plan.recipe.calibration.sequence_length
+    needed += (refit := refit_bytes(plan.parent, tokens) if tokens else 0)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if free < needed:
         raise ResourceError(f"{device} has {human_bytes(free)}, the run needs about {human_bytes(needed)} for the "
-                            "parent and a student in float32; use a machine with more memory")
+                            f"parent and a student in float32"
+                            f"{f', {human_bytes(refit)} of it to refit' if refit else ''}; use a machine "
+                            "with more memory")
 
 
 def _matmul_flops_per_second(arch: Architecture) -> float:

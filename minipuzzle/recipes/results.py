@@ -50,7 +50,8 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
                    "candidate": chosen.name, "architecture": chosen.architecture.to_json(),
                    "cost": chosen.cost.to_json(), "kept_layers": list(chosen.kept_layers),
                    "recovery": (plain["loss"] - final["loss"]) / gap if gap > 0 else None,
-                   "gap_left": final["loss"] - parent["loss"], "reload_difference": found["reload_difference"]},
+                   "gap_left": final["loss"] - parent["loss"], "reload_difference": found["reload_difference"],
+                   "refit": found.get("refit")},
         "budget": job.plan.budget.to_json(),
         "workload": job.plan.workload.to_json(),
         "evaluation": {"blocks": len(job.evaluation_ids), "sequence_length": held_out.sequence_length,
@@ -133,6 +134,9 @@ def _warnings(job: Job, gap: float) -> list[str]:
         if got < asked:
             out.append(f"{what}.samples is {asked}, the data has {got} blocks of {recipe.calibration.sequence_length} "
                        "tokens: all were used")
+    if job.plan.refit_samples > recipe.calibration.samples:
+        out.append(f"surgery.refit took {len(job.refit_ids)} samples, more than calibration.samples "
+                   f"({recipe.calibration.samples}): the widest writer needs them")
     workload = job.plan.workload
     if workload.precision != "bf16":
         out.append(f"memory is counted for {workload.precision}; the folder stays in {job.folder.dtype} and must be "

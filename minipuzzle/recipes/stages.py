@@ -32,6 +32,7 @@ from minipuzzle.recipes.progress import Update
 from minipuzzle.recipes.research import find_candidates
 from minipuzzle.search.rank import diverse, rank
 from minipuzzle.surgery.gate import reload_gate
+from minipuzzle.surgery.refit import BlockFit, check_samples, read_refit, write_refit
 from minipuzzle.surgery.rotate import find_rotation
 
 EVALUATIONS = 12  # looks at held-out blocks during the long distillation
@@ -75,6 +76,8 @@ def _check_tokens(job: Job) -> None:
         except RecipeError:
             shutil.rmtree(job.token_folder(source))
             raise
+    if job.refits:
+        check_samples(job.plan.parent, len(job.blocks(*wanted[0])), recipe.calibration.sequence_length)
 
 
 def score(job: Job) -> None:
@@ -137,7 +140,7 @@ def measure_candidates(job: Job) -> None:
         with unfinished.open("a") as lines:
             for done, candidate in enumerate(chosen):
                 if candidate.name not in known:
-                    known[candidate.name] = measure(_pruned(job, candidate), job.reference)
+                    known[candidate.name] = measure(_cut(job, candidate), job.reference)
                     lines.write(json.dumps([candidate.name, known[candidate.name]]) + "\n")
                     lines.flush()
                 update(done + 1, f"best KL {min(m['kl'] for m in known.values()):.3f}")
@@ -188,9 +191,22 @@ def training_blocks(job: Job) -> TokenBlocks:
     return job.blocks(d.data, "train", d.sequence_length)
 
 
-def _pruned(job: Job, candidate: Candidate) -> Model:
-    """The candidate before training, as its checkpoint would be written."""
+def _cut(job: Job, candidate: Candidate) -> Model:
+    """The candidate as it is measured: cut in the recipe's basis."""
     return job.cutter.cut(candidate.architecture, candidate.kept_layers)
+
+
+def _pruned(job: Job, candidate: Candidate) -> Model:
+    """The candidate before training, as its checkpoint would be written: cut, and refitted if the recipe asks."""
+    return _refitted(job, candidate)[0] if job.refits else _cut(job, candidate)
+
+
+def _refitted(job: Job, candidate: Candidate) -> tuple[Model, list[BlockFit]]:
+    """Refitted once, then read from RUN/refit/: tournament, distillation and export start from the same numbers."""
+    path = job.run.path / "refit" / f"{candidate.name}-{digest(job.inputs['tournament'])}.safetensors"
+    if not path.is_file():
+        write_refit(path, *job.cutter.refitted(candidate.architecture, candidate.kept_layers, job.refit_ids))
+    return read_refit(path, job.folder.family, candidate.architecture, job.device)
 
 
 def _student(job: Job, candidate: Candidate) -> HybridLM:
@@ -265,6 +281,8 @@ def export(job: Job) -> None:
         result["distilled"] = measure(model, job.reference)
         result["parent"] = measure(job.model, job.reference)
         update(0.7, "writing samples")
+        if job.refits:
+            result["refit"] = [fit.to_json() for fit in _refitted(job, candidate)[1]]
         result["samples"] = _samples(job, {"parent": job.model, "pruned": _pruned(job, candidate), "distilled": model})
         shutil.rmtree(final, ignore_errors=True)
         unchecked.replace(final)

@@ -24,15 +24,21 @@ n inputs of a writer, N samples of T tokens.
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import scipy.linalg
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from minipuzzle.core.architecture import Architecture
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.models.axes import Selection
+from minipuzzle.models.base import Family
 from minipuzzle.models.walk import Model, batches, floats_per_sample
 
 RIDGES = tuple(10.0**x for x in range(-6, 2))
@@ -63,6 +69,15 @@ def samples_needed(arch: Architecture, sequence_length: int) -> int:
     return -(-fit * FOLDS // (FOLDS - 1)) + 1
 
 
+def check_samples(arch: Architecture, count: int, sequence_length: int) -> None:
+    """Raise RecipeError if `count` samples are too few for the widest writer."""
+    needed = samples_needed(arch, sequence_length)
+    if count < needed:
+        raise RecipeError(f"surgery.refit: a writer of {writer_inputs(arch)} inputs needs {needed} samples of "
+                          f"{sequence_length} tokens, there are {count}; give more calibration data, or set "
+                          "surgery.refit=none")
+
+
 def refit_bytes(parent: Architecture, tokens: int) -> int:
     """Beside the models: both streams, the held-out inputs of a block, its Gram matrix and eigenvectors in float64."""
     n = writer_inputs(parent)
@@ -77,10 +92,7 @@ def refit(parent: Model, small: Model, selection: Selection, ids_NT: torch.Tenso
         RecipeError: too few tokens for the widest writer.
     """
     family, kept, (count, length) = small.family, selection.kept_layers, ids_NT.shape
-    needed = samples_needed(small.arch, length)
-    if count < needed:
-        raise RecipeError(f"surgery.refit: a writer of {writer_inputs(small.arch)} inputs needs {needed} samples of "
-                          f"{length} tokens, there are {count}; give more calibration data, or set surgery.refit=none")
+    check_samples(small.arch, count, length)
     held_out = torch.arange(count) % FOLDS == 0
     floats = floats_per_sample(parent.arch, length)
     fit_ids, held_ids = batches(ids_NT[~held_out], floats), batches(ids_NT[held_out], floats)
@@ -135,3 +147,29 @@ def ridge_step(gram_nn: torch.Tensor, cross_kn: torch.Tensor,
     if not after[best] < before:
         return None, BlockFit(before / tokens, before / tokens, None)
     return (m * damping[best]) @ v.T, BlockFit(before / tokens, float(after[best]) / tokens, RIDGES[best])
+
+
+def write_refit(path: Path, model: Model, fits: list[BlockFit]) -> None:
+    """A refitted model and what was found, whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in model.by_name().items()}, temporary,
+              metadata={"fits": json.dumps([fit.to_json() for fit in fits])})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_refit(path: Path, family: Family, arch: Architecture,
+               device: torch.device | str = "cpu") -> tuple[Model, list[BlockFit]]:
+    """What `write_refit` wrote.
+
+    Raises:
+        CorruptArtifact: it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            model = Model.build(family, arch, ((name, file.get_tensor(name)) for name in file.keys()))  # noqa: SIM118
+            return model, [BlockFit(**fit) for fit in json.loads(file.metadata()["fits"])]
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise CorruptArtifact(f"{path} cannot be read ({error}); delete it and run again") from None
