@@ -20,6 +20,7 @@ from minipuzzle.core.budget import human_bytes, human_count
 from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError
 
 if TYPE_CHECKING:
+    from minipuzzle.recipes.progress import Reporter
     from minipuzzle.recipes.schema import Recipe
 
 
@@ -69,6 +70,9 @@ def _settings(values: tuple[str, ...]) -> dict[str, Any]:
     return out
 
 
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+
+
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--recipe, --budget, --data, --set; the command gets `recipe`."""
     @click.option("--recipe", "name", default="default", show_default=True, help="A shipped recipe or a YAML file.")
@@ -87,16 +91,26 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """-o, --seed, --device, --json."""
+    """-o, --seed, --device, --json, -v, -q; the command gets a `reporter` for the last two."""
+    @functools.wraps(command)
+    def wrapped(verbose: bool, quiet: bool, **rest: Any) -> Any:
+        from minipuzzle.recipes.progress import Reporter, Terminal
+
+        if verbose and quiet:
+            raise RecipeError("-v and -q exclude each other")
+        return command(reporter=Reporter() if quiet else Terminal(verbose=verbose), **rest)
+
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress on stderr, only errors."),
+        click.option("-v", "--verbose", is_flag=True, help="Also what each stage says while it runs."),
+        json_option,
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
         click.option("--seed", default=0, show_default=True),
         click.option("-o", "--output-dir", type=click.Path(path_type=Path),
                      help="Default: a function of model and recipe."),
     ):
-        command = option(command)
-    return command
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def _print(data: Any, as_json: bool, lines: list[str]) -> None:
@@ -122,7 +136,7 @@ def _command() -> str:
 @click.option("--redo", is_flag=True, help="Make the stages again that a changed recipe invalidates.")
 @click.option("--fresh", is_flag=True, help="Forget what the run directory holds.")
 def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool,
-          candidate: str | None, dry_run: bool, redo: bool, fresh: bool) -> None:
+          reporter: Reporter, candidate: str | None, dry_run: bool, redo: bool, fresh: bool) -> None:
     """The whole pipeline: score, search, measure, distill, export, report.
 
     MODEL is a Hugging Face folder or a Hub id; left out: the bundled model.
@@ -133,7 +147,6 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     minipuzzle prune runs/mine --candidate c0012
     """
     from minipuzzle.recipes import pipeline
-    from minipuzzle.recipes.progress import Terminal
 
     if candidate is not None:
         model, recipe, output_dir, seed = pipeline.reopen(model, _given("name", "budgets", "data", "settings", "seed",
@@ -143,7 +156,7 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
         _print(plan.to_json(), as_json, plan.lines())
         return
     run = pipeline.prune(model, recipe, output_dir, seed=seed, device=device, redo=redo, fresh=fresh,
-                         candidate=candidate, reporter=Terminal(), command=_command())
+                         candidate=candidate, reporter=reporter, command=_command())
     parent, result = run.report["parent"], run.report["result"]
     recovered = "" if result["recovery"] is None else f" ({result['recovery']:.0%} of the gap recovered)"
     _print(run.report, as_json, [
@@ -163,7 +176,7 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
 @click.option("--state-precision", default="fp32", show_default=True)
 @click.option("--context", default="1k", show_default=True, help="Tokens; k = 1024, M = 1024^2.")
 @click.option("--batch", default=1, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 def inspect(model: str, precision: str, kv_precision: str, state_precision: str, context: str, batch: int,
             as_json: bool) -> None:
     """Architecture, parameters, memory and FLOPs of a model, from its configuration alone.
@@ -182,35 +195,28 @@ def inspect(model: str, precision: str, kv_precision: str, state_precision: str,
     arch = Architecture.from_config(find_config(model))
     workload = Workload(precision, kv_precision, state_precision, (), parse_quantity(context, "binary"), batch)
     data = inspect_architecture(arch, workload)
-    counts, memory = data["parameters"], data["memory"]
-    _print(data, as_json, [
-        f"{arch.model_type}: {arch}", f"pattern     {arch.pattern}",
-        f"parameters  {counts['total']:,} (" + ", ".join(
-            f"{k} {human_count(v)}" for k, v in counts.items() if v and k not in ("total", "active", "mtp")) + ")"
-        + (f", {counts['active']:,} active" if counts["active"] < counts["total"] else "")
-        + (f"; apart from it {counts['mtp']:,} for multi-token prediction" if counts["mtp"] else ""),
-        f"memory      {human_bytes(memory['total_bytes'])} (weights {human_bytes(memory['weights_bytes'])}, KV cache "
-        f"{human_bytes(memory['kv_cache_bytes'])}, Mamba state {human_bytes(memory['mamba_state_bytes'])}) "
-        f"at {precision}, KV {kv_precision}, state {state_precision}, context {workload.context}, batch {batch}",
-        f"workspace   {human_bytes(data['workspace_bytes'])} on top, at the peak",
-        f"FLOPs       {human_count(data['flops_per_token'])} to decode a token at the end of the context, "
-        f"{human_count(data['prefill_flops_per_token'])} a token of the prompt"])
+    if as_json:
+        _print(data, True, [])
+    else:
+        from minipuzzle.recipes.screen import print_inspection
+
+        print_inspection(arch, workload, data)
 
 
 @main.command()
 @click.argument("model")
 @recipe_options
 @run_options
-def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool) -> None:
+def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool,
+          reporter: Reporter) -> None:
     """Importance only: layers by ablation, widths by activations -> OUTPUT_DIR/scores/.
 
     \b
     minipuzzle score my-model --data texts/ -o scored
     """
     from minipuzzle.recipes import single
-    from minipuzzle.recipes.progress import Terminal
 
-    path, table = single.score(model, recipe, output_dir, seed, device, Terminal(), _command())
+    path, table = single.score(model, recipe, output_dir, seed, device, reporter, _command())
     _print({"path": str(path), "layers": json.loads(table.to_json(orient="records"))}, as_json,
            [table.to_string(index=False), f"scores      {path}"])
 
@@ -222,7 +228,7 @@ def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device
               help="A run, its scores folder, or a CSV of layer,kind,METRIC.")
 @recipe_options
 @click.option("-o", "--output-dir", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 def search(run: Path | None, config: Path | None, scores: Path | None, recipe: Recipe, output_dir: Path | None,
            as_json: bool) -> None:
     """Candidates from scores and a budget; no weights. RUN: search it again, into RUN/searches/, by its own recipe.
@@ -255,7 +261,7 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
 @click.option("--teacher", help="A model folder to compare with: KL and agreement.")
 @recipe_options
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 def evaluate(model: str, teacher: str | None, recipe: Recipe, device: str, as_json: bool) -> None:
     """Held-out loss, perplexity and accuracy; with --teacher also KL and agreement.
 
@@ -275,18 +281,17 @@ def evaluate(model: str, teacher: str | None, recipe: Recipe, device: str, as_js
 @recipe_options
 @run_options
 def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str,
-            as_json: bool) -> None:
+            as_json: bool, reporter: Reporter) -> None:
     """Distillation alone: STUDENT learns the teacher's logits -> OUTPUT_DIR/model/.
 
     \b
     minipuzzle distill small --teacher big --data texts/ --set distillation.tokens=10M -o distilled
     """
     from minipuzzle.recipes import single
-    from minipuzzle.recipes.progress import Terminal
 
     if output_dir is None:
         raise RecipeError("distill needs an output folder: -o FOLDER")
-    data = single.distill(student, teacher, recipe, output_dir, seed, device, Terminal(), _command())
+    data = single.distill(student, teacher, recipe, output_dir, seed, device, reporter, _command())
     losses = f"{data['loss_before']:.3f} -> {data['loss']:.3f} (teacher {data['loss_teacher']:.3f})"
     _print(data, as_json, [f"loss        {losses}", f"model       {data['path']}"])
 
@@ -294,7 +299,7 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The comparison's file; default comparison.html.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     """report.json -> report.html again; of several runs one page that compares them.
 
@@ -330,16 +335,20 @@ def _report_of(run: Path) -> dict[str, Any]:
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def doctor(as_json: bool) -> None:
-    """Is this installation able and right: versions, devices, causality and chunk invariance of the SSM path.
+@click.argument("model", required=False)
+@json_option
+def doctor(model: str | None, as_json: bool) -> None:
+    """Is this installation able and right: versions, devices, memory, disk; causality of the SSM path, run here.
+
+    With MODEL (a folder, a Hub id, a config.json or a published name) also whether it can be pruned here.
 
     \b
     minipuzzle doctor
+    minipuzzle doctor nemotron-h-8b
     """
     from minipuzzle.recipes.doctor import examine
 
-    checks = examine()
+    checks = examine(model)
     _print(checks, as_json, [f"{'ok ' if c['ok'] else 'BAD'} {c['name']}: {c['value']}" for c in checks])
     if not all(c["ok"] for c in checks):
         sys.exit(1)
@@ -347,25 +356,28 @@ def doctor(as_json: bool) -> None:
 
 @main.group()
 def recipes() -> None:
-    """The shipped recipes: ls, show, copy, validate. Example: minipuzzle recipes show default"""
+    """The shipped recipes: ls, show, copy, validate, schema. Example: minipuzzle recipes show default"""
 
 
 @recipes.command("ls")
-def recipes_ls() -> None:
+@json_option
+def recipes_ls(as_json: bool) -> None:
     """Names and first lines. Example: minipuzzle recipes ls"""
     from minipuzzle.recipes.schema import shipped_recipes
 
-    for file in shipped_recipes():
-        click.echo(f"{file.name.removesuffix('.yaml'):20} {file.read_text().splitlines()[0].lstrip('# ')}")
+    rows = [{"name": file.name.removesuffix(".yaml"), "about": file.read_text().splitlines()[0].lstrip("# ")}
+            for file in shipped_recipes()]
+    _print(rows, as_json, [f"{row['name']:20} {row['about']}" for row in rows])
 
 
 @recipes.command("show")
 @click.argument("name")
-def recipes_show(name: str) -> None:
-    """Print a recipe. Example: minipuzzle recipes show default"""
-    from minipuzzle.recipes.schema import recipe_text
+@json_option
+def recipes_show(name: str, as_json: bool) -> None:
+    """Print a recipe; with --json every key as it is resolved. Example: minipuzzle recipes show default"""
+    from minipuzzle.recipes.schema import Recipe, recipe_text
 
-    click.echo(recipe_text(name)[0].rstrip())
+    _print(Recipe.load(name).model_dump() if as_json else {}, as_json, [recipe_text(name)[0].rstrip()])
 
 
 @recipes.command("copy")
@@ -375,22 +387,35 @@ def recipes_copy(name: str, file: Path) -> None:
     """Copy a recipe to a file of yours. Example: minipuzzle recipes copy default mine.yaml"""
     from minipuzzle.recipes.schema import recipe_text
 
-    if file.exists():
-        raise RecipeError(f"{file} exists already; choose another name")
-    file.write_text(recipe_text(name)[0])
+    text = recipe_text(name)[0]
+    try:
+        with file.open("x", encoding="utf-8") as new:
+            new.write(text)
+    except FileExistsError:
+        raise RecipeError(f"{file} exists already; choose another name") from None
+    except OSError as error:
+        raise RecipeError(f"{file} cannot be written ({error.strerror})") from None
     click.echo(str(file))
 
 
 @recipes.command("validate")
 @click.argument("names", nargs=-1)
-def recipes_validate(names: tuple[str, ...]) -> None:
+@json_option
+def recipes_validate(names: tuple[str, ...], as_json: bool) -> None:
     """Check recipes (all shipped ones if none is named). Example: minipuzzle recipes validate mine.yaml"""
     from minipuzzle.recipes.schema import Recipe, shipped_recipes
 
     every = names or tuple(f.name.removesuffix(".yaml") for f in shipped_recipes())
-    for name in every:
-        Recipe.load(name)
-        click.echo(f"{name}: valid")
+    valid = [name for name in every if Recipe.load(name)]
+    _print(valid, as_json, [f"{name}: valid" for name in valid])
+
+
+@recipes.command("schema")
+def recipes_schema() -> None:
+    """The JSON schema of a recipe, for editors. Example: minipuzzle recipes schema > recipe.schema.json"""
+    from minipuzzle.recipes.schema import json_schema
+
+    _print(json_schema(), True, [])
 
 
 if __name__ == "__main__":

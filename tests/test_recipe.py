@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
+from click.testing import CliRunner, Result
 
 from minipuzzle import Recipe
+from minipuzzle.cli import main
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.recipes.plan import make_plan
-from minipuzzle.recipes.schema import recipe_text, shipped_recipes
+from minipuzzle.recipes.schema import json_schema, recipe_text, shipped_recipes
 
 CONTRACT = {
     "budget": {"memory"},
@@ -78,9 +82,12 @@ def test_the_default_fits_the_bundled_model() -> None:
     ("search: {finalist: 3}", "line 2: unknown key 'search.finalist' (did you mean 'finalists'?)"),
     ("budgets: {memory: 0.5x}", "line 2: unknown key 'budgets' (did you mean 'budget'?)"),
     ("search:\n  measure: 4\n\n  # a comment\n  meassure: 5", "line 6: unknown key 'search.meassure' (did you mean 'measure'?)"),
-    ("budget: {memry: 1GiB}", "unknown budget 'memry' (did you mean 'memory'?)"),
+    ("budget:\n  memory: 1GiB\n  memry: 1GiB", "line 4: unknown budget 'memry' (did you mean 'memory'?)"),
     ("space: {hiden_size: [1, 2]}", "line 2: unknown key 'space.hiden_size' (did you mean 'hidden_size'?)"),
     ("calibration: {sampels: 4, dta: x}", "did you mean 'samples'?"),
+    ("workload:\n  batch: 1\n  keep_16bits: [lm_head]", "line 4: unknown key 'workload.keep_16bits' (did you mean 'keep_16bit'?)"),
+    ("workload:\n  batch: 1\n  keep_16bit: [norms]", "line 4: keep_16bit norms: known are "),
+    ("space:\n  hidden_size:\n    - 1\n    - [2]", "line 3: space.hidden_size = [2]: write [low, high]"),
     ("xyzzy: 1", "unknown key 'xyzzy'; known: "),
 ])
 def test_unknown_keys(line: str, text: str) -> None:
@@ -201,3 +208,59 @@ def test_a_plan_refuses_what_it_cannot_do(settings: dict[str, Any], message: str
 
     with pytest.raises(RecipeError, match=message):
         make_plan(ARCH, Recipe().with_overrides(settings=settings))
+
+
+def test_the_json_schema_is_as_strict(tmp_path: Path) -> None:
+    """What an editor underlines: every shipped recipe passes, a misspelt key and a bad value do not."""
+    schema = json_schema()
+    check = jsonschema.Draft202012Validator(schema)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for file in shipped_recipes():
+        written = yaml.safe_load(file.read_text())
+        assert list(check.iter_errors(written)) == [], file.name
+    good = yaml.safe_load("recipe: 1\nbudget: {params: 4.5B, memory: 31.7GiB}\ndistillation: {tokens: 1.5M, learning_rate: 1.0e-3}\n")
+    assert list(check.iter_errors(good)) == []
+    for bad in ("recipe: 1\nbudget: {memry: 1GiB}", "recipe: 1\nsearch: {meassure: 4}", "recipe: 1\nserch: {}", "search: {}",
+                "recipe: 1\ndistillation: {tokens: many}", "recipe: 1\nsearch: {measure: 0}", "recipe: 2"):
+        assert len(list(check.iter_errors(yaml.safe_load(bad)))) >= 1, bad
+    keys = {name: set(part["properties"]) for name, part in schema["$defs"].items()}
+    assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
+    assert len(keys) == len(CONTRACT) - 1  # budget is a mapping
+    for section, names in CONTRACT.items():
+        if section != "budget":
+            assert names <= keys[f"{section.capitalize()}Section"]
+
+
+def test_recipes_on_the_command_line(tmp_path: Path) -> None:
+    def invoke(*arguments: str, code: int = 0) -> Result:
+        result = CliRunner().invoke(main, ["recipes", *arguments])
+        assert result.exit_code == code, result.output
+        return result
+
+    names = [row["name"] for row in json.loads(invoke("ls", "--json").stdout)]
+    assert {"default", "nemotron-h-47b", "nemotron-h-4b", "nemotron-nano-9b-v2"} <= set(names)
+    assert [line.split()[0] for line in invoke("ls").stdout.splitlines()] == names
+    assert invoke("show", "nemotron-h-4b").stdout.rstrip() == recipe_text("nemotron-h-4b")[0].rstrip()
+    assert Recipe.model_validate(json.loads(invoke("show", "nemotron-h-4b", "--json").stdout)) == Recipe.load("nemotron-h-4b")
+    file = tmp_path / "mine.yaml"
+    assert invoke("copy", "default", str(file)).stdout.split() == [str(file)]
+    assert Recipe.load(file) == Recipe()
+    assert "exists already" in invoke("copy", "default", str(file), code=2).stderr
+    assert "cannot be written" in invoke("copy", "default", str(tmp_path / "no" / "mine.yaml"), code=2).stderr
+    assert json.loads(invoke("validate", "--json").stdout) == names
+    assert invoke("validate", str(file), "default").stdout.splitlines() == [f"{file}: valid", "default: valid"]
+    file.write_text("recipe: 1\nserch: {}\n")
+    assert "line 2: unknown key 'serch' (did you mean 'search'?)" in invoke("validate", str(file), code=2).stderr
+    assert json.loads(invoke("schema").stdout) == json_schema()
+
+
+def test_shipped_recipes_say_what_they_need() -> None:
+    """Each opens with the command that runs it, its hardware needs and its source, in 10 to 25 lines beside them."""
+    files = shipped_recipes()
+    assert len(files) >= 4
+    for file in files:
+        lines = file.read_text().splitlines()
+        head = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+        for part in ("minipuzzle ", "# Needs: ", "# Source: "):
+            assert part in head, file.name
+        assert 10 <= sum(not line.startswith("#") for line in lines) <= 25, file.name

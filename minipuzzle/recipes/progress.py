@@ -47,11 +47,15 @@ class Reporter:
 
 
 class Terminal(Reporter):
-    """Bars with an ETA on a terminal; one line per stage where stderr is a file."""
+    """Bars with an ETA on a terminal. Where stderr is a file: a line per stage, and one a minute in between.
 
-    def __init__(self, console: Console | None = None) -> None:
+    `verbose`: a line every few seconds, on a terminal too.
+    """
+
+    def __init__(self, console: Console | None = None, verbose: bool = False) -> None:
         super().__init__()
         self.console = console or Console(stderr=True)
+        self.verbose = verbose
         self.estimates: dict[str, float] = {}
 
     def start(self, estimates: Mapping[str, float]) -> None:
@@ -79,7 +83,8 @@ class Terminal(Reporter):
     @contextmanager
     def _show(self, name: str, total: float) -> Iterator[Update]:
         place, left = self._place(name), self._left(name)
-        begin = time.perf_counter()
+        begin = said = time.perf_counter()
+        every = 5.0 if self.verbose else float("inf") if self.console.is_terminal else 60.0
         bars = Progress(TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn(),
                         TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
                         TextColumn(f"then {left / 60:.1f} min more" if left > 3 else ""),
@@ -90,10 +95,13 @@ class Terminal(Reporter):
             task = bars.add_task(f"{place} {name}".replace("[", r"\["), total=total, note="")
 
             def update(done: float, text: str = "") -> None:
-                nonlocal note
+                nonlocal note, said
                 interrupt.check()
                 note = text or note
                 bars.update(task, completed=done, note=note)
+                if (now := time.perf_counter()) - said >= every:
+                    said = now
+                    self.say(f"{place} {name}: {done / total:.0%} after {now - begin:.0f} s {note}".rstrip())
 
             yield update
         self.say(f"{place} {name}: {time.perf_counter() - begin:.1f} s {note}".rstrip())

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from minipuzzle.core.budget import BUDGET_KEYS, Workload, parse_quantity
 from minipuzzle.core.errors import RecipeError
@@ -25,10 +33,13 @@ def _quantity(value: Any, units: str) -> int:
         raise ValueError(str(error)) from None  # pydantic adds the key, `_explain` the line
 
 
-Decimal = Annotated[int, BeforeValidator(lambda v: _quantity(v, "decimal"))]
-Binary = Annotated[int, BeforeValidator(lambda v: _quantity(v, "binary"))]
+# what an editor accepts for a size: a number, or one with a unit
+_WRITTEN = WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0},
+                                     {"type": "string", "pattern": r"^[0-9.]+ ?([kKmMbBtT]|[KMGT]iB|x)?$"}]})
+Decimal = Annotated[int, BeforeValidator(lambda v: _quantity(v, "decimal")), _WRITTEN]
+Binary = Annotated[int, BeforeValidator(lambda v: _quantity(v, "binary")), _WRITTEN]
 Range = list[int | str] | int | str | None
-Text = Annotated[str, BeforeValidator(str), PlainSerializer(str)]
+Text = Annotated[str, BeforeValidator(str), PlainSerializer(str), _WRITTEN]
 
 
 class _Section(BaseModel):
@@ -115,7 +126,7 @@ class Recipe(_Section):
     """Everything that decides the result, but for the model and the seed."""
 
     recipe: Literal[1] = 1
-    budget: dict[str, Text] = {"memory": "0.5x"}
+    budget: dict[str, Text] = Field({"memory": "0.5x"}, json_schema_extra={"propertyNames": {"enum": [*BUDGET_KEYS]}})
     workload: WorkloadSection = WorkloadSection()
     calibration: CalibrationSection = CalibrationSection()
     scores: ScoresSection = ScoresSection()
@@ -173,6 +184,12 @@ class Recipe(_Section):
         return str(yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=None, width=110))
 
 
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors; keys that do not exist are errors there too."""
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "required": ["recipe"]}
+    return head | Recipe.model_json_schema()
+
+
 def recipe_text(name: str) -> tuple[str, str]:
     """(text, where it is from) of a shipped recipe or of a file."""
     path = Path(name)
@@ -196,23 +213,31 @@ def shipped_recipes() -> list[Any]:
 def _validate(data: dict[str, Any], origin: str, lines: dict[tuple[Any, ...], int]) -> Recipe:
     try:
         recipe = Recipe.model_validate(data)
-        recipe.workload.build()
     except ValidationError as error:
         raise RecipeError(_explain(error, origin, lines)) from None
+    try:
+        recipe.workload.build()
+    except RecipeError as error:
+        raise RecipeError(f"{_where(origin, lines, ('workload', 'keep_16bit'))}: {error}") from None
     unknown = [key for key in recipe.budget if key not in BUDGET_KEYS]
     if unknown:
-        raise RecipeError(f"{origin}: unknown budget {unknown[0]!r}{_suggest(unknown[0], list(BUDGET_KEYS))}; "
-                          f"known: {', '.join(BUDGET_KEYS)}")
+        raise RecipeError(f"{_where(origin, lines, ('budget', unknown[0]))}: unknown budget {unknown[0]!r}"
+                          f"{_suggest(unknown[0], list(BUDGET_KEYS))}; known: {', '.join(BUDGET_KEYS)}")
     return recipe
+
+
+def _where(origin: str, lines: dict[tuple[Any, ...], int], path: tuple[Any, ...]) -> str:
+    """The origin, with the line of the path or of the nearest part of it that has one."""
+    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+    return f"{origin}, line {line}" if line else origin
 
 
 def _explain(error: ValidationError, origin: str, lines: dict[tuple[Any, ...], int]) -> str:
     """The first problem of a ValidationError in one line, with its line number and the nearest right key."""
     first = error.errors()[0]
-    path = tuple(first["loc"])
+    path = tuple(first["loc"][:2])  # further parts are places in a list, and pydantic's names of union members
     name = ".".join(str(part) for part in path)
-    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-    where = f"{origin}, line {line}" if line else origin
+    where = _where(origin, lines, path)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         section: Any = Recipe
@@ -220,6 +245,8 @@ def _explain(error: ValidationError, origin: str, lines: dict[tuple[Any, ...], i
             section = section.model_fields[part].annotation
         known = list(section.model_fields)
         return f"{where}: unknown key {name!r}{_suggest(str(path[-1]), known)}; known: {', '.join(known)}{more}"
+    if path[0] == "space" and len(path) > 1:
+        return f"{where}: {name} = {first['input']!r}: write [low, high], [low, high, step], a number or a part as 0.5x"
     return f"{where}: {name} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}{more}"
 
 
