@@ -259,20 +259,37 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
 @main.command()
 @click.argument("model")
 @click.option("--teacher", help="A model folder to compare with: KL and agreement.")
+@click.option("--latency", is_flag=True, help="Also tokens per second at the recipe's workload.context and batch.")
+@click.option("--tasks", help="Also these tasks of lm-eval, comma-separated; needs the eval extra.")
+@click.option("--limit", type=click.IntRange(1), help="Of each task only so many questions.")
 @recipe_options
 @click.option("--device", default="cpu", show_default=True)
 @json_option
-def evaluate(model: str, teacher: str | None, recipe: Recipe, device: str, as_json: bool) -> None:
+def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, limit: int | None, recipe: Recipe,
+             device: str, as_json: bool) -> None:
     """Held-out loss, perplexity and accuracy; with --teacher also KL and agreement.
 
     \b
     minipuzzle evaluate runs/mine/model --teacher my-model --data texts/
+    minipuzzle evaluate runs/mine/model --latency --set workload.context=4k
+    minipuzzle evaluate runs/mine/model --tasks hellaswag,mmlu --limit 200
     """
     from minipuzzle.recipes import single
 
-    data = single.evaluate(model, teacher, recipe, device)
-    _print(data, as_json, [f"{key:12} {value:.5g}" if isinstance(value, float) else f"{key:12} {value}"
-                           for key, value in data.items()])
+    if limit is not None and tasks is None:
+        raise RecipeError("--limit is for --tasks")
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    data = single.evaluate(model, teacher, recipe, device, latency, names, limit)
+    parts = (data, data.get("latency") or {}, *_scores_of(data))
+    _print(data, as_json, [f"{key:26} {value:.5g}" if isinstance(value, float) else f"{key:26} {value}"
+                           for part in parts for key, value in part.items()
+                           if value is not None and not isinstance(value, dict)])
+
+
+def _scores_of(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The numbers of each task, by "task metric"."""
+    return [{f"{name} {metric.removesuffix(',none')}": value for metric, value in scores.items() if metric != "alias"}
+            for name, scores in ((data.get("tasks") or {}).get("results") or {}).items()]
 
 
 @main.command()

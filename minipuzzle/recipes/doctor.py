@@ -7,33 +7,123 @@ hides it: its SSM adds nothing. So the check scales the SSM up.
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from minipuzzle.core.architecture import Architecture
+from minipuzzle.core.budget import human_bytes
+from minipuzzle.core.errors import MinipuzzleError, ResourceError
+from minipuzzle.models import check_prunable
 from minipuzzle.models.nemotron_h import NemotronH
 from minipuzzle.models.ssd import ssd
 from minipuzzle.models.walk import Model, final_hidden
+from minipuzzle.models.weights import open_model
+from minipuzzle.recipes.plan import Plan, check_memory, make_plan
 from minipuzzle.recipes.results import versions
+from minipuzzle.recipes.schema import Recipe
+from minipuzzle.recipes.source import config_of
 
 TOLERANCE = 1e-4
 
 
-def examine() -> list[dict[str, Any]]:
-    """A list of {name, value, ok}."""
+def examine(model: str | None = None) -> list[dict[str, Any]]:
+    """A list of {name, value, ok}: of this installation, and of `model` on it if one is named."""
     checks = [_check(f"version of {name}", value, True) for name, value in versions().items()]
     checks.append(_check("transformers at least 5.18", metadata.version("transformers"),
                          tuple(int(p) for p in metadata.version("transformers").split(".")[:2]) >= (5, 18)))
-    devices = ["cpu"] + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    checks.append(_check("devices", ", ".join(devices), True))
+    checks += [_check("torch build", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only", True),
+               *_memory(), _check("scan of the SSM", _kernel(), True)]
     for package, use in (("mamba_ssm", "Triton scan"), ("causal_conv1d", "CUDA convolution"),
-                         ("transformer_engine", "fp8"), ("lm_eval", "tasks")):
+                         ("transformer_engine", "fp8"), ("modelopt", "quantisation"), ("lm_eval", "tasks"),
+                         ("tensorboard", "tracking"), ("wandb", "tracking"), ("trackio", "tracking")):
         found = importlib.util.find_spec(package) is not None
         checks.append(_check(f"{package} ({use})", "installed" if found else "not installed (optional)", True))
-    checks += [_chunks(), *_transformers()]
-    return checks
+    checks += [_bf16(device) for device in devices()]
+    checks += [_fp8(), _chunks(), *_transformers()]
+    return checks + (_model(model) if model is not None else [])
+
+
+def devices() -> list[torch.device]:
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+def _memory() -> list[dict[str, Any]]:
+    """Cores, memory and disk, free and whole."""
+    whole, free = (os.sysconf("SC_PAGE_SIZE") * os.sysconf(f"SC_{n}_PAGES") for n in ("PHYS", "AVPHYS"))
+    try:  # what can be had without swapping is more than what is unused
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    out = [_check("cpu", f"{cores} cores, {torch.get_num_threads()} threads, {human_bytes(free)} of "
+                  f"{human_bytes(whole)} memory free", True)]
+    for i in range(torch.cuda.device_count()):
+        rest, size = torch.cuda.mem_get_info(i)
+        out.append(_check(f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, {human_bytes(rest)} of {human_bytes(size)} "
+                          "free", True))
+    disk = shutil.disk_usage(".")
+    return [*out, _check("disk here", f"{human_bytes(disk.free)} of {human_bytes(disk.total)} free", True)]
+
+
+def _kernel() -> str:
+    """Which code computes the SSM here."""
+    return "plain torch, in chunks (models/ssd.py)"
+
+
+def _bf16(device: torch.device) -> dict[str, Any]:
+    """A product in bfloat16 against float32."""
+    gen = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(64, 64, generator=gen).to(device) for _ in "xw")
+    try:
+        found = (x.bfloat16() @ w.bfloat16()).float()
+    except RuntimeError as error:
+        return _check(f"bf16 on {device}", str(error).splitlines()[0], False)
+    exact = x.bfloat16().float() @ w.bfloat16().float()
+    difference = float((found - exact).abs().max() / exact.abs().max())
+    return _check(f"bf16 on {device}", f"relative error {difference:.1e} (limit 1e-02)", difference <= 1e-2)
+
+
+def _fp8() -> dict[str, Any]:
+    able = [str(d) for d in devices() if d.type == "cuda" and torch.cuda.get_device_capability(d) >= (8, 9)]
+    return _check("fp8", ", ".join(able) or "no device for it (needs compute capability 8.9; optional)", True)
+
+
+def _model(model: str) -> list[dict[str, Any]]:
+    """Whether `model` is of a kind that can be pruned, and whether this machine can do it with the default recipe."""
+    there = Path(model).is_dir()
+    try:
+        config = config_of(model)
+        arch = Architecture.from_config(config)
+        check_prunable(arch, config)
+        if there:
+            open_model(Path(model))
+    except MinipuzzleError as error:
+        return [_check(f"{model} can be pruned", " ".join(str(error).split()), False)]
+    what = "the weights' names and shapes are right" if there else "by its configuration; no weights were looked at"
+    checks = [_check(f"{model} can be pruned", f"{arch}; {what}", True)]
+    try:
+        plan = make_plan(arch, Recipe())
+    except MinipuzzleError as error:
+        return [*checks, _check("the default recipe", str(error), False)]
+    fits = [_fits(plan, device) for device in devices()]
+    enough = any(check["ok"] for check in fits)  # one device that it fits on
+    return checks + [check | {"ok": enough} for check in fits]
+
+
+def _fits(plan: Plan, device: torch.device) -> dict[str, Any]:
+    try:
+        check_memory(plan, device)
+    except ResourceError as error:
+        return _check(f"default recipe on {device}", str(error), False)
+    seconds = sum(plan.estimates().values()) if device.type == "cpu" else None
+    about = f", about {seconds / 60:.0f} min by a rough estimate" if seconds is not None else ""
+    return _check(f"default recipe on {device}", f"fits{about}", True)
 
 
 def _check(name: str, value: str, ok: bool) -> dict[str, Any]:
@@ -56,6 +146,9 @@ def _chunks() -> dict[str, Any]:
 def _transformers() -> list[dict[str, Any]]:
     """Causality and agreement with our own forward pass, past one chunk, with an SSM that matters."""
     from transformers import NemotronHConfig, NemotronHForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # that the kernels are not there is said above
 
     config = NemotronHConfig(vocab_size=64, hidden_size=32, intermediate_size=64, hybrid_override_pattern="M-M*-",
                              mamba_num_heads=8, mamba_head_dim=8, n_groups=2, ssm_state_size=16, chunk_size=32,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from minipuzzle.core.rundir import RunDir, digest, write_json
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.distill.loop import distill_model
 from minipuzzle.evaluate.quality import Reference, measure
+from minipuzzle.evaluate.served import check_tasks, latency, tasks
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import open_ranks
 from minipuzzle.models.walk import Model
@@ -49,6 +51,8 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
             job.refuse_changes(redo=False)
             write_json(job.run.path / "run.json", run_about(job))
         job.ranks.barrier()
+        estimates = job.plan.estimates()
+        reporter.start({name: estimates[name] for name in ("tokenize", "score", "curves")})
         for stage in (stages.tokenize_data, stages.score, stages.curves):
             stage(job)
     finally:
@@ -57,8 +61,14 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
     return path, LayerScores.read(path / "layers.csv").table
 
 
-def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, device: str = "cpu") -> dict[str, Any]:
-    """Held-out loss (nats per token and per byte), perplexity, accuracy; against a teacher KL and agreement."""
+def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, device: str = "cpu",
+             speed: bool = False, task_names: Sequence[str] = (), limit: int | None = None) -> dict[str, Any]:
+    """Held-out loss (nats per token and per byte), perplexity, accuracy; against a teacher KL and agreement.
+
+    With `speed` also latency, at the recipe's context and batch; with `task_names` also lm-eval's results.
+    """
+    if task_names:
+        check_tasks(list(task_names))
     folder = open_model(find_model(model))
     other = open_model(find_model(teacher)) if teacher is not None else folder
     if other.arch.vocab_size != folder.arch.vocab_size:
@@ -76,8 +86,12 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
                            "tokens": reference.ids.numel()}
     alone = ("loss", "loss_stderr", "accuracy")
     out |= {k: v for k, v in found.items() if teacher is not None or k in alone}
-    return out | {"loss_per_byte": found["loss"] / bytes_per_token,
-                  "perplexity": float(torch.tensor(found["loss"]).exp())}
+    out |= {"loss_per_byte": found["loss"] / bytes_per_token, "perplexity": float(torch.tensor(found["loss"]).exp())}
+    if speed:
+        out["latency"] = latency(folder.path, device, recipe.workload.context, recipe.workload.batch)
+    if task_names:
+        out["tasks"] = tasks(folder.path, list(task_names), device, limit)
+    return out
 
 
 def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir: Path, seed: int, device: str,

@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+from minipuzzle.core.config import read_config
 from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.published import find_config
 from minipuzzle.core.rundir import digest
 from minipuzzle.models.weights import ModelFolder
 from minipuzzle.recipes.schema import Recipe
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def bundled_model() -> Path:
@@ -26,7 +31,7 @@ def find_model(model: str | Path) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+    if path.exists() or not HUB_ID.fullmatch(str(model)):
         raise RecipeError(f"{model}: no such model folder, and not a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -36,6 +41,23 @@ def find_model(model: str | Path) -> Path:
             "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise RecipeError(f"{model}: no such folder, and the Hub did not give it "
+                          f"({str(error).strip().splitlines()[0]})") from None
+
+
+def config_of(model: str) -> dict[str, Any]:
+    """The configuration of a folder, a config.json, a published name or a Hub id, of which nothing else is fetched.
+
+    Raises:
+        RecipeError: none of them.
+    """
+    if Path(model).exists() or not HUB_ID.fullmatch(model):
+        return find_config(model)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_config(Path(hf_hub_download(model, "config.json")))
+    except OSError as error:  # of the Hub and of the network
+        raise RecipeError(f"{model}: no such folder, and the Hub did not give its config.json "
                           f"({str(error).strip().splitlines()[0]})") from None
 
 

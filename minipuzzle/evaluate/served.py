@@ -1,0 +1,81 @@
+"""A folder as transformers opens it: how fast it reads and writes, and lm-eval's tasks (the `eval` extra)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from minipuzzle.core.errors import RecipeError
+
+
+def open_served(path: Path, device: str) -> Any:
+    """The stock model in the folder's dtype, its dt without limit as the engines have it (docs/method.md)."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # `doctor` says which kernels are not there
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(str(path), dtype="auto", local_files_only=True).to(device).eval()
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+    return model
+
+
+@torch.no_grad()
+def latency(path: Path, device: str, context: int, batch: int = 1, new_tokens: int = 32,
+            repeats: int = 3) -> dict[str, Any]:
+    """Tokens per second of a prompt of `context` tokens and of greedy decoding after it; medians after a warm-up.
+
+    With transformers' own kernels and cache: to compare models on one machine, not what a serving engine reaches.
+    """
+    model = open_served(path, device)
+    gen = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (batch, context), generator=gen).to(device)
+    prefill, decode = [], []
+    for _ in range(1 + repeats):
+        begin = _now(device)
+        out = model(ids, use_cache=True, logits_to_keep=1)
+        read = _now(device)
+        for _ in range(new_tokens):
+            out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+        prefill.append(read - begin)
+        decode.append(_now(device) - read)
+    return {"context": context, "batch": batch, "new_tokens": new_tokens, "repeats": repeats,
+            "dtype": str(model.dtype).removeprefix("torch."), "device": str(device),
+            "prefill_tokens_per_second": batch * context / median(prefill[1:]),
+            "decode_tokens_per_second": batch * new_tokens / median(decode[1:])}
+
+
+def _now(device: str) -> float:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def check_tasks(names: list[str]) -> None:
+    """Raise RecipeError if lm-eval is not installed, or has no such task."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise RecipeError("--tasks needs lm-eval: pip install 'minipuzzle[eval]'") from None
+    known = TaskManager().all_tasks
+    unknown = [name for name in names if name not in known and not Path(name).is_file()]
+    if unknown:
+        raise RecipeError(f"lm-eval has no task {', '.join(unknown)}; 'lm-eval ls tasks' lists them")
+
+
+def tasks(path: Path, names: list[str], device: str, limit: int | None = None) -> dict[str, Any]:
+    """lm-eval's results of each task (or task file), with the versions of the tasks."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    served = HFLM(pretrained=open_served(path, device), tokenizer=tokenizer)
+    found = simple_evaluate(model=served, tasks=names, limit=limit)
+    return {"results": found["results"], "versions": found["versions"], "n_samples": found.get("n-samples")}

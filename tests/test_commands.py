@@ -1,0 +1,146 @@
+"""The commands as their users hold on to them: verbs, options and exit codes stay; stdout is clean; -q is quiet."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from rich.console import Console
+
+from minipuzzle.cli import main
+from minipuzzle.recipes import progress
+from minipuzzle.recipes.progress import Terminal
+
+RECORDED = Path(__file__).parent / "data" / "commands.txt"
+# what the parts of a help must have; every verb also has an example (test_imports.py)
+JSON_VERBS = {"prune", "inspect", "score", "search", "evaluate", "distill", "report", "doctor"}
+
+
+def commands(group: click.Group, before: str = "") -> dict[str, click.Command]:
+    out: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        inner = isinstance(command, click.Group)
+        out |= commands(command, f"{before}{name} ") if inner else {f"{before}{name}": command}  # type: ignore[arg-type]
+    return out
+
+
+def signature(name: str, command: click.Command) -> str:
+    """`evaluate MODEL --data --device ...`: arguments in order, options by name."""
+    arguments = [f"[{p.name.upper()}]" if not p.required else p.name.upper() for p in command.params
+                 if isinstance(p, click.Argument) and p.name]
+    options = sorted("/".join(sorted(p.opts, key=len)) for p in command.params if isinstance(p, click.Option))
+    return " ".join([name, *arguments, *options])
+
+
+def test_verbs_and_options_are_as_recorded() -> None:
+    """An option that goes or comes is a decision: record it in tests/data/commands.txt, and in the README if it is new."""
+    found = "\n".join(signature(name, command) for name, command in sorted(commands(main).items())) + "\n"
+    assert found.count("\n") >= 13
+    assert found == RECORDED.read_text(encoding="utf-8")
+
+
+def test_every_option_is_explained_and_json_is_everywhere() -> None:
+    every = commands(main)
+    assert len(every) >= 13
+    for name, command in every.items():
+        assert command.help, name
+        assert "minipuzzle " in command.help, f"{name} has no example"
+        options = [p for p in command.params if isinstance(p, click.Option)]
+        for option in options:
+            assert option.help or option.default is not None or option.name == "output_dir", f"{name} {option.name}"
+        if name in JSON_VERBS:
+            assert "as_json" in {o.name for o in options}, name
+
+
+def test_completion_is_what_the_readme_says() -> None:
+    script = subprocess.run([sys.executable, "-c", "from minipuzzle.cli import main; main(prog_name='minipuzzle')"],
+                            env=os.environ | {"_MINIPUZZLE_COMPLETE": "bash_source"}, capture_output=True, text=True)
+    assert "_minipuzzle_completion" in script.stdout
+    words = subprocess.run([sys.executable, "-c", "from minipuzzle.cli import main; main(prog_name='minipuzzle')"],
+                           env=os.environ | {"_MINIPUZZLE_COMPLETE": "bash_complete", "COMP_WORDS": "minipuzzle re",
+                                             "COMP_CWORD": "1"}, capture_output=True, text=True)
+    assert {line.split(",")[1] for line in words.stdout.splitlines()} == {"recipes", "report"}
+
+
+def invoke(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+SMALL = ("--set", "calibration.sequence_length=32", "--set", "calibration.samples=4", "--set", "evaluation.samples=4")
+
+
+def test_evaluate(model_folder: Path, texts: Path) -> None:
+    request = ("evaluate", model_folder, "--data", texts, *SMALL)
+    data = json.loads(invoke(*request, "--teacher", model_folder, "--json").stdout)
+    assert data["kl"] == pytest.approx(0, abs=1e-6)
+    assert data["agreement"] == 1
+    assert data["tokens"] == 4 * 32
+    assert data["perplexity"] == pytest.approx(2.718281828 ** data["loss"], rel=1e-6)
+    text = invoke(*request).stdout
+    assert f"{'loss':26} {data['loss']:.5g}" in text.splitlines()
+    assert "kl " not in text
+    assert "exclude" in invoke("score", model_folder, "-v", "-q", code=2).stderr
+    assert "--limit is for --tasks" in invoke(*request, "--limit", 3, code=2).stderr
+
+
+def test_evaluate_latency(model_folder: Path, texts: Path) -> None:
+    request = ("evaluate", model_folder, "--data", texts, *SMALL, "--latency", "--set", "workload.context=16",
+               "--set", "workload.batch=2")
+    found = json.loads(invoke(*request, "--json").stdout)["latency"]
+    assert (found["context"], found["batch"], found["dtype"], found["device"]) == (16, 2, "bfloat16", "cpu")
+    assert found["prefill_tokens_per_second"] > 0
+    assert found["decode_tokens_per_second"] > 0
+
+
+def test_tasks_without_lm_eval_are_refused_before_anything_is_read(model_folder: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                   ) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    result = invoke("evaluate", model_folder, "--tasks", "hellaswag", "--data", "no-such-data", code=2)
+    assert result.stderr == "minipuzzle: --tasks needs lm-eval: pip install 'minipuzzle[eval]'\n"
+
+
+def spoken(monkeypatch: pytest.MonkeyPatch, verbose: bool, seconds: float) -> list[str]:
+    """The lines of a stage of 10 steps, each of which takes so long, where stderr is a file."""
+    clock = iter(range(10_000))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock) * seconds)
+    text = io.StringIO()
+    terminal = Terminal(Console(file=text, width=200), verbose=verbose)
+    terminal.start({"score": 10.0, "search": 1.0})
+    with terminal.stage("score", 10) as update:
+        for done in range(1, 11):
+            update(done, f"layer {done}")
+    assert "\r" not in text.getvalue()
+    return text.getvalue().splitlines()
+
+
+def test_progress_line_by_line_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = spoken(monkeypatch, False, 1)
+    assert len(quick) == 1
+    assert quick[0].startswith("[1/2] score: ")
+    assert quick[0].endswith("s layer 10")
+    slow = spoken(monkeypatch, False, 30)
+    assert len(slow) == 6
+    assert slow[0].startswith("[1/2] score: 20% after 60 s layer 2")
+    assert len(spoken(monkeypatch, True, 3)) == 6
+
+
+def test_quiet_says_nothing_and_json_is_alone(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    request = ("score", model_folder, "--data", texts, *SMALL, "--set", "space.hidden_size=1x", "--set", "space.ffn_size=1x",
+               "--set", "space.mamba_num_heads=1x", "-o")
+    result = invoke(*request, tmp_path / "quiet", "-q", "--json")
+    assert result.stderr == ""
+    assert len(json.loads(result.stdout)["layers"]) > 0
+    lines = invoke(*request, tmp_path / "plain").stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["[1/3] tokenize", "[2/3] score", "[3/3] curves"]

@@ -1,0 +1,80 @@
+"""`minipuzzle doctor` finds what is wrong, and `inspect` draws what it counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from minipuzzle.cli import main
+from minipuzzle.recipes import doctor
+
+
+def invoke(*arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_a_right_installation(model_folder: Path) -> None:
+    checks = json.loads(invoke("doctor", str(model_folder), "--json").stdout)
+    names = {check["name"] for check in checks}
+    assert all(check["ok"] for check in checks)
+    for part in ("version of torch", "torch build", "scan of the SSM", "disk here", "cpu", "fp8", "bf16 on cpu",
+                 "transformers at least 5.18", "transformers: the past does not see the future",
+                 "scan: chunks of 16 and of 64 agree", f"{model_folder} can be pruned", "default recipe on cpu"):
+        assert part in names
+    assert sum("(limit" in check["value"] for check in checks) == 4  # what was run, with its error
+    fit = next(check["value"] for check in checks if check["name"] == "default recipe on cpu")
+    assert fit.startswith("fits, about")
+
+
+@pytest.mark.parametrize(("model", "name", "message"), [
+    ("nemotron-3-nano-30b-a3b", "can be pruned", "are MoE"), ("nemotron-h-56b", "default recipe on cpu", "the run needs about"),
+    ("no-such-model", "can be pruned", "no such folder or file"), ("minitron-8b", "can be pruned", "cannot be pruned yet")])
+def test_a_model_that_cannot_be_pruned_here(model: str, name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_transformers", list)  # a second each time, and the same
+    result = invoke("doctor", model, code=1)
+    bad = [line for line in result.stdout.splitlines() if line.startswith("BAD ")]
+    assert len(bad) == 1
+    assert name in bad[0]
+    assert message in bad[0]
+
+
+def test_a_scan_that_depends_on_its_chunks_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = doctor.ssd
+    monkeypatch.setattr(doctor, "ssd", lambda x, dt, a, b, c, d, chunk: right(x, dt, a, b, c, d, chunk) * (1 + chunk / 1000))
+    check = doctor._chunks()
+    assert not check["ok"]
+    assert "limit 1e-04" in check["value"]
+
+
+def test_a_leak_from_the_future_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in transformers 5.6 to 5.14, whose scan was not causal past one chunk."""
+    from transformers import NemotronHForCausalLM
+
+    right = NemotronHForCausalLM.forward
+
+    def leaking(self: NemotronHForCausalLM, ids: torch.Tensor, **options: bool) -> object:
+        out = right(self, ids, **options)
+        out.logits = out.logits + out.logits.flip(1) / 100
+        return out
+
+    monkeypatch.setattr(NemotronHForCausalLM, "forward", leaking)
+    assert [check["ok"] for check in doctor._transformers()] == [False, False]
+
+
+def test_inspect_is_a_table_with_the_layers_in_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = invoke("inspect", "nemotron-h-8b").stdout
+    assert "\x1b" not in plain
+    assert plain.splitlines()[1].strip() == "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+    data = json.loads(invoke("inspect", "nemotron-h-8b", "--json").stdout)
+    for name in ("embedding", "mamba", "attention", "ffn", "norm", "total"):
+        row = next(line.split() for line in plain.splitlines() if line.split()[:1] == [name])
+        assert f"{data['parameters'][name]:,}" in row
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    coloured = invoke("inspect", "nemotron-h-8b").stdout.splitlines()[1]
+    assert len({code for code in coloured.split("\x1b[") if code.endswith(("M", "*", "-"))}) == 3
