@@ -288,7 +288,8 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
 
 def _scores_of(data: dict[str, Any]) -> list[dict[str, Any]]:
     """The numbers of each task, by "task metric"."""
-    return [{f"{name} {metric.removesuffix(',none')}": value for metric, value in scores.items() if metric != "alias"}
+    return [{f"{name} {metric.removesuffix(',none')}": value for metric, value in scores.items()
+             if isinstance(value, float)}
             for name, scores in ((data.get("tasks") or {}).get("results") or {}).items()]
 
 
@@ -373,7 +374,12 @@ def doctor(model: str | None, as_json: bool) -> None:
 
 @main.group()
 def recipes() -> None:
-    """The shipped recipes: ls, show, copy, validate, schema. Example: minipuzzle recipes show default"""
+    """The shipped recipes, yours, and their JSON schema.
+
+    \b
+    minipuzzle recipes show default
+    minipuzzle recipes copy default mine.yaml
+    """
 
 
 @recipes.command("ls")

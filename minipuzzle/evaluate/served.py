@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from statistics import median
@@ -78,4 +79,5 @@ def tasks(path: Path, names: list[str], device: str, limit: int | None = None) -
     tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     served = HFLM(pretrained=open_served(path, device), tokenizer=tokenizer)
     found = simple_evaluate(model=served, tasks=names, limit=limit)
-    return {"results": found["results"], "versions": found["versions"], "n_samples": found.get("n-samples")}
+    keys = {"results": "results", "versions": "versions", "n_samples": "n-samples"}
+    return dict(json.loads(json.dumps({name: found.get(key) for name, key in keys.items()}, default=float)))
