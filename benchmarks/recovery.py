@@ -1,10 +1,11 @@
 """Recovery before training: select, rotate, refit and both, before and after distillation, at equal parameters.
 
-    python benchmarks/recovery.py [--phase before|sums|short|long] [--cases ...] [--methods ...] [--work runs/recovery]
+    python benchmarks/recovery.py [--phase before sums short gentle long] [--cases ...] [--methods ...] [--work DIR]
 
 Cuts of the bundled model; every method makes the same architecture of the same layers. `before`: KL and loss before
 training, 3 calibration seeds. `sums`: the rotation by differently weighted sums. `short`: 200 KD steps of 1k tokens,
-looked at every 25. `long`: 600 steps of 1k tokens (the budget of the default recipe). Every finished row is a line of
+looked at every 25. `gentle`: the same with a quarter of the learning rate. `long`: 600 steps of 1k tokens (the budget
+of the default recipe). Every finished row is a line of
 WORK/rows.jsonl, and is not made again; benchmarks/results/recovery.json is written from them after every phase.
 """
 
@@ -214,7 +215,7 @@ def sums(bench: Bench, cases: list[str], chosen: list[str]) -> None:
                     bench.add(key, measure(model, bench.reference))
 
 
-def train(bench: Bench, cases: list[str], chosen: list[str], phase: str, steps: int) -> None:
+def train(bench: Bench, cases: list[str], chosen: list[str], phase: str, steps: int, rate: float = RATE) -> None:
     for case in cases:
         for method in (m for m in methods(case) if m in chosen):
             key = {"phase": phase, "case": case, "method": method, "seed": 0}
@@ -224,7 +225,7 @@ def train(bench: Bench, cases: list[str], chosen: list[str], phase: str, steps: 
             student = HybridLM(model.family, model.arch, model.by_name())
             begin = time.perf_counter()
             with tempfile.TemporaryDirectory() as scratch:
-                distill_model(student, bench.parent, bench.train, TrainSettings(steps * BATCH, BATCH, RATE),
+                distill_model(student, bench.parent, bench.train, TrainSettings(steps * BATCH, BATCH, rate),
                               Path(scratch), evaluate=lambda s: measure(as_model(s), bench.reference),
                               evaluate_every=EVERY * steps // SHORT)
                 rows = [r for r in read_metrics(Path(scratch)) if "eval_loss" in r]
@@ -272,6 +273,7 @@ def write(bench: Bench) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     phases = {"before": before, "sums": sums, "short": partial(train, phase="short", steps=SHORT),
+              "gentle": partial(train, phase="gentle", steps=SHORT, rate=RATE / 4),
               "long": partial(train, phase="long", steps=LONG)}
     parser.add_argument("--phase", nargs="*", choices=phases, default=list(phases))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))

@@ -296,7 +296,8 @@ def test_a_run_tells_the_refitted_numbers(finished: Run, model_folder: Path) -> 
     reference = Reference(parent, torch.from_numpy(load_blocks(folder, "held_out", 32).first(8)))
     target, kept = Architecture.from_json(result["architecture"]), tuple(result["kept_layers"])
     scores = WidthScores.read(path / "scores" / "widths.safetensors")
-    cutter = Cutter(parent, scores, Rotation.read(path / "scores" / "rotation.safetensors"))
+    rotation = Rotation.read(path / "scores" / "rotation.safetensors")
+    cutter = Cutter(parent, scores, rotation)
     needed = samples_needed(parent.arch, 32)
     assert needed > 8
     ids = torch.from_numpy(load_blocks(folder, "train", 32).first(needed))
@@ -307,6 +308,9 @@ def test_a_run_tells_the_refitted_numbers(finished: Run, model_folder: Path) -> 
         result["loss_sliced"], rel=1e-6)
     assert [fit["ridge"] for fit in result["refit"]] == [fit.ridge for fit in fits]
     assert any(f"surgery.refit took {needed} samples" in line for line in finished.report["warnings"])
+    # the hidden axis is scored, and told, by the energies of directions
+    (half,) = (w for w in finished.report["scores"]["widths"] if w["axis"] == "hidden_size" and w["width"] == 16)
+    assert half["median"] == pytest.approx(rotation.energies[:, :16].sum() / rotation.energies.sum(), abs=1e-4)
     # candidates are measured as they are cut: hundreds of them must stay cheap
     chosen = next(c for c in finished.report["candidates"] if c["chosen"])
     assert chosen["measured"]["kl"] == pytest.approx(measure(cutter.cut(target, kept), reference)["kl"], rel=1e-5)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from minipuzzle.core.architecture import Architecture
@@ -31,12 +32,19 @@ class Cutter:
         assert self.rotation is not None
         return rotate(self.parent, self.rotation)
 
+    @cached_property
+    def ranked(self) -> WidthScores:
+        """What the cut goes by. A direction of the rotated stream scores the square root of its energy."""
+        if self.rotation is None:
+            return self.scores
+        return replace(self.scores, hidden=np.sqrt(np.maximum(self.rotation.scores, 0)))
+
     def _source(self, target: Architecture, kept_layers: tuple[int, ...]) -> tuple[Model, Selection]:
         """The parent in the basis that the cut is made in, and what is kept there."""
         arch = self.parent.arch
         if self.rotation is None or target.hidden_size == arch.hidden_size:
             return self.parent, select(arch, target, kept_layers, self.scores)
-        return self._rotated, select(arch, target, kept_layers, replace(self.scores, hidden=self.rotation.scores))
+        return self._rotated, select(arch, target, kept_layers, self.ranked)
 
     def cut(self, target: Architecture, kept_layers: tuple[int, ...]) -> Model:
         """The parent cut to `target`. Nothing cut: the parent's own tensors."""
