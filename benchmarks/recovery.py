@@ -157,6 +157,28 @@ def streams(model: Model, ids_NT: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, 1)
 
 
+@torch.no_grad()
+def second_moments(model: Model, ids_NT: torch.Tensor) -> np.ndarray:
+    """[L + 1, D, D] of the normalised stream at each norm, as `find_rotation` sums them up."""
+    out = torch.zeros(model.arch.num_layers + 1, model.arch.hidden_size, model.arch.hidden_size, dtype=torch.float64)
+    for ids in batches(ids_NT, floats_per_sample(model.arch, ids_NT.shape[1])):
+        x = model.family.embed(model.top, ids)
+        for i in range(len(out)):
+            n = x.flatten(0, 1).double()
+            n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + model.arch.norm_eps)
+            out[i] += n.T @ n
+            if i < model.arch.num_layers:
+                x = x + model.family.block(model.arch, model.arch.pattern[i], model.layers[i], x)
+    return (out / ids_NT.numel()).numpy()
+
+
+def weighted_rotation(moments_LDD: np.ndarray, weights_L: np.ndarray) -> Rotation:
+    """`find_rotation` with a weight for each norm in the sum."""
+    values, vectors = np.linalg.eigh(np.tensordot(weights_L, moments_LDD, 1))
+    basis = vectors[:, np.argsort(-values, kind="stable")]
+    return Rotation(basis, np.einsum("dk,lde,ek->lk", basis, moments_LDD, basis))
+
+
 def scaled(parent: Model, small: Model, kept: tuple[int, ...], ids_NT: torch.Tensor) -> Model:
     """One scalar for each cut (Prune&Comp, arXiv:2507.18212): what is removed would have made the stream alpha times
     as long, so everything that was written before the cut is made alpha times as large."""
@@ -199,16 +221,16 @@ def sums(bench: Bench, cases: list[str], chosen: list[str]) -> None:
                    for w, table in [*((w, family.layer_readers(k))
                                       for w, k in zip(bench.parent.layers, arch.pattern, strict=True)),
                                     (bench.parent.top, family.top_readers())]]
-        weights = {"equal": None, "energy": streams(bench.parent, ids).square().mean(1).double().numpy(),
-                   "readers": np.array(readers)}
+        energies = streams(bench.parent, ids).square().mean(1).double().numpy()
+        weights = {"equal": np.ones(len(readers)), "energy": energies, "readers": np.array(readers)}
+        moments = second_moments(bench.parent, ids)
         for name in SUMS:
-            rotation: Rotation | None = None
+            rotation = weighted_rotation(moments, weights[name])
             for hidden in (84, 72, 60):
                 for refits in (False, True):
                     key = {"phase": "sums", "sum": name, "hidden_size": hidden, "refit": refits, "seed": seed}
                     if bench.has(key) or (refits and seed):
                         continue
-                    rotation = rotation or find_rotation(bench.parent, ids, weights[name])
                     cutter = Cutter(bench.parent, plain, rotation)
                     target, kept = dataclasses.replace(arch, hidden_size=hidden), tuple(range(arch.num_layers))
                     model = cutter.refitted(target, kept, ids)[0] if refits else cutter.cut(target, kept)

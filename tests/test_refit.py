@@ -27,7 +27,6 @@ from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blocks import load_blocks
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.importance.widths import score_widths
-from minipuzzle.models.axes import Selection
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.recipes.pipeline import Run
@@ -174,7 +173,7 @@ def test_full_size_in_the_rotated_basis_is_the_parent_to_rounding() -> None:
     model = tiny_model()
     turned = rotate(model, find_rotation(model, IDS))
     again = rotate(turned, find_rotation(turned, IDS))  # its axes are the principal ones already: the identity
-    found, fits = refit(turned, again, Selection(ALL), IDS)
+    found, fits = refit(turned, again, ALL, lambda x: x, IDS)
     full = final_hidden(model, IDS) @ model.head.T
     assert relative(final_hidden(found, IDS) @ found.head.T, full) < 1e-4
     scale = float(turned.family.embed(turned.top, IDS).square().sum(-1).mean())
@@ -189,7 +188,7 @@ def test_a_damaged_writer_is_repaired() -> None:
         name = f"{WRITERS[kind]}.weight"
         broken = [dict(w) for w in model.layers]
         broken[layer][name] = broken[layer][name] * 0.3
-        found, fits = refit(model, dataclasses.replace(model, layers=tuple(broken)), Selection(ALL), IDS)
+        found, fits = refit(model, dataclasses.replace(model, layers=tuple(broken)), ALL, lambda x: x, IDS)
         assert fits[layer].after < 1e-6 * fits[layer].before
         assert relative(found.layers[layer][name], model.layers[layer][name]) < 1e-2
 

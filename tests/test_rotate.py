@@ -71,19 +71,6 @@ def test_the_basis_is_that_of_the_normalised_stream() -> None:
     np.testing.assert_array_equal(again.basis, rotation.basis)
 
 
-def test_norms_may_count_differently() -> None:
-    """The basis of a weighted sum; of one norm alone, the directions that keep the most of its energy."""
-    model, ids = wide(), tokens(3, 40)
-    weights = np.linspace(0.2, 3.0, ARCH.num_layers + 1)
-    seconds = np.stack([(x.flatten(0, 1).T @ x.flatten(0, 1) / ids.numel()).numpy() for x in streams(model, ids)])
-    rotation = find_rotation(model, ids, weights)
-    values = np.sort(np.linalg.eigvalsh(np.einsum("l,lij->ij", weights, seconds)))[::-1]
-    np.testing.assert_allclose(weights @ rotation.energies, values, rtol=1e-8)
-    equal, alone = find_rotation(model, ids), find_rotation(model, ids, np.eye(ARCH.num_layers + 1)[4])
-    assert alone.norm_weights(10)[4] > equal.norm_weights(10)[4]
-    np.testing.assert_array_equal(find_rotation(model, ids, np.ones(len(weights))).basis, equal.basis)
-
-
 def test_directions_are_scored_by_their_energy() -> None:
     """The hidden axis' width scores when rotating: the first k directions stay, whatever the channels' scores say."""
     model, ids = wide(), tokens(3, 40)
@@ -94,8 +81,8 @@ def test_directions_are_scored_by_their_energy() -> None:
     assert all(torch.equal(one[n], two[n]) for n in one)
     turned = rotate(model, rotation).top["backbone.embeddings.weight"]
     assert torch.equal(one["backbone.embeddings.weight"], turned[:, :12])
-    np.testing.assert_allclose(Cutter(model, scores, rotation).ranked.hidden ** 2, rotation.energies.sum(0), atol=1e-9)
-    assert Cutter(model, scores).ranked is scores
+    np.testing.assert_allclose(Cutter(model, scores, rotation).turned.hidden ** 2, rotation.energies.sum(0), atol=1e-9)
+    assert Cutter(model, scores).turned is scores
 
 
 def test_the_cut_is_the_projection_by_hand() -> None:

@@ -79,7 +79,7 @@ def _scores(job: Job, chosen: Candidate) -> dict[str, Any]:
     folder = job.run.path / "scores"
     layers, curves = LayerScores.read(folder / "layers.csv"), WidthCurves.read(folder / "width_curves.csv")
     return {"metric": job.plan.recipe.scores.layer_metric, "layers": _records(layers.table),
-            "curves": _records(curves.table)} | width_shares(job.cutter.ranked, job.plan.parent, chosen)
+            "curves": _records(curves.table)} | width_shares(job.cutter.turned, job.plan.parent, chosen)
 
 
 def width_shares(scores: WidthScores, parent: Architecture, chosen: Candidate) -> dict[str, Any]:

@@ -8,14 +8,14 @@ cut; what is trained or written may be refitted too (surgery/refit.py).
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 
 from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.scores import WidthScores
-from minipuzzle.models.axes import Selection, select
+from minipuzzle.models.axes import select
 from minipuzzle.models.walk import Model
 from minipuzzle.surgery.refit import BlockFit, refit
 from minipuzzle.surgery.rotate import Rotation, rotate
@@ -33,25 +33,18 @@ class Cutter:
         return rotate(self.parent, self.rotation)
 
     @cached_property
-    def ranked(self) -> WidthScores:
-        """What the cut goes by. A direction of the rotated stream scores the square root of its energy."""
+    def turned(self) -> WidthScores:
+        """The scores in the rotated basis: a direction of the stream scores the square root of its energy."""
         if self.rotation is None:
             return self.scores
         return replace(self.scores, hidden=np.sqrt(np.maximum(self.rotation.scores, 0)))
 
-    def _source(self, target: Architecture, kept_layers: tuple[int, ...]) -> tuple[Model, Selection]:
-        """The parent in the basis that the cut is made in, and what is kept there."""
-        arch = self.parent.arch
-        if self.rotation is None or target.hidden_size == arch.hidden_size:
-            return self.parent, select(arch, target, kept_layers, self.scores)
-        return self._rotated, select(arch, target, kept_layers, self.ranked)
-
     def cut(self, target: Architecture, kept_layers: tuple[int, ...]) -> Model:
         """The parent cut to `target`. Nothing cut: the parent's own tensors."""
-        source, selection = self._source(target, kept_layers)
-        small = source.slice(target, selection)
-        if self.rotation is None or source is self.parent:
-            return small
+        arch = self.parent.arch
+        if self.rotation is None or target.hidden_size == arch.hidden_size:
+            return self.parent.slice(target, select(arch, target, kept_layers, self.scores))
+        small = self._rotated.slice(target, select(arch, target, kept_layers, self.turned))
         weights = self.rotation.norm_weights(target.hidden_size)
         family = small.family
         top = {n: t * weights[-1] if n in family.top_readers() else t for n, t in small.top.items()}
@@ -66,8 +59,22 @@ class Cutter:
         Raises:
             RecipeError: too few tokens.
         """
-        source, selection = self._source(target, kept_layers)
-        return refit(source, self.cut(target, kept_layers), selection, ids_NT)
+        return refit(self.parent, self.cut(target, kept_layers), kept_layers, partial(self.keep, target.hidden_size),
+                     ids_NT)
+
+    def keep(self, hidden_size: int, x: torch.Tensor) -> torch.Tensor:
+        """The parent's stream [..., D] in the directions, or the channels, that a hidden size of k keeps, [..., k]."""
+        if hidden_size == self.parent.arch.hidden_size:
+            return x
+        if self.rotation is None:
+            return x.index_select(-1, self._channels(hidden_size).to(x.device))
+        return x @ torch.from_numpy(self.rotation.basis[:, :hidden_size]).to(x)
+
+    def _channels(self, hidden_size: int) -> torch.Tensor:
+        arch = self.parent.arch
+        index = select(arch, replace(arch, hidden_size=hidden_size), tuple(range(arch.num_layers)), self.scores).hidden
+        assert index is not None
+        return torch.from_numpy(index)
 
     def expand(self, hidden: torch.Tensor) -> torch.Tensor:
         """A small model's LM head input [..., k] as the parent's LM head would see it, [..., D]."""
@@ -75,10 +82,8 @@ class Cutter:
         if keep == arch.hidden_size:
             return hidden
         if self.rotation is None:
-            index = select(arch, replace(arch, hidden_size=keep), tuple(range(arch.num_layers)), self.scores).hidden
-            assert index is not None
             wide = hidden.new_zeros(*hidden.shape[:-1], arch.hidden_size)
-            return wide.index_copy_(-1, torch.from_numpy(index).to(hidden.device), hidden)
+            return wide.index_copy_(-1, self._channels(keep).to(hidden.device), hidden)
         (norm,) = self.parent.family.top_readers()
         basis = torch.from_numpy(self.rotation.basis[:, :keep]).to(hidden)
         return (hidden @ basis.T) * self.parent.top[norm]

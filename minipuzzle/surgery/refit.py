@@ -9,8 +9,7 @@ Block j of the student adds W a to its stream. In the order of the blocks, each 
     W0      the writer as it was cut: down_proj, out_proj or o_proj [k, n]    `family.layer_writers`
     a       its input on the student's own stream [n]                         the probe at that place
     r_S     the student's stream before the block adds to it [k]              `ours`
-    r_T     the parent's stream in the kept basis [k]: the first k            `theirs`, cut by `selection.hidden`
-            coordinates of the rotated one, or the kept channels
+    r_T     the parent's stream in the kept directions or channels [k]        `keep(theirs)`
     lambda  a multiple of the mean of s                                       RIDGES
 
 Mapped depth: r_T is taken after the last parent's layer before the one that the next block was made of. So a block
@@ -26,6 +25,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -37,7 +37,6 @@ from safetensors.torch import save_file
 
 from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
-from minipuzzle.models.axes import Selection
 from minipuzzle.models.base import Family
 from minipuzzle.models.walk import Model, batches, floats_per_sample
 
@@ -85,41 +84,44 @@ def refit_bytes(parent: Architecture, tokens: int) -> int:
 
 
 @torch.no_grad()
-def refit(parent: Model, small: Model, selection: Selection, ids_NT: torch.Tensor) -> tuple[Model, list[BlockFit]]:
-    """`small` with its writers refitted; it was cut from `parent` (in the same basis) by `selection`.
+def refit(parent: Model, small: Model, kept_layers: tuple[int, ...], keep: Callable[[torch.Tensor], torch.Tensor],
+          ids_NT: torch.Tensor) -> tuple[Model, list[BlockFit]]:
+    """`small` with its writers refitted; its blocks were cut from the parent's `kept_layers`.
+
+    `keep`: the parent's stream [..., D] -> what of it the small one's stands for, [..., k]. The parent's layers are
+    used once, one after another.
 
     Raises:
         RecipeError: too few tokens for the widest writer.
     """
-    family, kept, (count, length) = small.family, selection.kept_layers, ids_NT.shape
+    family, arch, (count, length) = small.family, parent.arch, ids_NT.shape
     check_samples(small.arch, count, length)
     held_out = torch.arange(count) % FOLDS == 0
-    floats = floats_per_sample(parent.arch, length)
+    floats = floats_per_sample(arch, length)
     fit_ids, held_ids = batches(ids_NT[~held_out], floats), batches(ids_NT[held_out], floats)
     ids = (*fit_ids, *held_ids)
     theirs = [family.embed(parent.top, x) for x in ids]
     ours = [family.embed(small.top, x) for x in ids]
-    hidden = ... if selection.hidden is None else torch.from_numpy(selection.hidden).to(parent.device)
     layers, fits, at = list(small.layers), [], 0
-    for j, (kind, end) in enumerate(zip(small.arch.pattern, (*kept[1:], parent.arch.num_layers), strict=True)):
+    for j, (kind, end) in enumerate(zip(small.arch.pattern, (*kept_layers[1:], arch.num_layers), strict=True)):
+        for layer in range(at, end):
+            for i in range(len(ids)):
+                theirs[i] = theirs[i] + family.block(arch, arch.pattern[layer], parent.layers[layer], theirs[i])
+        at = end
         name, place = family.layer_writers(kind)
         weight = layers[j][name]
         gram = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
         cross = torch.zeros_like(weight, dtype=torch.float64)
         held = []
         for i in range(len(ids)):
-            for layer in range(at, end):
-                theirs[i] = theirs[i] + family.block(parent.arch, parent.arch.pattern[layer], parent.layers[layer],
-                                                     theirs[i])
             seen: dict[str, torch.Tensor] = {}
             after = ours[i] + family.block(small.arch, kind, layers[j], ours[i], seen.__setitem__)
-            a_tn, e_tk = seen[place].flatten(0, 1), (theirs[i][..., hidden] - after).flatten(0, 1)
+            a_tn, e_tk = seen[place].flatten(0, 1), (keep(theirs[i]) - after).flatten(0, 1)
             if i < len(fit_ids):
                 gram += a_tn.double().T @ a_tn.double()
                 cross += e_tk.double().T @ a_tn.double()
             else:
                 held.append((a_tn, e_tk))
-        at = end
         step, fit = ridge_step(gram, cross, held)
         if step is not None:
             layers[j] = {**layers[j], name: weight + step.to(weight)}

@@ -72,12 +72,8 @@ def fold_norms(model: Model) -> Model:
 
 
 @torch.no_grad()
-def find_rotation(model: Model, ids_NT: torch.Tensor, weights_L: np.ndarray | None = None) -> Rotation:
-    """The principal directions of the normalised stream on N samples of T tokens.
-
-    `weights_L` [L + 1]: how much each norm counts in the sum over norms; left out, all the same (docs/results.md has
-    the comparison).
-    """
+def find_rotation(model: Model, ids_NT: torch.Tensor) -> Rotation:
+    """The principal directions of the normalised stream on N samples of T tokens."""
     folded = fold_norms(model)
     norms, hidden = model.arch.num_layers + 1, model.arch.hidden_size
     second = torch.zeros(norms, hidden, hidden, dtype=torch.float64)
@@ -89,8 +85,7 @@ def find_rotation(model: Model, ids_NT: torch.Tensor, weights_L: np.ndarray | No
     for ids in batches(ids_NT, floats_per_sample(model.arch, ids_NT.shape[1])):
         final = final_hidden(folded, ids, lambda layer, place, x: gather(layer, x) if place == "hidden" else None)
         gather(norms - 1, final)
-    weights_L = np.ones(norms) if weights_L is None else weights_L
-    values, vectors = np.linalg.eigh(np.tensordot(weights_L, second.numpy(), 1))
+    values, vectors = np.linalg.eigh(second.sum(0).numpy())
     basis = vectors[:, np.argsort(-values, kind="stable")]
     # the sign of an eigenvector is free: the largest entry positive, so that the same model gives the same basis
     basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(hidden)])
