@@ -15,6 +15,7 @@ import yaml
 from report_data import RECIPE, build
 
 from minipuzzle.core import rundir
+from minipuzzle.recipes.source import licence_of
 from minipuzzle.report import facts, html
 from minipuzzle.report.card import model_card
 from minipuzzle.report.html import render_html, write_report
@@ -245,12 +246,18 @@ def front_matter(card: str) -> tuple[dict[str, Any], str]:
 
 
 def test_card(report: dict[str, Any]) -> None:
-    front, body = front_matter(model_card(report | {"model": "nvidia/Nemotron-H-8B", "license": "other"}))
+    front, body = front_matter(model_card(report | {
+        "model": "nvidia/Nemotron-H-8B", "license": {"license": "other", "license_name": "some-terms"},
+        "recipe": RECIPE + "calibration: {data: owner/texts}\ndistillation: {data: stdlib}\n"}))
     assert front["library_name"] == "transformers"
     assert front["base_model"] == "nvidia/Nemotron-H-8B"
-    assert front["license"] == "other"
+    assert (front["license"], front["license_name"]) == ("other", "some-terms")
+    assert front["datasets"] == ["owner/texts"]
+    assert "Data: owner/texts, stdlib." in body
+    assert "The licence is the base model's: some-terms." in body
+    assert "vllm serve" in body
     assert {"minipuzzle", "nemotron_h"} <= set(front["tags"])
-    assert "```yaml\n" + RECIPE + "```" in body
+    assert "```yaml\n" + RECIPE + "calibration: {data: owner/texts}" in body
     assert "time_step_limit = (0.0, float(\"inf\"))" in body
     assert "| held-out loss (nats per token) | 1.8421 | 1.9937 |" in body
     code = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
@@ -271,3 +278,14 @@ def test_recipe_with_backticks_stays_inside_its_fence(report: dict[str, Any]) ->
 
 def test_pareto() -> None:
     assert pareto([(3, 1), (1, 3), (2, 4), (2, 2), (4, 1)]) == [(1, 3), (2, 2), (3, 1)]
+
+
+@pytest.mark.parametrize(("files", "expected"), [
+    ({"README.md": "---\nlicense: other\nlicense_name: terms\nlicense_link: LICENSE\n---\n# A model\n", "LICENSE": "text"},
+     {"license": "other", "license_name": "terms", "license_link": "LICENSE"}),
+    ({"README.md": "# no front matter\n", "LICENSE.txt": "text"}, {"license": "other", "license_link": "LICENSE.txt"}),
+    ({"README.md": "---\n[not: yaml\n---\n"}, {}), ({"README.md": "---\njust words\n---\n"}, {}), ({}, {})])
+def test_the_licence_is_inherited(files: dict[str, str], expected: dict[str, str], tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert licence_of(tmp_path) == expected

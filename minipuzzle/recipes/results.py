@@ -18,6 +18,7 @@ from minipuzzle.core.candidate import Candidate
 from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores, mamba_selection
 from minipuzzle.distill.loop import read_metrics
 from minipuzzle.recipes.job import STAGES, Job
+from minipuzzle.recipes.source import licence_of
 from minipuzzle.report.card import model_card
 from minipuzzle.search.rank import rank_correlation
 
@@ -36,6 +37,7 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
     return {
         "schema": 1,
         "model": "bundled model" if job.folder.path.parent.name == "bundled" else job.folder.path.name,
+        "license": licence_of(job.folder.path),
         "generated": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "command": job.command,
         "seed": job.seed,
@@ -169,8 +171,8 @@ def stage_list(job: Job) -> list[dict[str, Any]]:
 
 def model_card_files(job: Job, report: dict[str, Any]) -> dict[str, str]:
     """README.md and minipuzzle.json for the result's folder."""
-    keys = ("schema", "model", "generated", "command", "seed", "parent", "result", "budget", "workload", "evaluation",
-            "recipe", "versions", "hashes", "hardware", "warnings")
+    keys = ("schema", "model", "license", "generated", "command", "seed", "parent", "result", "budget", "workload",
+            "evaluation", "recipe", "versions", "hashes", "hardware", "warnings")
     about = json.dumps({k: report[k] for k in keys}, indent=1, allow_nan=False) + "\n"
     return {"README.md": model_card(report), "minipuzzle.json": about}
 

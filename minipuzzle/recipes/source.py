@@ -7,6 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from minipuzzle.core.config import read_config
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.published import find_config
@@ -38,7 +40,7 @@ def find_model(model: str | Path) -> Path:
 
     try:
         return Path(snapshot_download(str(model), allow_patterns=[
-            "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]))
+            "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise RecipeError(f"{model}: no such folder, and the Hub did not give it "
                           f"({str(error).strip().splitlines()[0]})") from None
@@ -59,6 +61,18 @@ def config_of(model: str) -> dict[str, Any]:
     except OSError as error:  # of the Hub and of the network
         raise RecipeError(f"{model}: no such folder, and the Hub did not give its config.json "
                           f"({str(error).strip().splitlines()[0]})") from None
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """The licence keys of a model card, as the folder has them: what comes of a model inherits its licence."""
+    try:
+        _, front, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        card = yaml.safe_load(front)
+        found = {key: str(card[key]) for key in ("license", "license_name", "license_link") if card.get(key)}
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):
+        found = {}
+    files = [name for name in ("LICENSE", "LICENSE.txt", "LICENSE.md") if (folder / name).is_file()]
+    return found or ({"license": "other", "license_link": files[0]} if files else {})
 
 
 def default_output(folder: ModelFolder, recipe: Recipe, seed: int) -> Path:

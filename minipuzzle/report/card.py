@@ -24,6 +24,9 @@ sequence, though the configuration says otherwise; the original code, serving en
 decoding do not. The loop removes that limit. The numbers above were measured without it; with it the model still
 works, but its logits differ slightly."""
 
+_ENGINES = """Serving engines need no loop. The configuration is spelt as vLLM, SGLang and llama.cpp's converter read it
+(by their source; this folder was checked in transformers alone):"""
+
 
 def model_card(report: dict[str, Any]) -> str:
     """Markdown with YAML front matter; what the report does not know is left out."""
@@ -31,7 +34,8 @@ def model_card(report: dict[str, Any]) -> str:
     name = _plain(report.get("model") or "a hybrid model")
     parts = [_front_matter(report), f"# {name}, made smaller", facts.verdict(report), facts.recovery(report),
              _architecture(report), "## Numbers", _numbers(report), "## Load it", _fence(_LOAD, "python"), _DT_NOTE,
-             "## How it was made", _made(report)]
+             _ENGINES, _fence("vllm serve path/to/this/folder", "sh"), "## How it was made", _made(report),
+             _licence(report)]
     if report.get("command"):
         parts.append(_fence(str(report["command"]), "sh"))
     if report.get("recipe"):
@@ -49,11 +53,22 @@ def _front_matter(report: dict[str, Any]) -> str:
         model = re.sub(r"[^\w.-]+", "-", re.split(r"[/\\]", model)[-1]).strip("-")
     if model:
         front["base_model"] = model
-    licence = report.get("license") or at(report, "parent", "license")
-    if licence:
-        front["license"] = licence
+    front |= at(report, "license") or {}
+    data = [source for source in _sources(report) if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)]
+    if data:
+        front["datasets"] = data
     front["tags"] = [tag for tag in (model_type, "minipuzzle", "pruned", "distilled") if tag]
     return "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---"
+
+
+def _sources(report: dict[str, Any]) -> list[str]:
+    """The data that the recipe names, each once."""
+    try:
+        recipe = yaml.safe_load(str(report.get("recipe") or "")) or {}
+    except yaml.YAMLError:
+        return []
+    return list(dict.fromkeys(str(at(recipe, part, "data")) for part in ("calibration", "distillation", "evaluation")
+                              if at(recipe, part, "data")))
 
 
 def _architecture(report: dict[str, Any]) -> str:
@@ -92,10 +107,20 @@ def _made(report: dict[str, Any]) -> str:
     if evaluation.get("tokens") is not None:
         text += (f" Held-out numbers: {evaluation['tokens']:,} tokens of {_plain(evaluation.get('source') or 'text')}"
                  " that were kept apart from calibration and training.")
+    sources = _sources(report)
+    if sources:
+        text += f" Data: {', '.join(_plain(source) for source in sources)}."
     versions = at(report, "versions") or {}
     if versions:
         text += " Versions: " + ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in versions.items()) + "."
     return text
+
+
+def _licence(report: dict[str, Any]) -> str:
+    known = at(report, "license") or {}
+    name = known.get("license_name") or known.get("license")
+    return f"The licence is the base model's: {_plain(name)}." if name else \
+        "The base model names no licence; its terms hold for this one."
 
 
 def _plain(text: Any) -> str:
