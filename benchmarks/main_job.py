@@ -1,8 +1,8 @@
-"""Time and result of the main job, `minipuzzle prune` with no argument, for several seeds; and the README's picture.
+"""Time and result of the main job, `minipuzzle prune` with no argument, for several seeds.
 
     python benchmarks/main_job.py [--seeds 0 1 2]
 
-Writes benchmarks/results/main_job.json and docs/tradeoff.svg (from the first seed's report).
+Writes benchmarks/results/main_job.json. The README's picture is of such a run: benchmarks/screenshot.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 from minipuzzle.recipes.results import hardware, versions
-from minipuzzle.report import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,9 +45,6 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         rows = [one(seed, Path(scratch) / str(seed)) for seed in args.seeds]
-    figure = plots.tradeoff(rows[0]["report"])
-    assert figure is not None
-    figure.savefig(ROOT / "docs" / "tradeoff.svg", metadata={"Date": None}, facecolor="white")
     corpus = rows[0]["report"]["hashes"]["corpus"]
     for row in rows:
         del row["report"]

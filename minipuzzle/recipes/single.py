@@ -26,7 +26,7 @@ from minipuzzle.recipes.job import Job
 from minipuzzle.recipes.pipeline import run_about
 from minipuzzle.recipes.plan import find_device, make_plan
 from minipuzzle.recipes.progress import Reporter
-from minipuzzle.recipes.schema import Recipe
+from minipuzzle.recipes.schema import Recipe, SpaceSection
 from minipuzzle.recipes.source import default_output, find_model
 from minipuzzle.surgery.gate import reload_gate
 
@@ -74,7 +74,8 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
     if other.arch.vocab_size != folder.arch.vocab_size:
         raise RecipeError(f"vocabularies differ: {folder.arch.vocab_size} and the teacher's {other.arch.vocab_size}")
     with tempfile.TemporaryDirectory() as scratch:
-        job = _job(folder, recipe, Path(scratch) / "run", 0, device, Reporter(), "")
+        spaceless = recipe.model_copy(update={"space": SpaceSection()})  # the recipe's is another model's
+        job = _job(folder, spaceless, Path(scratch) / "run", 0, device, Reporter(), "")
         try:
             stages.tokenize_data(job)
             reference = Reference(Model.load(other, device), job.evaluation_ids)
