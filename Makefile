@@ -35,7 +35,7 @@ test-browser: install browser
 # The API reference, from the docstrings -> build/docs
 docs: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	$(BIN)/pdoc -o build/docs -d google minipuzzle
+	$(BIN)/pdoc -o build/docs -d google $$(find minipuzzle -name '*.py' ! -name '_*' | sort | sed 's|/|.|g; s|\.py$$||')
 
 lint: install
 	$(BIN)/ruff check .
