@@ -87,9 +87,19 @@ def test_page_needs_no_network(page: str) -> None:
     assert targets <= set(Page(page).ids)
 
 
-def test_size_of_a_long_run() -> None:
-    text = render_html(build(count=200, measure=64))
-    assert 100_000 < len(text.encode()) < 1_500_000
+def test_size_of_a_long_run_of_a_deep_model() -> None:
+    """110 layers, 200 candidates."""
+    report, times = build(count=200, measure=64), 5
+    layers = len(report["scores"]["layers"])
+    for part in (report["parent"], report["result"], *report["candidates"]):
+        part["architecture"]["pattern"] *= times
+        if "kept_layers" in part:
+            part["kept_layers"] = [i + layers * k for k in range(times) for i in part["kept_layers"]]
+    report["scores"]["layers"] = [row | {"layer": row["layer"] + layers * k} for k in range(times)
+                                  for row in report["scores"]["layers"]]
+    text = render_html(report)
+    assert text.count(" keeps layer ") > 800
+    assert 500_000 < len(text.encode()) < 1_500_000
 
 
 def test_same_report_same_bytes(report: dict[str, Any], page: str) -> None:

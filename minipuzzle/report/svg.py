@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -96,6 +97,9 @@ def _inline(source: bytes, name: str, label: str) -> str:
             elif key == "href" and value.startswith("#"):
                 value = f"#{name}-{value[1:]}"
             element.set(key, value.replace("url(#", f"url(#{name}-"))
+            if key in ("d", "x", "y", "points"):
+                element.set(key, re.sub(r"(\.\d\d)\d+", r"\1", value.replace("\n", "")))
+    _hoist(root)
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
     root.set("role", "img")
@@ -104,6 +108,18 @@ def _inline(source: bytes, name: str, label: str) -> str:
     for color, variable in _VARIABLES.items():
         text = text.replace(color, variable)
     return text
+
+
+def _hoist(root: ET.Element) -> None:
+    """What all children of a group say alike, their group says once."""
+    for group in root.iter("g"):
+        children = [child for child in group if child.tag != "defs"]
+        for key in ("style", "clip-path"):
+            values = {child.get(key) for child in children}
+            if len(children) > 1 and len(values) == 1 and None not in values and key not in group.attrib:
+                group.set(key, values.pop() or "")
+                for child in children:
+                    del child.attrib[key]
 
 
 def _add_titles(group: ET.Element, titles: list[str]) -> None:
