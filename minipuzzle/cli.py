@@ -406,7 +406,8 @@ def recipes_show(name: str, as_json: bool) -> None:
 @recipes.command("copy")
 @click.argument("name")
 @click.argument("file", type=click.Path(path_type=Path))
-def recipes_copy(name: str, file: Path) -> None:
+@json_option
+def recipes_copy(name: str, file: Path, as_json: bool) -> None:
     """Copy a recipe to a file of yours. Example: minipuzzle recipes copy default mine.yaml"""
     from minipuzzle.recipes.schema import recipe_text
 
@@ -418,7 +419,7 @@ def recipes_copy(name: str, file: Path) -> None:
         raise RecipeError(f"{file} exists already; choose another name") from None
     except OSError as error:
         raise RecipeError(f"{file} cannot be written ({error.strerror})") from None
-    click.echo(str(file))
+    _print({"path": str(file)}, as_json, [str(file)])
 
 
 @recipes.command("validate")
