@@ -17,12 +17,12 @@ from tiny import ARCH, FAMILY, relative, tiny_model, tokens, trained_like
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.scores import COLUMNS, LayerScores, WidthScores, mamba_selection, top
 from minipuzzle.evaluate.quality import Reference, measure
-from minipuzzle.importance import curves, layers, widths
 from minipuzzle.importance.curves import measure_curves
-from minipuzzle.importance.layers import score_layers, standard_error
+from minipuzzle.importance.layers import score, score_layers, standard_error
 from minipuzzle.importance.widths import score_widths
 from minipuzzle.models.axes import Selection, select
-from minipuzzle.models.walk import Model, ablations, final_hidden
+from minipuzzle.models.passes import Pass
+from minipuzzle.models.walk import Model, Whole, final_hidden, walk
 from minipuzzle.models.weights import open_model
 from minipuzzle.recipes.source import bundled_model
 from minipuzzle.surgery.cut import Cutter
@@ -34,6 +34,12 @@ def without(model: Model, layer: int) -> Model:
     """A model that never had this layer."""
     kept = tuple(i for i in range(model.arch.num_layers) if i != layer)
     return Model(model.family, model.arch.keep(kept), model.top, tuple(model.layers[i] for i in kept))
+
+
+def ablations(model: Model, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Final activations of the full model and without each layer, from one walk."""
+    whole = Whole(model)
+    return walk(whole, [whole.path(), *(whole.path({i}) for i in range(model.arch.num_layers))], ids)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -72,7 +78,7 @@ def cosines(model: Model, ids: torch.Tensor) -> np.ndarray:
 def test_ablation_is_removing_the_layer(which: str) -> None:
     model = tiny_model() if which == "tiny" else Model.load(open_model(bundled_model()))
     ids = tokens(3, 45, vocab=model.arch.vocab_size)
-    full, missing, _ = ablations(model, ids)
+    full, *missing = ablations(model, ids)
     assert relative(full, final_hidden(model, ids)) < 1e-6
     assert len(missing) == model.arch.num_layers >= 9
     table = score_layers(model, ids).table
@@ -93,7 +99,7 @@ def test_ablation_is_removing_the_layer(which: str) -> None:
 
 def test_ablation_is_deleting_the_layer_in_transformers() -> None:
     weights, ids = trained_like(ARCH), tokens(2, 45)
-    full, missing, _ = ablations(tiny_model(), ids)
+    full, *missing = ablations(tiny_model(), ids)
     for i in range(ARCH.num_layers):
         theirs = tiny.transformers_model(ARCH, weights)
         del theirs.model.layers[i]
@@ -107,19 +113,23 @@ def test_ablation_is_deleting_the_layer_in_transformers() -> None:
 
 def test_scores_do_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_model(), tokens(5, 20)
-    heard: list[int] = []
-    together, wide = score_layers(model, ids), score_widths(model, ids)
+    heard: list[float] = []
+    together = score(Pass(model, ids))
+    wide = score_widths(model, ids)
     spans = {"ffn_size": (24, 36)}
     cutter = Cutter(model, wide)
-    curve = measure_curves(model, cutter.cut, cutter.expand, spans, ids)
-    for module in (layers, widths, curves):
-        monkeypatch.setattr(module, "batches", lambda ids_NT, floats: ids_NT.split(2))
-    pd.testing.assert_frame_equal(score_layers(model, ids, heard.append).table, together.table, rtol=1e-4, atol=1e-7)
-    assert heard == [2, 4, 5]
-    split = score_widths(model, ids)
+    curve = measure_curves(cutter, spans, Pass(model, ids))
+    monkeypatch.setattr(Pass, "size", lambda self, variants: 2)
+    apart = score(Pass(model, ids, progress=heard.append))
+    pd.testing.assert_frame_equal(apart.layers.table, together.layers.table, rtol=1e-4, atol=1e-7)
+    assert heard == [2, 4, 5, 5]
+    for metric in ("mse", "kl"):
+        np.testing.assert_allclose(apart.interactions[metric], together.interactions[metric], rtol=1e-3, atol=1e-7)
+        assert apart.interactions[metric].shape == (ARCH.num_layers,) * 2
+    split = apart.widths
     np.testing.assert_allclose(split.hidden, wide.hidden, rtol=1e-5)
     assert split.samples == 5
-    pd.testing.assert_frame_equal(measure_curves(model, cutter.cut, cutter.expand, spans, ids).table, curve.table, rtol=1e-4, atol=1e-7)
+    pd.testing.assert_frame_equal(measure_curves(cutter, spans, Pass(model, ids)).table, curve.table, rtol=1e-4, atol=1e-7)
 
 
 def test_standard_error() -> None:
@@ -246,12 +256,12 @@ def test_curves_are_slices_measured_by_hand() -> None:
     model, ids = tiny_model(), tokens(4, 25)
     scores = score_widths(model, ids)
     asked = {"hidden_size": (16, 24, 32), "ffn_size": (12, 48), "mamba_num_heads": (4,), "mamba_head_dim": (4, 8)}
-    heard: list[int] = []
+    heard: list[float] = []
     cutter = Cutter(model, scores)
-    table = measure_curves(model, cutter.cut, cutter.expand, asked, ids, heard.append).table
+    table = measure_curves(cutter, asked, Pass(model, ids, progress=heard.append)).table
     assert list(zip(table["axis"], table["width"], strict=True)) == [
         ("hidden_size", 16), ("hidden_size", 24), ("ffn_size", 12), ("mamba_num_heads", 4), ("mamba_head_dim", 4)]
-    assert heard == [1, 2, 3, 4, 5]
+    assert heard == [4]
     full = final_hidden(model, ids)
     for row in table.to_dict("records"):
         target = dataclasses.replace(ARCH, **{row["axis"]: row["width"]})

@@ -14,7 +14,7 @@ from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.importance.widths import score_widths
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.surgery.cut import Cutter
-from minipuzzle.surgery.rotate import Rotation, find_rotation, fold_norms, rotate
+from minipuzzle.surgery.rotate import Rotation, find_rotation, rotate
 
 ALL = tuple(range(ARCH.num_layers))
 
@@ -40,7 +40,7 @@ def streams(model: Model, ids: torch.Tensor) -> list[torch.Tensor]:
 def test_folding_and_rotating_change_nothing() -> None:
     model, ids = wide(), tokens(2, 40)
     full = reference_logits(ARCH, trained_like(ARCH, dtype=torch.float64), ids)
-    folded = fold_norms(model)
+    folded = rotate(model, Rotation(np.eye(ARCH.hidden_size), np.ones((1, ARCH.hidden_size))))
     rotated = rotate(model, find_rotation(model, ids))
     assert relative(logits(folded, ids), full) < 1e-10
     assert relative(logits(rotated, ids), full) < 1e-10

@@ -7,48 +7,149 @@
     loss_delta  change of the next-token loss, nats per token
     cosine  1 - cos(before, after) of the block: the cheap proxy, for comparison only
 
-All come from the same pass, per sample, so that each has its standard error.
+and for pairs of layers, with e_i = h - h_without_i and d_i the change of the logits,
+
+    G_ij = mean e_i e_j,    K_ij = 1/2 Cov_p(d_i, d_j):    x'Gx and x'Kx foretell what leaving out the set x does
+
+One-shot, or iterative (Nemotron Nano 2, arXiv:2508.14444): the least important layer goes, the others are scored again
+without it. All come from one walk over the layers for each batch of samples, per sample, so that each has its standard
+error; the widths' scores come from the full model's stream in the same walk.
+
+Shapes: L layers, N samples, B samples of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
-from minipuzzle.core.scores import COLUMNS, LayerScores
-from minipuzzle.models.logits import token_metrics
-from minipuzzle.models.walk import Model, ablations, batches
+from minipuzzle.core.partial import Arrays
+from minipuzzle.core.scores import COLUMNS, LayerScores, WidthScores
+from minipuzzle.importance.racing import Race, looks, means, toss_ups, undecided
+from minipuzzle.importance.widths import gather_widths, width_scores
+from minipuzzle.models.logits import compare
+from minipuzzle.models.passes import Pass
+from minipuzzle.models.walk import Parts, Path, Source, Whole, heads_of, layer_forwards, walk
+
+METRICS = ("mse", "nmse", "kl", "loss_delta", "cosine")
 
 
-def score_layers(model: Model, ids_NT: torch.Tensor,
-                 progress: Callable[[int], None] = lambda done: None) -> LayerScores:
-    """Score every layer on N samples of T tokens. `progress` hears the number of samples done."""
-    layers, seq = model.arch.num_layers, ids_NT.shape[1]
-    parts: list[np.ndarray] = []
-    # every variant's stream, and about as much again inside a block
-    for ids_BT in batches(ids_NT, (layers + 1) * seq * model.arch.hidden_size * 8):
-        full, without, cosine = ablations(model, ids_BT)
-        mse = (without - full).double().square().mean((-1, -2))
-        scale = full.double().square().mean((-1, -2))
-        base, *variants = token_metrics([full, *without], model.head, ids_BT, full, model.head)
-        parts.append(torch.stack([
-            mse, mse / scale,
-            torch.stack([v.kl for v in variants]),
-            torch.stack([v.loss - base.loss for v in variants]),
-            cosine,
-        ]).numpy(force=True))
-        progress(sum(p.shape[-1] for p in parts))
-    values = np.concatenate(parts, -1)  # [metric, layer, sample]
-    mean, stderr = values.mean(-1), standard_error(values)
-    table = pd.DataFrame({"layer": range(layers), "kind": list(model.arch.pattern)})
-    for i, metric in enumerate(("mse", "nmse", "kl", "loss_delta", "cosine")):
-        table[metric] = mean[i]
-        table[f"{metric}_stderr"] = stderr[i]
-    table["samples"] = values.shape[-1]
-    return LayerScores(table[[*COLUMNS, "nmse_stderr", "loss_delta_stderr", "cosine_stderr"]])
+@dataclass(frozen=True)
+class Scored:
+    """What a pass found out. `samples` were spent of `available`; `forwards` layers were applied, counted in samples.
+
+    `interactions`: "mse" and "kl" -> [L, L]; the racing that stopped early has them from the samples of all layers.
+    `toss_ups`: cuts at which noise decides (importance/racing.py).
+    """
+
+    layers: LayerScores
+    widths: WidthScores
+    interactions: dict[str, np.ndarray]
+    samples: int
+    available: int
+    forwards: int
+    toss_ups: list[dict[str, object]] = field(default_factory=list)
+
+
+def score(run: Pass, race: Race | None = None, confidence: Race | None = None) -> Scored:
+    """Score all layers and widths, one-shot. With a `race`, layers whose place is certain are not ablated further.
+
+    `confidence`: which cuts to report on when there is no race.
+    """
+    arch, total = run.source.arch, len(run.ids_NT)
+    active = list(range(arch.num_layers))
+    size = run.size(arch.num_layers + 1)
+    parts: list[Arrays] = []
+    spent = forwards = 0
+    ends = looks(total) if race else [total]
+    for end in ends:
+        stop = min(total, -(-end // size) * size)
+        if stop <= spent:
+            continue
+        chosen = tuple(active)
+        found = run.run(spent, stop, size, partial(_ablate, run.source, chosen))
+        forwards += (stop - spent) * layer_forwards(_paths(Whole(run.source), chosen))
+        parts += found
+        spent = stop
+        if race and stop < total:
+            values = np.concatenate([p["values"] for p in parts], -1)[METRICS.index(race.metric)]
+            active = sorted({i for pair in undecided(values, arch.pattern, race, len(ends)) for i in pair})
+            if not active:
+                break
+    run.progress(total)
+    values = np.concatenate([p["values"] for p in parts], -1)
+    asked = race or confidence
+    every = [p for p in parts if not np.isnan(p["values"][0]).any()]
+    counted = sum(p["values"].shape[-1] for p in every)
+    return Scored(
+        layer_table(arch.pattern, values), width_scores(arch, parts, spent),
+        {metric: sum(p[f"gram_{metric}"] for p in every) / counted for metric in ("mse", "kl")},
+        spent, total, forwards,
+        toss_ups(values[METRICS.index(asked.metric)], arch.pattern, asked) if asked else [])
+
+
+def _paths(whole: Whole, chosen: Sequence[int], removed: frozenset[int] = frozenset()) -> list[Path]:
+    return [whole.path(removed), *(whole.path(removed | {i}) for i in chosen)]
+
+
+def _ablate(source: Source, chosen: Sequence[int], first: int, ids_BT: torch.Tensor) -> Arrays:
+    """values [metric, L, B], NaN for layers that were not chosen; sums over samples of the rest."""
+    arch, bsz = source.arch, len(ids_BT)
+    sums: dict[str, torch.Tensor] = {}
+    values = np.full((len(METRICS), arch.num_layers, bsz), np.nan)
+    cosine: dict[int, torch.Tensor] = {}
+
+    def watch(layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        cosine[layer] = 1 - F.cosine_similarity(before, after, dim=-1).double().mean(-1)
+
+    whole = Whole(source)
+    full, *without = walk(whole, _paths(whole, chosen), ids_BT, gather_widths(sums), watch)
+    found, gram_mse, gram_kl = damage(whole, full, without, [None] * (len(chosen) + 1), ids_BT, gram=True)
+    values[:4, list(chosen)] = found
+    values[4] = torch.stack([cosine[i] for i in range(arch.num_layers)]).numpy(force=True)
+    out = {name: tensor.numpy(force=True) for name, tensor in sums.items()} | {"values": values}
+    for name, gram in (("gram_mse", gram_mse), ("gram_kl", gram_kl)):
+        out[name] = np.full((arch.num_layers,) * 2, np.nan)
+        out[name][np.ix_(chosen, chosen)] = gram
+    return out
+
+
+def damage(parts: Parts, full: torch.Tensor, variants: Sequence[torch.Tensor], roots: Sequence[Hashable],
+           ids_BT: torch.Tensor, expand: Callable[[torch.Tensor], torch.Tensor] = lambda x: x, gram: bool = False
+           ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(mse, nmse, kl, loss_delta [4, variants, B]; with `gram` the sums over samples of G and K).
+
+    `roots`: of the full model and of each variant; `expand` brings a variant's [..., k] to the parent's [..., D].
+    """
+    errors = torch.stack([expand(v) - full for v in variants])
+    mse = errors.double().square().mean((-1, -2))
+    scale = full.double().square().mean((-1, -2))
+    base, others, gram_kl = compare(full, variants, *heads_of(parts, roots), parts.source.arch.vocab_size, ids_BT, gram)
+    values = torch.stack([mse, mse / scale, torch.stack([o.kl for o in others]),
+                          torch.stack([o.loss - base.loss for o in others])]).numpy(force=True)
+    if gram_kl is None:
+        return values, np.zeros(0), np.zeros(0)
+    flat = errors.flatten(2).transpose(0, 1)
+    gram_mse = (flat @ flat.mT).double().sum(0) / full[0].numel()
+    return values, gram_mse.numpy(force=True), gram_kl.sum(0).numpy(force=True)
+
+
+def layer_table(pattern: str, values: np.ndarray, **more: Sequence[float]) -> LayerScores:
+    """LayerScores from values [metric, L, N]; NaN where a layer was not measured."""
+    table = pd.DataFrame({"layer": range(len(pattern)), "kind": list(pattern)})
+    for i, metric in enumerate(METRICS):
+        table[metric] = means(values[i])
+        table[f"{metric}_stderr"] = [float(standard_error(row[~np.isnan(row)])) for row in values[i]]
+    table["samples"] = (~np.isnan(values[0])).sum(-1)
+    for name, column in more.items():
+        table[name] = column
+    return LayerScores(table[[*COLUMNS, "nmse_stderr", "loss_delta_stderr", "cosine_stderr", *more]])
 
 
 def standard_error(values: np.ndarray) -> np.ndarray:
@@ -57,3 +158,9 @@ def standard_error(values: np.ndarray) -> np.ndarray:
     if count < 2:
         return np.full(values.shape[:-1], np.nan)
     return np.asarray(values.std(-1, ddof=1) / np.sqrt(count))
+
+
+def score_layers(source: Source, ids_NT: torch.Tensor,
+                 progress: Callable[[float], None] = lambda done: None) -> LayerScores:
+    """Score every layer on N samples of T tokens. `progress` hears the number of samples done."""
+    return score(Pass(source, ids_NT, progress=progress)).layers

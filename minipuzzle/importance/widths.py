@@ -10,37 +10,49 @@ summed over layers); for Mamba heads and channels, the x part of in_proj's outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from minipuzzle.core.architecture import FFN, MAMBA
+from minipuzzle.core.architecture import FFN, MAMBA, Architecture
+from minipuzzle.core.partial import Arrays
 from minipuzzle.core.scores import WidthScores
-from minipuzzle.models.walk import Model, batches, final_hidden, floats_per_sample
+from minipuzzle.models.walk import LayerProbe, Source, Whole, samples_per_walk, walk
+
+PLACES = ("hidden", "ffn", "mamba_x")
 
 
-def score_widths(model: Model, ids_NT: torch.Tensor,
+def gather_widths(sums: dict[str, torch.Tensor]) -> LayerProbe:
+    """A probe that adds (mean_t |x|)^2 over samples to `sums`, by `PLACE.LAYER`."""
+    def probe(layer: int, place: str, x_BTC: torch.Tensor) -> None:
+        if place in PLACES:
+            value = x_BTC.abs().double().mean(1).square().sum(0)
+            name = f"{place}.{layer}"
+            sums[name] = sums[name] + value if name in sums else value
+
+    return probe
+
+
+def width_scores(arch: Architecture, parts: Sequence[Arrays], samples: int) -> WidthScores:
+    """The scores from the sums of all batches."""
+    def total(place: str, layer: int) -> np.ndarray:
+        return np.sqrt(sum(part[f"{place}.{layer}"] for part in parts))
+
+    hidden = np.sum([total("hidden", i) for i in range(arch.num_layers)], axis=0)
+    shape = (arch.mamba_num_heads, arch.mamba_head_dim)
+    return WidthScores(hidden, {i: total("ffn", i) for i in arch.layers_of(FFN)},
+                       {i: total("mamba_x", i).reshape(shape) for i in arch.layers_of(MAMBA)}, samples)
+
+
+def score_widths(source: Source, ids_NT: torch.Tensor,
                  progress: Callable[[int], None] = lambda done: None) -> WidthScores:
     """Score all channels on N samples of T tokens."""
-    arch = model.arch
-    squares: dict[tuple[int, str], torch.Tensor] = {}
-
-    def probe(layer: int, place: str, x_BTC: torch.Tensor) -> None:
-        value = x_BTC.abs().double().mean(1).square().sum(0)
-        squares[layer, place] = squares.get((layer, place), torch.zeros_like(value)) + value
-
+    whole = Whole(source)
+    sums: dict[str, torch.Tensor] = {}
     done = 0
-    for ids_BT in batches(ids_NT, floats_per_sample(arch, ids_NT.shape[1])):
-        final_hidden(model, ids_BT, probe)
-        done += len(ids_BT)
+    for ids in torch.split(ids_NT, samples_per_walk(source.arch, ids_NT.shape[1], 1, 2**28)):
+        walk(whole, [whole.path()], ids.to(source.device), gather_widths(sums))
+        done += len(ids)
         progress(done)
-    scores = {key: value.sqrt().numpy(force=True) for key, value in squares.items()}
-    hidden = np.sum([scores[i, "hidden"] for i in range(arch.num_layers)], axis=0)
-    shape = (arch.mamba_num_heads, arch.mamba_head_dim)
-    return WidthScores(
-        hidden,
-        {i: scores[i, "ffn"] for i in arch.layers_of(FFN)},
-        {i: scores[i, "mamba_x"].reshape(shape) for i in arch.layers_of(MAMBA)},
-        len(ids_NT),
-    )
+    return width_scores(source.arch, [{n: t.numpy(force=True) for n, t in sums.items()}], len(ids_NT))

@@ -15,7 +15,7 @@ import torch
 from minipuzzle.core.architecture import FFN, MAMBA, Architecture
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.scores import WidthScores, mamba_selection, top
-from minipuzzle.models.base import Family
+from minipuzzle.models.base import Family, Weights
 
 
 @dataclass(frozen=True)
@@ -61,26 +61,31 @@ def select(parent: Architecture, target: Architecture, kept_layers: tuple[int, .
     return Selection(kept_layers, hidden, ffn, heads, channels)
 
 
-def slice_model(family: Family, parent: Architecture, target: Architecture, selection: Selection,
-                read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the smaller model, one weight at a time; `read` gives the parent's by name.
-
-    Nothing is cut: the parent's tensors, bit for bit.
-    """
-    shapes = family.shapes(target)
-
-    def cut(name: str, old_name: str, axes: tuple[str, ...], layer: int | None) -> tuple[str, torch.Tensor]:
-        tensor = read(old_name)
-        for dim, axis in enumerate(axes):
+def slice_weights(family: Family, parent: Architecture, target: Architecture, selection: Selection, weights: Weights,
+                  layer: int | None, place: int | None) -> dict[str, torch.Tensor]:
+    """The parent's weights of a layer (None: those outside the layers, any of them) cut to `target`, where it is layer
+    `place`. Nothing is cut: the parent's tensors, bit for bit."""
+    axes = family.top_axes(parent) if layer is None else family.layer_axes(parent, parent.pattern[layer])
+    out = {}
+    for name, tensor in weights.items():
+        wanted = tuple(family.axis_size(target, axis, place) for axis in axes[name])
+        for dim, axis in enumerate(axes[name]):
             index = family.axis_index(parent, selection, axis, layer)
             if index is not None:
                 tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
-        if tuple(tensor.shape) != shapes[name]:
-            raise AssertionError(f"{old_name} cut to {tuple(tensor.shape)}, but {name} must be {shapes[name]}")
-        return name, tensor
+        if tuple(tensor.shape) != wanted:
+            raise AssertionError(f"{name} of layer {layer} cut to {tuple(tensor.shape)}, but it must be {wanted}")
+        out[name] = tensor
+    return out
 
-    for name, axes in family.top_axes(parent).items():
-        yield cut(name, name, axes, None)
+
+def slice_model(family: Family, parent: Architecture, target: Architecture, selection: Selection,
+                read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the smaller model, a layer at a time; `read` gives the parent's by name."""
+    top_weights = {name: read(name) for name in family.top_axes(parent)}
+    yield from slice_weights(family, parent, target, selection, top_weights, None, None).items()
     for new, old in enumerate(selection.kept_layers):
-        for name, axes in family.layer_axes(parent, parent.pattern[old]).items():
-            yield cut(family.layer_prefix(new) + name, family.layer_prefix(old) + name, axes, old)
+        prefix = family.layer_prefix(old)
+        weights = {name: read(prefix + name) for name in family.layer_axes(parent, parent.pattern[old])}
+        for name, tensor in slice_weights(family, parent, target, selection, weights, old, new).items():
+            yield family.layer_prefix(new) + name, tensor

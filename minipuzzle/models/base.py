@@ -31,6 +31,8 @@ class Family(ABC):
     """One family of hybrid models. Stateless: weights come in as dicts of tensors."""
 
     model_type: str
+    embedding_name: str
+    head_name: str
 
     @abstractmethod
     def top_axes(self, arch: Architecture) -> dict[str, Axes]:
@@ -77,9 +79,9 @@ class Family(ABC):
     def final_norm(self, arch: Architecture, top: Weights, x_BTD: torch.Tensor) -> torch.Tensor:
         """The activations that enter the LM head."""
 
-    @abstractmethod
     def lm_head(self, top: Weights) -> torch.Tensor:
         """The LM head, [V, D]."""
+        return top[self.head_name]
 
     def shapes(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
         """Name on disk -> shape, for the whole model: what a checkpoint must hold, no more, no less."""

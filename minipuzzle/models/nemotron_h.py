@@ -23,12 +23,14 @@ from minipuzzle.models.ssd import causal_conv, ssd
 
 class NemotronH(Family):
     model_type = "nemotron_h"
+    embedding_name = "backbone.embeddings.weight"
+    head_name = "lm_head.weight"
 
     def top_axes(self, arch: Architecture) -> dict[str, Axes]:
         return {
-            "backbone.embeddings.weight": ("vocab", "hidden"),
+            self.embedding_name: ("vocab", "hidden"),
             "backbone.norm_f.weight": ("hidden",),
-            "lm_head.weight": ("vocab", "hidden"),
+            self.head_name: ("vocab", "hidden"),
         }
 
     def layer_axes(self, arch: Architecture, kind: str) -> dict[str, Axes]:
@@ -103,7 +105,7 @@ class NemotronH(Family):
         return np.concatenate([z + inner, x + inner, bc_at + bc, dt + heads])
 
     def top_readers(self) -> dict[str, tuple[str, ...]]:
-        return {"backbone.norm_f.weight": ("lm_head.weight",)}
+        return {"backbone.norm_f.weight": (self.head_name,)}
 
     def layer_readers(self, kind: str) -> dict[str, tuple[str, ...]]:
         return {"norm.weight": {
@@ -123,13 +125,10 @@ class NemotronH(Family):
         return f"backbone.layers.{layer}."
 
     def embed(self, top: Weights, ids_BT: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids_BT, top["backbone.embeddings.weight"])
+        return F.embedding(ids_BT, top[self.embedding_name])
 
     def final_norm(self, arch: Architecture, top: Weights, x_BTD: torch.Tensor) -> torch.Tensor:
         return rms_norm(x_BTD, top["backbone.norm_f.weight"], arch.norm_eps)
-
-    def lm_head(self, top: Weights) -> torch.Tensor:
-        return top["lm_head.weight"]
 
     def block(self, arch: Architecture, kind: str, weights: Weights, x_BTD: torch.Tensor,
               probe: Probe | None = None) -> torch.Tensor:

@@ -1,27 +1,56 @@
-"""Walk the layers: a model's weights in memory, its forward pass, and all single-layer ablations in one walk.
+"""The engine: many variants of one model in one walk over its layers.
 
-Wavefront ablation: the streams of the full model and of every variant whose layer has been left out so far are
-stacked; layer l is applied to all of them at once, then one more variant starts, the residual that skips l. An
-ablation of layer l costs only the layers after l, and every weight is touched once per batch of samples.
+A variant is a path: for each layer of the parent, how the layer is taken (whole, cut to some widths, or not at all).
+Paths that begin alike share their beginning: at layer l there is one stream for each different beginning (a node of a
+trie), and the layer is applied once to each. So
 
-Shapes: L layers, B samples, T tokens, D hidden.
+- all ablations of single layers cost L(L+1)/2 layer-forwards, not L x L: a variant starts where its layer is left out;
+- candidates that differ only in late layers share the early ones;
+- every weight is touched once per batch of samples, whatever the number of variants: models/stream.py reads a
+  checkpoint larger than memory one layer at a time.
+
+Shapes: L layers, B samples, T tokens, D hidden of the parent, k hidden of a variant, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 
 from minipuzzle.core.architecture import Architecture
 from minipuzzle.models.axes import Selection, slice_model
 from minipuzzle.models.base import Family, Weights
 from minipuzzle.models.weights import ModelFolder
 
-# (layer, place, activations): what a scoring pass sees
+# (layer, place, activations): what a scoring pass sees inside the blocks
 LayerProbe = Callable[[int, str, torch.Tensor], None]
+# (layer, stream before, stream after), both [B, T, D]
+Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+class Source(Protocol):
+    """Where the parent's weights come from: memory (`Model`) or the disk (`StreamedModel`)."""
+
+    @property
+    def family(self) -> Family: ...
+    @property
+    def arch(self) -> Architecture: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def top(self) -> Weights:
+        """All weights outside the layers; embedding and LM head may be read for it."""
+    @property
+    def norms(self) -> Weights:
+        """The small ones of them."""
+    def stream(self, needed: Collection[int]) -> Iterator[Weights]:
+        """The weights of these layers, in ascending order; those of a layer are not used once the next is asked for."""
+    def embed(self, ids_BT: torch.Tensor) -> torch.Tensor: ...
+    def head_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of the LM head, [stop - start, D]."""
 
 
 @dataclass(frozen=True)
@@ -65,47 +94,196 @@ class Model:
     def device(self) -> torch.device:
         return self.head.device
 
+    @property
+    def norms(self) -> Weights:
+        return self.top
+
+    def stream(self, needed: Collection[int]) -> Iterator[Weights]:
+        return (self.layers[i] for i in sorted(needed))
+
+    def embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        return self.family.embed(self.top, ids_BT)
+
+    def head_rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.head[start:stop]
+
 
 @torch.no_grad()
 def final_hidden(model: Model, ids_BT: torch.Tensor, probe: LayerProbe | None = None) -> torch.Tensor:
-    """The activations that enter the LM head, after the final norm, [B, T, D]."""
+    """The activations that enter the LM head, after the final norm, [B, T, D]: one model in memory, no variants."""
     x = model.family.embed(model.top, ids_BT)
     for i, kind in enumerate(model.arch.pattern):
-        here = None if probe is None else _at(probe, i)
-        x = x + model.family.block(model.arch, kind, model.layers[i], x, here)
+        x = x + model.family.block(model.arch, kind, model.layers[i], x, _at(probe, i))
     return model.family.final_norm(model.arch, model.top, x)
 
 
-def _at(probe: LayerProbe, layer: int) -> Callable[[str, torch.Tensor], None]:
-    return lambda place, tensor: probe(layer, place, tensor)
+def _at(probe: LayerProbe | None, layer: int) -> Callable[[str, torch.Tensor], None] | None:
+    return None if probe is None else lambda place, tensor: probe(layer, place, tensor)
+
+
+# Variants --------------------------------------------------------------------------------------------------------
+
+# (root, how each layer before this one is taken): what two paths have in common
+Prefix = tuple[Hashable, tuple[Hashable, ...]]
+
+
+@dataclass(frozen=True)
+class Path:
+    """A variant. `root` names its stream (embedding, norm, LM head); `steps[i]`: how layer i is taken, None: not."""
+
+    root: Any
+    steps: tuple[Any, ...]
+
+
+class Parts(Protocol):
+    """Makes the parts that paths name out of the parent's; surgery's Cutter cuts them."""
+
+    @property
+    def source(self) -> Source: ...
+    def embed(self, root: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+        """The stream before the first layer, [B, T, k]."""
+    def layer(self, layer: int, step: Any, weights: Weights) -> tuple[Architecture, Weights]:
+        """A layer as `step` takes it, from the parent's weights of it."""
+    def finish(self, root: Any, x_BTk: torch.Tensor) -> torch.Tensor:
+        """The final norm."""
+    def head(self, root: Any, rows_VD: torch.Tensor) -> torch.Tensor:
+        """Rows of the LM head, [V, k], from the parent's."""
+
+
+class Cuts(Parts, Protocol):
+    """Parts of smaller models."""
+
+    def path(self, target: Architecture, kept_layers: tuple[int, ...]) -> Path:
+        """A candidate as a path."""
+    def expand(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What enters a small model's LM head, [..., k], as the parent's LM head would see it, [..., D]."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The parts of variants that only leave layers out."""
+
+    source: Source
+
+    def path(self, without: Collection[int] = ()) -> Path:
+        return Path(None, tuple(None if i in without else True for i in range(self.source.arch.num_layers)))
+
+    def embed(self, root: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+        return self.source.embed(ids_BT)
+
+    def layer(self, layer: int, step: Any, weights: Weights) -> tuple[Architecture, Weights]:
+        return self.source.arch, weights
+
+    def finish(self, root: Any, x_BTk: torch.Tensor) -> torch.Tensor:
+        return self.source.family.final_norm(self.source.arch, self.source.norms, x_BTk)
+
+    def head(self, root: Any, rows_VD: torch.Tensor) -> torch.Tensor:
+        return rows_VD
+
+
+def heads_of(parts: Parts, roots: Sequence[Hashable]) -> tuple[list[int], Callable[[int, int], list[torch.Tensor]]]:
+    """What models/logits.py's `compare` asks for: (which head each variant has, rows of the different heads), where
+    `roots` are those of the reference and of the variants."""
+    different = list(dict.fromkeys(roots))
+
+    def rows(start: int, stop: int) -> list[torch.Tensor]:
+        parent = parts.source.head_rows(start, stop)
+        return [parts.head(root, parent) for root in different]
+
+    return [different.index(root) for root in roots[1:]], rows
+
+
+def layer_forwards(paths: Iterable[Path]) -> int:
+    """Layers that `walk` applies for a sample: the nodes of the trie."""
+    paths = list(paths)
+    return sum(len({(p.root, p.steps[: i + 1]) for p in paths if p.steps[i] is not None})
+               for i in range(len(paths[0].steps)))
 
 
 @torch.no_grad()
-def ablations(model: Model, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(full, without, cosine): final activations of the full model [B, T, D] and without each layer [L, B, T, D],
-    and 1 - cos(stream before, stream after) of each layer, mean over tokens, [L, B]."""
-    bsz = len(ids_BT)
-    streams = model.family.embed(model.top, ids_BT)[None]
-    cosine = []
-    for i, kind in enumerate(model.arch.pattern):
-        flat = streams.flatten(0, 1)
-        after = (flat + model.family.block(model.arch, kind, model.layers[i], flat)).view(-1, bsz, *flat.shape[1:])
-        cosine.append(1 - F.cosine_similarity(streams[0], after[0], dim=-1).double().mean(-1))
-        streams = torch.cat([after, streams[:1]])
-    hidden = model.family.final_norm(model.arch, model.top, streams)
-    return hidden[0], hidden[1:], torch.stack(cosine)
+def walk(parts: Parts, paths: Sequence[Path], ids_BT: torch.Tensor, probe: LayerProbe | None = None,
+         watch: Watch | None = None, memo: dict[int, dict[Prefix, torch.Tensor]] | None = None) -> list[torch.Tensor]:
+    """The activations that enter the LM head for each path, [B, T, k of its root].
+
+    `probe` sees the insides of the first path's blocks, `watch` its stream. `memo` keeps the streams that enter each
+    layer, for the next walk over the same samples: it starts at the last layer that all its paths come to as before.
+    """
+    source, pattern = parts.source, parts.source.arch.pattern
+    first, nodes = _begin(parts, paths, ids_BT, memo)
+    needed = [i for i in range(first, len(pattern)) if any(p.steps[i] is not None for p in paths)]
+    layers = source.stream(needed)
+    for i in range(first, len(pattern)):
+        if memo is not None:
+            memo[i] = {(paths[members[0]].root, paths[members[0]].steps[:i]): x for x, members in nodes}
+        if i not in needed:
+            continue
+        weights = next(layers)
+        by_step: dict[Hashable, list[tuple[torch.Tensor, list[int]]]] = {}
+        for x, members in nodes:
+            split: dict[Hashable, list[int]] = {}
+            for m in members:
+                split.setdefault(paths[m].steps[i], []).append(m)
+            for step, group in split.items():
+                by_step.setdefault(step, []).append((x, group))
+        nodes = by_step.pop(None, [])
+        for step, group_nodes in by_step.items():
+            arch, cut = parts.layer(i, step, weights)
+            for x, members in group_nodes:
+                seen = 0 in members
+                after = _apply(source.family, arch, pattern[i], cut, x, _at(probe, i) if seen else None)
+                if watch is not None and seen:
+                    watch(i, x, after)
+                nodes.append((after, members))
+    out: list[torch.Tensor | None] = [None] * len(paths)
+    for x, members in nodes:
+        hidden = parts.finish(paths[members[0]].root, x)
+        for m in members:
+            out[m] = hidden
+    return [hidden for hidden in out if hidden is not None]
+
+
+def _begin(parts: Parts, paths: Sequence[Path], ids_BT: torch.Tensor, memo: dict[int, dict[Prefix, torch.Tensor]] | None
+           ) -> tuple[int, list[tuple[torch.Tensor, list[int]]]]:
+    """(layer to start at, streams that enter it with the paths that they belong to)."""
+    for i in sorted(memo or {}, reverse=True):
+        assert memo is not None
+        members: dict[Prefix, list[int]] = {}
+        for m, path in enumerate(paths):
+            members.setdefault((path.root, path.steps[:i]), []).append(m)
+        if members.keys() <= memo[i].keys():
+            return i, [(memo[i][prefix], group) for prefix, group in members.items()]
+    roots: dict[Hashable, list[int]] = {}
+    for m, path in enumerate(paths):
+        roots.setdefault(path.root, []).append(m)
+    return 0, [(parts.embed(root, ids_BT), group) for root, group in roots.items()]
+
+
+def _apply(family: Family, arch: Architecture, kind: str, weights: Weights, x_BTk: torch.Tensor,
+           probe: Callable[[str, torch.Tensor], None] | None) -> torch.Tensor:
+    """x + block(x), a few samples at a time."""
+    after = torch.empty_like(x_BTk)
+    for x, y in zip(batches(x_BTk, floats_per_sample(arch, x_BTk.shape[1])),
+                    batches(after, floats_per_sample(arch, x_BTk.shape[1])), strict=True):
+        torch.add(x, family.block(arch, kind, weights, x, probe), out=y)
+    return after
+
+
+# Memory ----------------------------------------------------------------------------------------------------------
+
+# Activations inside a block, held at once. A CPU is fastest when they stay near its cache; a GPU when they fill it.
+BLOCK_BYTES = {"cpu": 2**24, "cuda": 2**32}
 
 
 def floats_per_sample(arch: Architecture, tokens: int) -> int:
-    """About how many numbers a forward pass holds at once for a sample: a few times its widest activation."""
+    """About how many numbers a block holds at once for a sample: a few times its widest activation."""
     return tokens * max(4 * arch.hidden_size, 4 * arch.mamba_inner, *arch.ffn_sizes, 1) * 4
 
 
-# Activations held at once. A CPU is fastest when they stay near its cache (ablations of the bundled model: one sample
-# at a time 2.7x faster than 16); a GPU when they fill it.
-BUDGET_BYTES = {"cpu": 2**24, "cuda": 2**32}
+def batches(x_N: torch.Tensor, floats: int) -> tuple[torch.Tensor, ...]:
+    """Split samples so that `floats` float32 numbers for each fit into BLOCK_BYTES, at least one at a time."""
+    return torch.split(x_N, max(1, BLOCK_BYTES.get(x_N.device.type, 2**28) // (4 * floats)))
 
 
-def batches(ids_NT: torch.Tensor, floats: int) -> tuple[torch.Tensor, ...]:
-    """Split samples so that `floats` float32 numbers for each fit into the budget, at least one at a time."""
-    return torch.split(ids_NT, max(1, BUDGET_BYTES.get(ids_NT.device.type, 2**28) // (4 * floats)))
+def samples_per_walk(arch: Architecture, tokens: int, variants: int, memory_bytes: int) -> int:
+    """Samples whose streams fit into `memory_bytes` for so many variants (and one more, being made): at least one."""
+    return max(1, memory_bytes // (4 * tokens * arch.hidden_size * (2 * variants + 2)))

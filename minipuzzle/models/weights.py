@@ -53,14 +53,24 @@ class ModelFolder:
         Raises:
             CorruptArtifact: it can't be read, or holds NaN or infinity.
         """
+        tensor = self.mapped(name)
+        # in pieces: the mask of a whole embedding would be half a gigabyte
+        if not all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.flatten(), 2**22)):
+            raise CorruptArtifact(f"{self.files[name][0]}: {name} holds NaN or infinity; the model cannot be used")
+        return tensor
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """One weight where it lies in its file, mapped into memory: pages come when they are touched. Not checked.
+
+        Raises:
+            CorruptArtifact: it can't be read.
+        """
         file, stored = self.files[name]
         try:
             with safe_open(file, framework="pt") as shard:
                 tensor: torch.Tensor = shard.get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise CorruptArtifact(f"{file}: {name} cannot be read ({error}); fetch the file again") from None
-        if not torch.isfinite(tensor).all():
-            raise CorruptArtifact(f"{file}: {name} holds NaN or infinity; the model cannot be used")
         return tensor
 
     def weights(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:

@@ -16,16 +16,21 @@ import torch
 
 from minipuzzle.core.candidate import Candidate
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.partial import Partial
 from minipuzzle.core.rundir import RunDir, digest
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blocks import TokenBlocks, load_blocks
 from minipuzzle.data.corpus import identity
 from minipuzzle.evaluate.quality import Reference
+from minipuzzle.importance.racing import Race
+from minipuzzle.models.passes import Pass
 from minipuzzle.models.ranks import Ranks
-from minipuzzle.models.walk import Model
+from minipuzzle.models.stream import StreamedModel
+from minipuzzle.models.walk import Model, Source
 from minipuzzle.models.weights import COMPANIONS, ModelFolder
 from minipuzzle.recipes.plan import Plan
 from minipuzzle.recipes.progress import Reporter, Update
+from minipuzzle.search.prices import KINDS
 from minipuzzle.search.rank import rank
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import Rotation
@@ -45,6 +50,7 @@ class Job:
     reporter: Reporter
     command: str = ""
     candidate: str | None = None
+    memory_bytes: int | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -78,6 +84,27 @@ class Job:
         return Model.load(self.folder, self.device)
 
     @cached_property
+    def source(self) -> Source:
+        """The parent as a pass reads it: from memory, or from the disk where it does not fit."""
+        if self.plan.resident(self.memory_bytes):
+            return self.model
+        return StreamedModel.open(self.folder, self.device)
+
+    def passes(self, stage: str, ids_NT: torch.Tensor, progress: Callable[[float], None]) -> Pass:
+        """A pass over samples whose finished batches outlive an interruption."""
+        partial = Partial(self.run.path / "partial" / f"{stage}-{digest(self.inputs[stage])}")
+        streams = self.plan.stream_bytes(self.memory_bytes)
+        return Pass(self.source, ids_NT, partial, self.ranks, streams, progress)
+
+    @property
+    def races(self) -> tuple[Race | None, Race]:
+        """(the race of `scores.racing`, what to report on)"""
+        s = self.plan.recipe.scores
+        race = Race({kind: (min(drops), max(drops)) for kind, drops in zip(KINDS, self.plan.space.drops, strict=True)},
+                    s.confidence, s.layer_metric)
+        return race if s.racing else None, race
+
+    @cached_property
     def reference(self) -> Reference:
         """The parent on the held-out blocks."""
         return Reference(self.model, self.evaluation_ids)
@@ -86,12 +113,13 @@ class Job:
     def cutter(self) -> Cutter:
         """The surgery that the recipe asks for."""
         rotation = Rotation.read(self.run.path / "scores" / "rotation.safetensors") if self.rotates else None
-        return Cutter(self.model, self.width_scores, rotation)
+        names = self.folder.dtypes(tuple(range(self.plan.parent.num_layers)))
+        return Cutter(self.source, self.width_scores, rotation, names)
 
     @cached_property
     def plain_cutter(self) -> Cutter:
         """Plain selection: the papers' method, and what results are compared with."""
-        return Cutter(self.model, self.width_scores) if self.rotates else self.cutter
+        return Cutter(self.source, self.width_scores) if self.rotates else self.cutter
 
     @property
     def rotates(self) -> bool:

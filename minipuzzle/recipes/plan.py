@@ -13,7 +13,7 @@ import torch
 
 from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import Budget, Workload, human_budget, human_bytes, human_count
-from minipuzzle.core.cost import Cost, cost
+from minipuzzle.core.cost import Cost, block_parameters, cost
 from minipuzzle.core.errors import RecipeError, ResourceError
 from minipuzzle.core.rundir import digest
 from minipuzzle.core.scores import WIDTH_AXES
@@ -64,6 +64,19 @@ class Plan:
         if self.recipe.surgery.refit == "none":
             return 0
         return max(c.samples, samples_needed(self.parent, c.sequence_length))
+
+    def resident(self, memory_bytes: int | None) -> bool:
+        """Whether a scoring pass holds the parent in memory: in float32, twice if it is rotated."""
+        copies = 2 if self.recipe.surgery.hidden == "rotate" else 1
+        return 4 * self.parent_cost.parameters * copies + 2**30 <= (memory_bytes or machine_memory())
+
+    def stream_bytes(self, memory_bytes: int | None) -> int | None:
+        """Memory for the streams of a scoring pass; None: what is fastest."""
+        if self.resident(memory_bytes):
+            return None
+        arch = self.parent
+        largest = max(sum(block_parameters(arch, kind, max(arch.ffn_sizes, default=0))) for kind in set(arch.pattern))
+        return max(1, (memory_bytes or machine_memory()) // 2 - 3 * 4 * largest)
 
     def stage_inputs(self, model: str, tokenizer: str, seed: int,
                      candidate: str | None = None) -> dict[str, dict[str, Any]]:
@@ -198,6 +211,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def machine_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_memory(plan: Plan, device: torch.device) -> None:
     """Room for the parent twice (as it is and rotated), a student with gradient and two moments, all float32, and for
     a refit: the streams, and the Gram matrix of one block with its eigenvectors in float64.
@@ -208,10 +226,7 @@ def check_memory(plan: Plan, device: torch.device) -> None:
     needed = 4 * (2 * plan.parent_cost.parameters + 4 * plan.largest.parameters)
     tokens = plan.refit_samples * plan.recipe.calibration.sequence_length
     needed += (refit := refit_bytes(plan.parent, tokens) if tokens else 0)
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine_memory()
     if free < needed:
         raise ResourceError(f"{device} has {human_bytes(free)}, the run needs about {human_bytes(needed)} for the "
                             f"parent and a student in float32"

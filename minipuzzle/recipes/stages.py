@@ -6,24 +6,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.numpy import save_file
 
 from minipuzzle.core.candidate import Candidate
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.rundir import digest, write_atomic, write_json
+from minipuzzle.core.rundir import write_atomic, write_json
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.data.blocks import TokenBlocks, tokenize
 from minipuzzle.distill.loop import TrainSettings, distill_model, load_student
-from minipuzzle.evaluate.quality import Reference, measure
+from minipuzzle.evaluate.quality import Reference, measure, measure_paths
 from minipuzzle.evaluate.sample import greedy
 from minipuzzle.importance.curves import measure_curves
-from minipuzzle.importance.layers import score_layers
-from minipuzzle.importance.widths import score_widths
+from minipuzzle.importance.layers import score as score_all
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
@@ -85,14 +84,21 @@ def score(job: Job) -> None:
     def make(update: Update) -> list[Path]:
         folder = job.run.path / "scores"
         folder.mkdir(exist_ok=True)
-        ids = job.calibration_ids
-        layers = score_layers(job.model, ids, lambda done: update(done, "layers"))
-        widths = score_widths(job.model, ids, lambda done: update(len(ids) + done / 10, "widths"))
-        layers.write(folder / "layers.csv")
-        widths.write(folder / "widths.safetensors")
-        return [folder / "layers.csv", folder / "widths.safetensors"]
+        run = job.passes("score", job.calibration_ids, lambda done: update(done, ""))
+        found = score_all(run, *job.races)
+        files = [folder / name for name in ("layers.csv", "widths.safetensors", "interactions.safetensors",
+                                            "scoring.json")]
+        if job.ranks.main:
+            found.layers.write(files[0])
+            found.widths.write(files[1])
+            save_file(found.interactions, files[2])
+            write_json(files[3], {"samples": found.samples, "available": found.available, "confidence":
+                                  job.plan.recipe.scores.confidence, "toss_ups": found.toss_ups,
+                                  "layer_forwards": found.forwards})
+            run.partial.forget()
+        return files
 
-    job.stage("score", len(job.calibration_ids) * 1.1, make)
+    job.stage("score", len(job.calibration_ids), make, shared=True)
 
 
 def curves(job: Job) -> None:
@@ -101,13 +107,17 @@ def curves(job: Job) -> None:
         files = [job.run.path / "scores" / "width_curves.csv"]
         if job.rotates:
             files.append(job.run.path / "scores" / "rotation.safetensors")
-            find_rotation(job.model, job.calibration_ids).write(files[-1])
-        measured = measure_curves(job.model, job.cutter.cut, job.cutter.expand, job.plan.curve_widths,
-                                  job.calibration_ids, lambda done: update(done, ""))
-        measured.write(files[0])
+            if job.ranks.main:
+                find_rotation(job.source, job.calibration_ids).write(files[-1])
+            job.ranks.barrier()
+        run = job.passes("curves", job.calibration_ids, lambda done: update(done, ""))
+        measured = measure_curves(job.cutter, job.plan.curve_widths, run)
+        if job.ranks.main:
+            measured.write(files[0])
+            run.partial.forget()
         return files
 
-    job.stage("curves", sum(len(w) for w in job.plan.curve_widths.values()), make)
+    job.stage("curves", len(job.calibration_ids), make, shared=True)
 
 
 def search(job: Job) -> None:
@@ -132,25 +142,19 @@ def measure_candidates(job: Job) -> None:
     chosen = diverse(job.read_candidates("predicted"), job.plan.recipe.search.measure)
 
     def make(update: Update) -> list[Path]:
-        unfinished = job.run.path / "search" / f"measured-{digest(job.inputs['measure'])}.jsonl"
-        rows = unfinished.read_text().splitlines(True) if unfinished.is_file() else []
-        rows = [row for row in rows if row.endswith("\n")]  # a power cut may leave half of the last
-        write_atomic(unfinished, "".join(rows))
-        known = dict(json.loads(row) for row in rows)
-        with unfinished.open("a") as lines:
-            for done, candidate in enumerate(chosen):
-                if candidate.name not in known:
-                    known[candidate.name] = measure(_cut(job, candidate), job.reference)
-                    lines.write(json.dumps([candidate.name, known[candidate.name]]) + "\n")
-                    lines.flush()
-                update(done + 1, f"best KL {min(m['kl'] for m in known.values()):.3f}")
+        parent = job.plan.parent
+        run = job.passes("measure", job.evaluation_ids, lambda done: update(done, f"{len(chosen)} candidates"))
+        paths = [job.cutter.path(c.architecture, c.kept_layers) for c in chosen]
+        full = job.cutter.path(parent, tuple(range(parent.num_layers)))
+        found = measure_paths(job.cutter, full, paths, run)
+        known = {c.name: measured for c, measured in zip(chosen, found, strict=True)}
         every = [dataclasses.replace(c, measured=known.get(c.name)) for c in job.read_candidates("predicted")]
         path = job.run.path / "search" / "measured.json"
         job.write_candidates(path, rank(every))
-        unfinished.unlink()
+        run.partial.forget()
         return [path]
 
-    job.stage("measure", len(chosen), make)
+    job.stage("measure", job.plan.recipe.evaluation.samples, make)
 
 
 def tournament(job: Job) -> None:

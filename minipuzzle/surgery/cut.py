@@ -1,56 +1,62 @@
 """The cut: a parent and what is known of it -> any smaller architecture, as its checkpoint would be written.
 
 `select` keeps the highest-scored channels of the hidden axis; `rotate` first turns the stream so that few directions
-carry most of it (surgery/rotate.py). The other axes are index lists either way. Candidates by the hundred are only
-cut; what is trained or written may be refitted too (surgery/refit.py).
+carry most of it (surgery/rotate.py). The other axes are index lists either way. How a layer is cut depends on its own
+widths alone, so a candidate is a path through layers (models/walk.py), and what is measured along it is what `cut`
+would put together and a folder would hold. What is trained or written may be refitted too (surgery/refit.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from minipuzzle.core.architecture import Architecture
+from minipuzzle.core.architecture import FFN, MAMBA, Architecture
 from minipuzzle.core.scores import WidthScores
-from minipuzzle.models.axes import select
-from minipuzzle.models.walk import Model
+from minipuzzle.models.axes import Selection, select, slice_weights
+from minipuzzle.models.base import Weights
+from minipuzzle.models.walk import Model, Path, Source
 from minipuzzle.surgery.refit import BlockFit, refit
-from minipuzzle.surgery.rotate import Rotation, rotate
+from minipuzzle.surgery.rotate import Rotation, rotate, rotate_weights
+
+
+class Widths(NamedTuple):
+    """How a layer is cut; 0 for a width that its kind does not have."""
+
+    hidden_size: int
+    ffn_size: int = 0
+    mamba_num_heads: int = 0
+    mamba_head_dim: int = 0
 
 
 class Cutter:
-    """Makes smaller models of one parent. Without a rotation: plain selection."""
+    """Makes smaller models of one parent, whole or as parts of paths. Without a rotation: plain selection.
 
-    def __init__(self, parent: Model, scores: WidthScores, rotation: Rotation | None = None) -> None:
-        self.parent, self.scores, self.rotation = parent, scores, rotation
+    `dtypes`: of the parent's weights on disk, by name. Parts are rounded to them, since a checkpoint will hold them so.
+    """
 
-    @cached_property
-    def _rotated(self) -> Model:
-        assert self.rotation is not None
-        return rotate(self.parent, self.rotation)
+    def __init__(self, source: Source, scores: WidthScores, rotation: Rotation | None = None,
+                 dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+        self.source, self.rotation, self.dtypes = source, rotation, dtypes or {}
+        self.scores = scores
+        # in the rotated basis a direction of the stream scores the square root of its energy
+        self.turned = scores if rotation is None else replace(scores, hidden=np.sqrt(np.maximum(rotation.scores, 0)))
+        self._norms: dict[int, list[float]] = {}  # hidden size -> weight of each norm
+        self._rotated: dict[int, Weights] = {}
 
-    @cached_property
-    def turned(self) -> WidthScores:
-        """The scores in the rotated basis: a direction of the stream scores the square root of its energy."""
-        if self.rotation is None:
-            return self.scores
-        return replace(self.scores, hidden=np.sqrt(np.maximum(self.rotation.scores, 0)))
+    # whole models ----------------------------------------------------------------------------------
 
     def cut(self, target: Architecture, kept_layers: tuple[int, ...]) -> Model:
-        """The parent cut to `target`. Nothing cut: the parent's own tensors."""
-        arch = self.parent.arch
-        if self.rotation is None or target.hidden_size == arch.hidden_size:
-            return self.parent.slice(target, select(arch, target, kept_layers, self.scores))
-        small = self._rotated.slice(target, select(arch, target, kept_layers, self.turned))
-        weights = self.rotation.norm_weights(target.hidden_size)
-        family = small.family
-        top = {n: t * weights[-1] if n in family.top_readers() else t for n, t in small.top.items()}
-        layers = tuple({n: t * weights[old] if n in family.layer_readers(kind) else t for n, t in layer.items()}
-                       for layer, kind, old in zip(small.layers, target.pattern, kept_layers, strict=True))
-        return replace(small, top=top, layers=layers)
+        """The parent cut to `target`, not rounded. Nothing cut: the parent's own tensors."""
+        family, path = self.source.family, self.path(target, kept_layers)
+        layers = tuple(self._layer(i, path.steps[i], weights)
+                       for i, weights in zip(kept_layers, self.source.stream(kept_layers), strict=True))
+        return Model(family, target, {n: self._top(path.root, n, t) for n, t in self.source.top.items()}, layers)
 
     def refitted(self, target: Architecture, kept_layers: tuple[int, ...],
                  ids_NT: torch.Tensor) -> tuple[Model, list[BlockFit]]:
@@ -59,31 +65,134 @@ class Cutter:
         Raises:
             RecipeError: too few tokens.
         """
-        return refit(self.parent, self.cut(target, kept_layers), kept_layers, partial(self.keep, target.hidden_size),
+        return refit(self.source, self.cut(target, kept_layers), kept_layers, partial(self.keep, target.hidden_size),
                      ids_NT)
 
     def keep(self, hidden_size: int, x: torch.Tensor) -> torch.Tensor:
         """The parent's stream [..., D] in the directions, or the channels, that a hidden size of k keeps, [..., k]."""
-        if hidden_size == self.parent.arch.hidden_size:
+        if hidden_size == self.source.arch.hidden_size:
             return x
         if self.rotation is None:
             return x.index_select(-1, self._channels(hidden_size).to(x.device))
         return x @ torch.from_numpy(self.rotation.basis[:, :hidden_size]).to(x)
 
     def _channels(self, hidden_size: int) -> torch.Tensor:
-        arch = self.parent.arch
-        index = select(arch, replace(arch, hidden_size=hidden_size), tuple(range(arch.num_layers)), self.scores).hidden
+        index = self._selection(hidden_size, None, None).hidden
         assert index is not None
         return torch.from_numpy(index)
 
+    @cached_property
+    def _whole_rotated(self) -> Model:
+        assert isinstance(self.source, Model)
+        assert self.rotation is not None
+        return rotate(self.source, self.rotation)
+
+    def _turned(self, layer: int, weights: Weights) -> Weights:
+        """The parent's weights of a layer in the rotated basis; of one that is streamed, the last layer is kept."""
+        if isinstance(self.source, Model):
+            return self._whole_rotated.layers[layer]
+        if layer not in self._rotated:
+            assert self.rotation is not None
+            family, arch = self.source.family, self.source.arch
+            kind = arch.pattern[layer]
+            self._rotated = {layer: rotate_weights(weights, family.layer_axes(arch, kind), family.layer_readers(kind),
+                                                   self.rotation)}
+        return self._rotated[layer]
+
+    # paths -----------------------------------------------------------------------------------------
+
+    def path(self, target: Architecture, kept_layers: tuple[int, ...]) -> Path:
+        """A candidate as a path through the parent's layers."""
+        steps: list[Widths | None] = [None] * self.source.arch.num_layers
+        for new, old in enumerate(kept_layers):
+            kind, hidden = target.pattern[new], target.hidden_size
+            steps[old] = (Widths(hidden, target.ffn_size_of(new)) if kind == FFN else
+                          Widths(hidden, 0, target.mamba_num_heads, target.mamba_head_dim) if kind == MAMBA else
+                          Widths(hidden))
+        return Path(target.hidden_size, tuple(steps))
+
+    def embed(self, root: int, ids_BT: torch.Tensor) -> torch.Tensor:
+        name = self.source.family.embedding_name
+        rows = self.source.embed(ids_BT)
+        return self._rounded(name, self._top(root, name, rows.flatten(0, -2))).view(*ids_BT.shape, root)
+
+    def layer(self, layer: int, step: Widths, weights: Weights) -> tuple[Architecture, Weights]:
+        prefix = self.source.family.layer_prefix(layer)
+        cut = self._layer(layer, step, weights)
+        return self._arch(step), {n: self._rounded(prefix + n, t) for n, t in cut.items()}
+
+    def finish(self, root: int, x_BTk: torch.Tensor) -> torch.Tensor:
+        family = self.source.family
+        norms = {n: self._rounded(n, self._top(root, n, self.source.norms[n])) for n in family.top_readers()}
+        return family.final_norm(replace(self.source.arch, hidden_size=root), norms, x_BTk)
+
+    def head(self, root: int, rows_VD: torch.Tensor) -> torch.Tensor:
+        name = self.source.family.head_name
+        return self._rounded(name, self._top(root, name, rows_VD))
+
     def expand(self, hidden: torch.Tensor) -> torch.Tensor:
         """A small model's LM head input [..., k] as the parent's LM head would see it, [..., D]."""
-        arch, keep = self.parent.arch, hidden.shape[-1]
+        arch, keep = self.source.arch, hidden.shape[-1]
         if keep == arch.hidden_size:
             return hidden
         if self.rotation is None:
             wide = hidden.new_zeros(*hidden.shape[:-1], arch.hidden_size)
             return wide.index_copy_(-1, self._channels(keep).to(hidden.device), hidden)
-        (norm,) = self.parent.family.top_readers()
+        (norm,) = self.source.family.top_readers()
         basis = torch.from_numpy(self.rotation.basis[:, :keep]).to(hidden)
-        return (hidden @ basis.T) * self.parent.top[norm]
+        return (hidden @ basis.T) * self.source.norms[norm]
+
+    # parts -----------------------------------------------------------------------------------------
+
+    def _turns(self, hidden_size: int) -> bool:
+        return self.rotation is not None and hidden_size != self.source.arch.hidden_size
+
+    def _arch(self, step: Widths) -> Architecture:
+        """The parent's layers at the widths of `step`."""
+        arch = self.source.arch
+        return replace(arch, hidden_size=step.hidden_size, ffn_size=step.ffn_size or arch.ffn_size,
+                       mamba_num_heads=step.mamba_num_heads or arch.mamba_num_heads,
+                       mamba_head_dim=step.mamba_head_dim or arch.mamba_head_dim)
+
+    def _selection(self, hidden_size: int, layer: int | None, step: Widths | None) -> Selection:
+        arch, scores = self.source.arch, self.turned if self._turns(hidden_size) else self.scores
+        if layer is None or step is None:
+            return select(arch, replace(arch, hidden_size=hidden_size), (), scores)
+        one = replace(self._arch(step), pattern=arch.pattern[layer], ffn_size=step.ffn_size)
+        return select(arch, one, (layer,), scores)
+
+    def _layer(self, layer: int, step: Widths, weights: Weights) -> Weights:
+        """A layer cut to `step`, not rounded."""
+        arch, family = self.source.arch, self.source.family
+        kind = arch.pattern[layer]
+        turns = self._turns(step.hidden_size)
+        cut = slice_weights(family, arch, self._arch(step), self._selection(step.hidden_size, layer, step),
+                            self._turned(layer, weights) if turns else weights, layer, layer)
+        for norm in family.layer_readers(kind) if turns else ():
+            cut[norm] = cut[norm] * self._norm_weights(step.hidden_size)[layer]
+        return cut
+
+    def _top(self, hidden_size: int, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A weight from outside the layers, or some of its rows, cut; not rounded."""
+        family = self.source.family
+        if not self._turns(hidden_size):
+            index = self._selection(hidden_size, None, None).hidden
+            return tensor if index is None else tensor.index_select(-1, torch.from_numpy(index).to(tensor.device))
+        assert self.rotation is not None
+        if name in family.top_readers():
+            return torch.full_like(tensor[:hidden_size], self._norm_weights(hidden_size)[-1])
+        for norm, readers in family.top_readers().items():
+            if name in readers:
+                tensor = tensor * self.source.norms[norm]
+        basis = torch.from_numpy(self.rotation.basis[:, :hidden_size]).to(tensor.device)
+        return (tensor.double() @ basis).to(tensor.dtype)
+
+    def _norm_weights(self, hidden_size: int) -> list[float]:
+        assert self.rotation is not None
+        if hidden_size not in self._norms:
+            self._norms[hidden_size] = self.rotation.norm_weights(hidden_size).tolist()
+        return self._norms[hidden_size]
+
+    def _rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        dtype = self.dtypes.get(name, tensor.dtype)
+        return tensor if dtype == tensor.dtype else tensor.to(dtype).to(tensor.dtype)

@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.models.base import Family
-from minipuzzle.models.walk import Model, batches, floats_per_sample
+from minipuzzle.models.walk import Model, Source, batches, floats_per_sample
 
 RIDGES = tuple(10.0**x for x in range(-6, 2))
 FOLDS = 8  # one sample in so many is held out
@@ -84,7 +84,7 @@ def refit_bytes(parent: Architecture, tokens: int) -> int:
 
 
 @torch.no_grad()
-def refit(parent: Model, small: Model, kept_layers: tuple[int, ...], keep: Callable[[torch.Tensor], torch.Tensor],
+def refit(parent: Source, small: Model, kept_layers: tuple[int, ...], keep: Callable[[torch.Tensor], torch.Tensor],
           ids_NT: torch.Tensor) -> tuple[Model, list[BlockFit]]:
     """`small` with its writers refitted; its blocks were cut from the parent's `kept_layers`.
 
@@ -100,13 +100,15 @@ def refit(parent: Model, small: Model, kept_layers: tuple[int, ...], keep: Calla
     floats = floats_per_sample(arch, length)
     fit_ids, held_ids = batches(ids_NT[~held_out], floats), batches(ids_NT[held_out], floats)
     ids = (*fit_ids, *held_ids)
-    theirs = [family.embed(parent.top, x) for x in ids]
+    theirs = [parent.embed(x) for x in ids]
+    streamed = parent.stream(range(arch.num_layers))
     ours = [family.embed(small.top, x) for x in ids]
     layers, fits, at = list(small.layers), [], 0
     for j, (kind, end) in enumerate(zip(small.arch.pattern, (*kept_layers[1:], arch.num_layers), strict=True)):
         for layer in range(at, end):
+            weights = next(streamed)
             for i in range(len(ids)):
-                theirs[i] = theirs[i] + family.block(arch, arch.pattern[layer], parent.layers[layer], theirs[i])
+                theirs[i] = theirs[i] + family.block(arch, arch.pattern[layer], weights, theirs[i])
         at = end
         name, place = family.layer_writers(kind)
         weight = layers[j][name]

@@ -15,6 +15,7 @@ inference. D hidden, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from minipuzzle.core.errors import CorruptArtifact
-from minipuzzle.models.walk import Model, batches, final_hidden, floats_per_sample
+from minipuzzle.models.base import Weights
+from minipuzzle.models.walk import BLOCK_BYTES, Model, Source, Whole, samples_per_walk, walk
 
 
 @dataclass(frozen=True)
@@ -55,59 +57,77 @@ class Rotation:
             raise CorruptArtifact(f"{path} cannot be read ({error}); delete it and run again") from None
 
 
-def fold_norms(model: Model) -> Model:
-    """The same function with every stream norm's weight moved into the matrices that read it."""
-    def folded(weights: dict[str, torch.Tensor], readers: dict[str, tuple[str, ...]]) -> dict[str, torch.Tensor]:
-        out = dict(weights)
-        for norm, names in readers.items():
-            for name in names:
-                out[name] = out[name] * weights[norm]
-            out[norm] = torch.ones_like(weights[norm])
-        return out
-
-    family, arch = model.family, model.arch
-    return replace(model, top=folded(dict(model.top), family.top_readers()),
-                   layers=tuple(folded(dict(w), family.layer_readers(kind))
-                                for w, kind in zip(model.layers, arch.pattern, strict=True)))
+def fold_norms(weights: Weights, readers: dict[str, tuple[str, ...]]) -> dict[str, torch.Tensor]:
+    """The same function with each norm's weight moved into the matrices that read it; they may be elsewhere."""
+    out = dict(weights)
+    for norm, names in readers.items():
+        for name in names:
+            out[name] = out[name] * weights[norm]
+        out[norm] = torch.ones_like(weights[norm])
+    return out
 
 
 @torch.no_grad()
-def find_rotation(model: Model, ids_NT: torch.Tensor) -> Rotation:
-    """The principal directions of the normalised stream on N samples of T tokens."""
-    folded = fold_norms(model)
-    norms, hidden = model.arch.num_layers + 1, model.arch.hidden_size
-    second = torch.zeros(norms, hidden, hidden, dtype=torch.float64)
+def find_rotation(source: Source, ids_NT: torch.Tensor, weights_L: np.ndarray | None = None) -> Rotation:
+    """The principal directions of the normalised stream on N samples of T tokens.
 
-    def gather(place: int, x_BTD: torch.Tensor) -> None:
-        x = x_BTD.flatten(0, 1).double()
-        second[place] += (x.T @ x).cpu()
+    `weights_L` [L + 1]: how much each norm counts in the sum over norms; left out, all the same (docs/results.md has
+    the comparison).
 
-    for ids in batches(ids_NT, floats_per_sample(model.arch, ids_NT.shape[1])):
-        final = final_hidden(folded, ids, lambda layer, place, x: gather(layer, x) if place == "hidden" else None)
-        gather(norms - 1, final)
-    values, vectors = np.linalg.eigh(second.sum(0).numpy())
+    Two walks, one for the basis and one for the energies in it, so that one [D, D] is held and not one for each norm.
+    """
+    whole, arch = Whole(source), source.arch
+    norms, hidden = arch.num_layers + 1, arch.hidden_size
+    second = torch.zeros(hidden, hidden, dtype=torch.float64)
+    energies = np.zeros((norms, hidden))
+
+    def look(see: Callable[[int, torch.Tensor], None]) -> None:
+        def watch(layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+            see(layer, before)
+            if layer == arch.num_layers - 1:
+                see(layer + 1, after)
+
+        size = samples_per_walk(arch, ids_NT.shape[1], 1, BLOCK_BYTES.get(ids_NT.device.type, 2**28))
+        for ids in torch.split(ids_NT, size):
+            walk(whole, [whole.path()], ids, watch=watch)
+
+    def normalised(x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(0, 1).double()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + arch.norm_eps)
+
+    def gather(place: int, x: torch.Tensor) -> None:
+        x = normalised(x)
+        second.add_((x.T @ x).cpu(), alpha=1.0 if weights_L is None else float(weights_L[place]))
+
+    look(gather)
+    values, vectors = np.linalg.eigh(second.numpy())
     basis = vectors[:, np.argsort(-values, kind="stable")]
     # the sign of an eigenvector is free: the largest entry positive, so that the same model gives the same basis
     basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(hidden)])
-    energies = np.einsum("dk,lde,ek->lk", basis, second.numpy(), basis) / ids_NT.numel()
-    return Rotation(basis, energies)
+
+    def measure(place: int, x: torch.Tensor) -> None:
+        energies[place] += (normalised(x) @ torch.from_numpy(basis).to(x.device)).square().sum(0).numpy(force=True)
+
+    look(measure)
+    return Rotation(basis, energies / ids_NT.numel())
+
+
+def rotate_weights(weights: Weights, axes: dict[str, tuple[str, ...]], readers: dict[str, tuple[str, ...]],
+                   rotation: Rotation) -> dict[str, torch.Tensor]:
+    """Weights of a layer, or those outside the layers, in the rotated basis with norm weights 1: exact to rounding."""
+    out = fold_norms(weights, readers)
+    for name in out.keys() - readers.keys():
+        if "hidden" in axes[name]:
+            dim = axes[name].index("hidden")
+            moved = out[name].double().movedim(dim, -1) @ torch.from_numpy(rotation.basis).to(out[name].device)
+            out[name] = moved.movedim(-1, dim).to(out[name].dtype).contiguous()
+    return out
 
 
 def rotate(model: Model, rotation: Rotation) -> Model:
     """The same function in the rotated basis, norm weights 1: exact up to rounding."""
-    folded = fold_norms(model)
     family, arch = model.family, model.arch
-    basis = torch.from_numpy(rotation.basis)
-
-    def turned(tensor: torch.Tensor, axes: tuple[str, ...], is_norm: bool) -> torch.Tensor:
-        if "hidden" not in axes or is_norm:
-            return tensor
-        dim = axes.index("hidden")
-        moved = tensor.double().movedim(dim, -1) @ basis.to(tensor.device)
-        return moved.movedim(-1, dim).to(tensor.dtype).contiguous()
-
-    top = {n: turned(t, family.top_axes(arch)[n], n in family.top_readers()) for n, t in folded.top.items()}
-    layers = tuple({n: turned(t, family.layer_axes(arch, kind)[n], n in family.layer_readers(kind))
-                    for n, t in weights.items()}
-                   for weights, kind in zip(folded.layers, arch.pattern, strict=True))
+    top = rotate_weights(model.top, family.top_axes(arch), family.top_readers(), rotation)
+    layers = tuple(rotate_weights(w, family.layer_axes(arch, kind), family.layer_readers(kind), rotation)
+                   for w, kind in zip(model.layers, arch.pattern, strict=True))
     return replace(model, top=top, layers=layers)

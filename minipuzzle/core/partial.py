@@ -1,0 +1,53 @@
+"""Work done sample by sample, kept while it lasts: a file for each batch of samples, whole or absent.
+
+A run that was stopped finds its batches again and counts no sample twice; several processes write into one folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+class Partial:
+    """A folder of batches `FIRST-STOP.npz`; with no folder, a dict."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._found: dict[tuple[int, int], Arrays] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, first: int, stop: int) -> Arrays | None:
+        """What was kept of the samples [first, stop), if just these were a batch."""
+        if (first, stop) not in self._found and self.folder is not None:
+            try:
+                with np.load(self.folder / f"{first}-{stop}.npz", allow_pickle=False) as file:
+                    self._found[first, stop] = dict(file)
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # absent, or not whole: it is made again
+                return None
+        return self._found.get((first, stop))
+
+    def put(self, first: int, stop: int, arrays: Arrays) -> None:
+        """Keep a batch."""
+        self._found[first, stop] = arrays
+        if self.folder is not None:
+            temporary = self.folder / f"{first}-{stop}.{os.getpid()}.tmp"
+            with temporary.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            os.replace(temporary, self.folder / f"{first}-{stop}.npz")
+
+    def forget(self) -> None:
+        """The work is done and its result written: remove the files."""
+        if self.folder is not None:
+            for file in self.folder.iterdir():
+                file.unlink()
+            self.folder.rmdir()
+            with contextlib.suppress(OSError):  # another stage's are there
+                self.folder.parent.rmdir()
