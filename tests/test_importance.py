@@ -124,8 +124,8 @@ def test_scores_do_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> Non
     pd.testing.assert_frame_equal(apart.layers.table, together.layers.table, rtol=1e-4, atol=1e-7)
     assert heard == [2, 4, 5, 5]
     for metric in ("mse", "kl"):
-        np.testing.assert_allclose(apart.interactions[metric], together.interactions[metric], rtol=1e-3, atol=1e-7)
-        assert apart.interactions[metric].shape == (ARCH.num_layers,) * 2
+        np.testing.assert_allclose(apart.layers.interactions[metric], together.layers.interactions[metric], rtol=1e-3, atol=1e-7)
+        assert apart.layers.interactions[metric].shape == (ARCH.num_layers,) * 2
     split = apart.widths
     np.testing.assert_allclose(split.hidden, wide.hidden, rtol=1e-5)
     assert split.samples == 5

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -43,11 +44,13 @@ class Partial:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
             os.replace(temporary, self.folder / f"{first}-{stop}.npz")
 
+    def part(self, name: str) -> Partial:
+        """Those of a part of the work."""
+        return Partial(None if self.folder is None else self.folder / name)
+
     def forget(self) -> None:
         """The work is done and its result written: remove the files."""
         if self.folder is not None:
-            for file in self.folder.iterdir():
-                file.unlink()
-            self.folder.rmdir()
+            shutil.rmtree(self.folder)
             with contextlib.suppress(OSError):  # another stage's are there
                 self.folder.parent.rmdir()

@@ -15,15 +15,21 @@ import pandas as pd
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
 
 LAYER_METRICS = ("mse", "nmse", "kl", "loss_delta", "cosine")
+INTERACTIONS = "interactions.safetensors"
 COLUMNS = ("layer", "kind", "mse", "mse_stderr", "nmse", "kl", "kl_stderr", "loss_delta", "cosine", "samples")
 
 
 @dataclass(frozen=True)
 class LayerScores:
-    """One row per layer of the parent: `table` has COLUMNS (a CSV from elsewhere may have fewer)."""
+    """One row per layer of the parent: `table` has COLUMNS (a CSV from elsewhere may have fewer), and from iterative
+    scoring `order`, the place in which the layer went (1 first, NaN never).
+
+    `interactions`: "mse" and "kl" -> [layers, layers], what pairs of layers do together (importance/layers.py).
+    """
 
     table: pd.DataFrame
     source: str = ""
+    interactions: dict[str, np.ndarray] = field(default_factory=dict)
 
     def metric(self, name: str) -> np.ndarray:
         """[layers] of a metric; larger is more important.
@@ -49,11 +55,15 @@ class LayerScores:
         return "".join(self.table["kind"])
 
     def write(self, path: Path) -> None:
+        """`layers.csv`, and beside it `interactions.safetensors`."""
+        from safetensors.numpy import save_file
+
         self.table.to_csv(path, index=False, float_format="%.9g")
+        save_file({k: np.ascontiguousarray(v) for k, v in self.interactions.items()}, path.parent / INTERACTIONS)
 
     @classmethod
     def read(cls, path: Path) -> LayerScores:
-        """Read `layers.csv` or any CSV with `layer,kind` and a metric.
+        """Read `layers.csv` with what lies beside it, or any CSV with `layer,kind` and a metric.
 
         Raises:
             RecipeError: no such file or no such columns.
@@ -77,7 +87,16 @@ class LayerScores:
         for metric in set(LAYER_METRICS) & set(table.columns):
             if not pd.api.types.is_numeric_dtype(table[metric]) or not np.isfinite(table[metric]).all():
                 raise CorruptArtifact(f"{path}: column {metric} holds something that is not a finite number")
-        return cls(table, str(path))
+        beside = path.parent / INTERACTIONS
+        if path.name != "layers.csv" or not beside.is_file():
+            return cls(table, str(path))
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return cls(table, str(path), load_file(beside))
+        except (SafetensorError, OSError) as error:
+            raise CorruptArtifact(f"{beside} cannot be read ({error}); delete it and score again") from None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ Shapes: L layers, N samples, B samples of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -35,22 +35,21 @@ from minipuzzle.importance.racing import Race, looks, means, toss_ups, undecided
 from minipuzzle.importance.widths import gather_widths, width_scores
 from minipuzzle.models.logits import compare
 from minipuzzle.models.passes import Pass
-from minipuzzle.models.walk import Parts, Path, Source, Whole, heads_of, layer_forwards, walk
+from minipuzzle.models.walk import Parts, Path, Prefix, Source, Whole, heads_of, layer_forwards, walk
 
 METRICS = ("mse", "nmse", "kl", "loss_delta", "cosine")
+MEMO_BYTES = 2**31
 
 
 @dataclass(frozen=True)
 class Scored:
     """What a pass found out. `samples` were spent of `available`; `forwards` layers were applied, counted in samples.
 
-    `interactions`: "mse" and "kl" -> [L, L]; the racing that stopped early has them from the samples of all layers.
     `toss_ups`: cuts at which noise decides (importance/racing.py).
     """
 
     layers: LayerScores
     widths: WidthScores
-    interactions: dict[str, np.ndarray]
     samples: int
     available: int
     forwards: int
@@ -87,11 +86,51 @@ def score(run: Pass, race: Race | None = None, confidence: Race | None = None) -
     asked = race or confidence
     every = [p for p in parts if not np.isnan(p["values"][0]).any()]
     counted = sum(p["values"].shape[-1] for p in every)
+    # a race has them from the samples on which all layers were ablated
+    pairs = {metric: sum(p[f"gram_{metric}"] for p in every) / counted for metric in ("mse", "kl")}
     return Scored(
-        layer_table(arch.pattern, values), width_scores(arch, parts, spent),
-        {metric: sum(p[f"gram_{metric}"] for p in every) / counted for metric in ("mse", "kl")},
+        replace(layer_table(arch.pattern, values), interactions=pairs), width_scores(arch, parts, spent),
         spent, total, forwards,
         toss_ups(values[METRICS.index(asked.metric)], arch.pattern, asked) if asked else [])
+
+
+def score_iteratively(run: Pass, race: Race, memo_bytes: int = MEMO_BYTES) -> Scored:
+    """Score one-shot, then find the order in which layers go: the one whose removal, on top of those that went before,
+    does least by `race.metric`; of each kind as many as `race.drops` says, and never the last of all layers.
+
+    The table gets `order` (1 first) and `added`, the damage that each removal added. A walk starts at the layer that
+    went last, with the streams that came to it, if those of all variants fit into `memo_bytes`.
+    """
+    scored, arch = score(run, confidence=race), run.source.arch
+    whole, size = Whole(run.source), run.size(arch.num_layers + 1)
+    total, seq = run.ids_NT.shape
+    memos: dict[int, dict[int, dict[Prefix, torch.Tensor]]] = {}
+    fits = 2 * total * seq * arch.hidden_size * arch.num_layers * (arch.num_layers + 1) <= memo_bytes
+    order, added = np.full(arch.num_layers, np.nan), np.full(arch.num_layers, np.nan)
+    gone: list[int] = []
+    before, forwards = 0.0, scored.forwards
+    wanted = sum(most for _, most in race.drops.values())
+    while len(gone) < min(wanted, arch.num_layers - 1):
+        left = [i for i, kind in enumerate(arch.pattern) if i not in gone
+                and sum(arch.pattern[j] == kind for j in gone) < race.drops.get(kind, (0, 0))[1]]
+        paths = _paths(whole, left, frozenset(gone))
+
+        def make(first: int, ids_BT: torch.Tensor, paths: list[Path] = paths) -> Arrays:
+            memo = memos.setdefault(first, {}) if fits else None
+            full, *without = walk(whole, [whole.path(), *paths[1:]], ids_BT, memo=memo)
+            return {"values": damage(whole, full, without, [None] * len(paths), ids_BT)[0]}
+
+        part = replace(run, partial=run.partial.part(f"without-{'-'.join(map(str, gone))}"),
+                       progress=lambda done: run.progress(total * (len(gone) + done / total) / wanted))
+        found = np.concatenate([p["values"] for p in part.run(0, total, size, make)], -1)
+        means_V = found[METRICS.index(race.metric)].mean(-1)
+        best = min(range(len(left)), key=lambda v: (means_V[v], -left[v]))
+        order[left[best]], added[left[best]] = len(gone) + 1, means_V[best] - before
+        before = means_V[best]
+        forwards += total * layer_forwards([whole.path(), *paths[1:]], gone[-1] if fits and gone else 0)
+        gone.append(left[best])
+    table = scored.layers.table.assign(order=order, added=added)
+    return replace(scored, layers=replace(scored.layers, table=table), forwards=forwards)
 
 
 def _paths(whole: Whole, chosen: Sequence[int], removed: frozenset[int] = frozenset()) -> list[Path]:

@@ -193,11 +193,10 @@ def heads_of(parts: Parts, roots: Sequence[Hashable]) -> tuple[list[int], Callab
     return [different.index(root) for root in roots[1:]], rows
 
 
-def layer_forwards(paths: Iterable[Path]) -> int:
-    """Layers that `walk` applies for a sample: the nodes of the trie."""
-    paths = list(paths)
+def layer_forwards(paths: Sequence[Path], first: int = 0) -> int:
+    """Layers that `walk` applies for a sample from layer `first` on: the nodes of the trie."""
     return sum(len({(p.root, p.steps[: i + 1]) for p in paths if p.steps[i] is not None})
-               for i in range(len(paths[0].steps)))
+               for i in range(first, len(paths[0].steps)))
 
 
 @torch.no_grad()

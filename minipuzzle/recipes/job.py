@@ -22,7 +22,6 @@ from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blocks import TokenBlocks, load_blocks
 from minipuzzle.data.corpus import identity
 from minipuzzle.evaluate.quality import Reference
-from minipuzzle.importance.racing import Race
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.stream import StreamedModel
@@ -30,7 +29,6 @@ from minipuzzle.models.walk import Model, Source
 from minipuzzle.models.weights import COMPANIONS, ModelFolder
 from minipuzzle.recipes.plan import Plan
 from minipuzzle.recipes.progress import Reporter, Update
-from minipuzzle.search.prices import KINDS
 from minipuzzle.search.rank import rank
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import Rotation
@@ -95,14 +93,6 @@ class Job:
         partial = Partial(self.run.path / "partial" / f"{stage}-{digest(self.inputs[stage])}")
         streams = self.plan.stream_bytes(self.memory_bytes)
         return Pass(self.source, ids_NT, partial, self.ranks, streams, progress)
-
-    @property
-    def races(self) -> tuple[Race | None, Race]:
-        """(the race of `scores.racing`, what to report on)"""
-        s = self.plan.recipe.scores
-        race = Race({kind: (min(drops), max(drops)) for kind, drops in zip(KINDS, self.plan.space.drops, strict=True)},
-                    s.confidence, s.layer_metric)
-        return race if s.racing else None, race
 
     @cached_property
     def reference(self) -> Reference:

@@ -24,8 +24,7 @@ from minipuzzle.search.space import Space, resolve_space
 from minipuzzle.surgery.refit import refit_bytes, samples_needed, writer_inputs
 
 # key, the only value that exists so far, and what to say. Accepting and ignoring a setting would be a lie.
-_NOT_YET = (("scores.iterative", False), ("scores.racing", False),
-            ("search.damage", "additive"), ("search.export", "uniform"), ("distillation.precision", "fp32"))
+_NOT_YET = (("search.export", "uniform"), ("distillation.precision", "fp32"))
 CURVE_POINTS = 3  # measured widths per axis; between them the search interpolates
 # of a large matrix product's speed: what the whole forward pass of a hybrid reaches on CPU, from
 # benchmarks/results/main_job.json; only the estimates of time depend on it
@@ -87,7 +86,12 @@ class Plan:
         out["tokenize"] = {"data": {name: identity(source) for name, source in (
             ("calibration", r.calibration.data), ("evaluation", r.evaluation.data),
             ("distillation", r.distillation.data))}, "tokenizer": tokenizer}
-        out["score"] = {"model": model, "calibration": r.calibration.model_dump(), "after": digest(out["tokenize"])}
+        s = r.scores
+        how: dict[str, Any] = {"racing": s.racing, "iterative": s.iterative}
+        if s.racing or s.iterative:  # only then does the search's question decide what is measured
+            how |= {"drops": self.space.drops, "metric": s.layer_metric, "confidence": s.confidence}
+        out["score"] = {"model": model, "calibration": r.calibration.model_dump(), "scores": how,
+                        "after": digest(out["tokenize"])}
         out["curves"] = {"widths": self.curve_widths, "hidden": r.surgery.hidden, "after": digest(out["score"])}
         out["search"] = {"budget": self.budget.to_json(), "workload": self.workload.to_json(),
                          "space": self.space.to_json(), "search": r.search.model_dump(
@@ -163,6 +167,8 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True) ->
         section, key = path.split(".")
         if values[section][key] != only:
             raise RecipeError(f"{path} = {values[section][key]!r} is not built yet; the only value is {only!r}")
+    if recipe.scores.racing and recipe.scores.iterative:
+        raise RecipeError("scores.racing and scores.iterative exclude each other: a race ends with the first round")
     d = recipe.distillation
     if d.batch_tokens < d.sequence_length:
         raise RecipeError(f"distillation.batch_tokens {d.batch_tokens} is less than one sequence of "

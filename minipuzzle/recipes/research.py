@@ -190,15 +190,16 @@ def find_candidates(recipe: Recipe, parent: Architecture, space: Space, budget: 
         Infeasible: no architecture meets the budget.
     """
     search, metric = recipe.search, recipe.scores.layer_metric
-    if search.damage != "additive":
-        raise RecipeError(f"search.damage = {search.damage!r} is not built yet; the only value is 'additive'")
     if search.strategy == "milp":
+        if search.damage == "quadratic":
+            raise RecipeError("search.damage quadratic needs search.strategy grid; integer programs add damages up")
         solved = solve_architectures(parent, space, budget, workload, scores, curves, metric,
                                      min(search.measure, search.keep), search.export == "per_layer")
         return solved.candidates, solved.points, None
     if search.export == "per_layer":
         raise RecipeError("search.export per_layer needs search.strategy milp; the grid has one FFN width for all")
-    found = search_architectures(parent, space, budget, workload, scores, curves, metric, search.keep)
+    found = search_architectures(parent, space, budget, workload, scores, curves, metric, search.keep,
+                                 search.damage)
     return found.candidates, found.points, found.feasible
 
 

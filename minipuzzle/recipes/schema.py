@@ -90,7 +90,7 @@ class SpaceSection(_Section):
 
 class SearchSection(_Section):
     strategy: Literal["grid", "milp"] = "grid"
-    damage: Literal["additive", "quadratic"] = "additive"
+    damage: Literal["auto", "additive", "quadratic"] = "auto"
     export: Literal["uniform", "per_layer"] = "uniform"
     measure: int = Field(48, ge=1)
     finalists: int = Field(4, ge=1)

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.numpy import save_file
 
 from minipuzzle.core.candidate import Candidate
 from minipuzzle.core.errors import RecipeError
@@ -22,13 +21,17 @@ from minipuzzle.distill.loop import TrainSettings, distill_model, load_student
 from minipuzzle.evaluate.quality import Reference, measure, measure_paths
 from minipuzzle.evaluate.sample import greedy
 from minipuzzle.importance.curves import measure_curves
+from minipuzzle.importance.layers import Scored, score_iteratively
 from minipuzzle.importance.layers import score as score_all
+from minipuzzle.importance.racing import Race
 from minipuzzle.models.module import HybridLM
+from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.recipes.job import Job
 from minipuzzle.recipes.progress import Update
 from minipuzzle.recipes.research import find_candidates
+from minipuzzle.search.prices import KINDS
 from minipuzzle.search.rank import diverse, rank
 from minipuzzle.surgery.gate import reload_gate
 from minipuzzle.surgery.refit import BlockFit, check_samples, read_refit, write_refit
@@ -85,13 +88,12 @@ def score(job: Job) -> None:
         folder = job.run.path / "scores"
         folder.mkdir(exist_ok=True)
         run = job.passes("score", job.calibration_ids, lambda done: update(done, ""))
-        found = score_all(run, *job.races)
+        found = score_layers_and_widths(job, run)
         files = [folder / name for name in ("layers.csv", "widths.safetensors", "interactions.safetensors",
                                             "scoring.json")]
         if job.ranks.main:
             found.layers.write(files[0])
             found.widths.write(files[1])
-            save_file(found.interactions, files[2])
             write_json(files[3], {"samples": found.samples, "available": found.available, "confidence":
                                   job.plan.recipe.scores.confidence, "toss_ups": found.toss_ups,
                                   "layer_forwards": found.forwards})
@@ -99,6 +101,16 @@ def score(job: Job) -> None:
         return files
 
     job.stage("score", len(job.calibration_ids), make, shared=True)
+
+
+def score_layers_and_widths(job: Job, run: Pass) -> Scored:
+    """By the recipe's `scores`: one-shot, racing, or iterative."""
+    s = job.plan.recipe.scores
+    race = Race({kind: (min(drops), max(drops)) for kind, drops in zip(KINDS, job.plan.space.drops, strict=True)},
+                s.confidence, s.layer_metric)
+    if s.iterative:
+        return score_iteratively(run, race)
+    return score_all(run, race if s.racing else None, race)
 
 
 def curves(job: Job) -> None:

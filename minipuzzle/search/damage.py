@@ -1,8 +1,11 @@
 """Predicted damage: what is known about every layer and width of a space, added up.
 
-    damage = sum over dropped layers of score(layer) + sum over axes of curve(axis, width)
+    damage = layers + sum over axes of curve(axis, width)
+    additive:   layers = sum_i score(i)                                      over the dropped layers i
+    quadratic:  layers = sum_i score(i) + sum_{i != j} interaction(i, j)     exact for one layer, second order for sets
 
-It ignores interactions: rank.py says how well it predicts what was measured.
+For kl the interaction is half the covariance of the changes of the logits under the parent's probabilities, for mse the
+mean product of the errors (importance/layers.py). rank.py says how well it predicts what was measured.
 The suffixes: L = layers, C = combinations of layer counts, W = combinations of widths.
 """
 
@@ -28,6 +31,7 @@ class Damage:
     stderr_L: np.ndarray | None
     axes: tuple[np.ndarray, ...] | None
     axes_stderr: tuple[np.ndarray, ...] | None = None
+    pairs_LL: np.ndarray | None = None  # interactions, with a zero diagonal
 
     def widths_stderr(self, index_W4: np.ndarray) -> np.ndarray | None:
         """[W] standard error of `widths`, with the axes' errors independent; NaN where it was not measured."""
@@ -45,7 +49,10 @@ class Damage:
 
     def layers(self, space: Space) -> np.ndarray | None:
         """[C] damage by the layers that go, the lowest-scored of each kind first."""
-        return None if self.values_L is None else _dropped_sums(self.values_L, self.orders, space)
+        if self.values_L is None:
+            return None
+        sums = _dropped_sums(self.values_L, self.orders, space)
+        return sums if self.pairs_LL is None else sums + _dropped_pairs(self.pairs_LL, self.orders, space)
 
     def layers_stderr(self, space: Space) -> np.ndarray | None:
         """[C] its standard error, with the layers' errors independent; NaN where it was not measured."""
@@ -53,21 +60,25 @@ class Damage:
 
 
 def predict(parent: Architecture, space: Space, scores: LayerScores | None, curves: WidthCurves | None,
-            metric: str) -> Damage:
-    """Look up what is known about every layer and width of the space.
+            metric: str, damage: str = "auto") -> Damage:
+    """Look up what is known about every layer and width of the space. `damage`: additive, quadratic, or auto, which is
+    quadratic where interactions were measured.
 
     Raises:
         RecipeError: scores of another model, no such metric, an axis that was not measured.
         CorruptArtifact: values that are not finite.
     """
-    values_L = stderr_L = axes = axes_stderr = None
+    values_L = stderr_L = axes = axes_stderr = pairs_LL = order_L = None
     if scores is not None:
         if scores.pattern != parent.pattern:
             raise RecipeError(f"scores {scores.source or 'given'} are of another model: {len(scores.pattern)} layers "
                               f"{scores.pattern}, the parent has {parent.num_layers} {parent.pattern}")
         values_L, stderr_L = scores.metric(metric), scores.stderr(metric)
         _check_finite(values_L, f"scores {scores.source or 'given'}", metric)
-    orders = tuple(drop_order(parent, kind, values_L) for kind in KINDS)
+        order_L = scores.table["order"].to_numpy(float) if "order" in scores.table else None
+    if damage != "additive":
+        pairs_LL = _interactions(scores, metric, damage == "quadratic")
+    orders = tuple(drop_order(parent, kind, values_L, order_L) for kind in KINDS)
     if curves is not None:
         if metric not in curves.table.columns:
             have = [c for c in curves.table.columns if c in LAYER_METRICS]
@@ -77,11 +88,29 @@ def predict(parent: Architecture, space: Space, scores: LayerScores | None, curv
         if f"{metric}_stderr" in curves.table.columns:
             axes_stderr = tuple(curves.damage(axis, f"{metric}_stderr", np.array(values), _whole(parent, axis, values))
                                 for axis, values in zip(WIDTH_AXES, space.widths, strict=True))
-    return Damage(orders, values_L, stderr_L, axes, axes_stderr)
+    return Damage(orders, values_L, stderr_L, axes, axes_stderr, pairs_LL)
 
 
-def drop_order(parent: Architecture, kind: str, values_L: np.ndarray | None) -> list[int]:
-    """Layers of a kind in the order in which they go: lowest score first; of equals the later one goes first.
+def _interactions(scores: LayerScores | None, metric: str, asked: bool) -> np.ndarray | None:
+    """[L, L] with a zero diagonal, or None where they were not measured and not `asked` for."""
+    if scores is None or metric not in scores.interactions:
+        if asked:
+            raise RecipeError(f"search.damage quadratic needs interactions of the metric {metric!r}; minipuzzle score "
+                              "measures those of kl and mse, or use search.damage additive")
+        return None
+    pairs_LL = np.array(scores.interactions[metric], float)
+    if pairs_LL.shape != (len(scores.table),) * 2:
+        raise CorruptArtifact(f"interactions of {scores.source} are {pairs_LL.shape}, layers.csv has "
+                              f"{len(scores.table)} layers; score again")
+    _check_finite(pairs_LL, "interactions", metric)
+    np.fill_diagonal(pairs_LL, 0.0)
+    return pairs_LL
+
+
+def drop_order(parent: Architecture, kind: str, values_L: np.ndarray | None,
+               order_L: np.ndarray | None = None) -> list[int]:
+    """Layers of a kind in the order in which they go: by `order_L` where iterative scoring found one, then lowest
+    score first; of equals the later one goes first.
 
     (The published scores of the 56B have one such tie at the cut, FFN 85 and 96, and 96 went.) Without scores
     there is no ranking, and those nearest to the middle of the stack go first: in every published profile the
@@ -89,7 +118,8 @@ def drop_order(parent: Architecture, kind: str, values_L: np.ndarray | None) -> 
     """
     layers = np.array(parent.layers_of(kind), int)
     keys = np.abs(2 * layers - (parent.num_layers - 1)) if values_L is None else values_L[layers]
-    return [int(i) for i in layers[np.lexsort((-layers, keys))]]
+    first = np.zeros(len(layers)) if order_L is None else np.nan_to_num(order_L[layers], nan=np.inf)
+    return [int(i) for i in layers[np.lexsort((-layers, keys, first))]]
 
 
 def _dropped_sums(values_L: np.ndarray, orders: tuple[list[int], ...], space: Space) -> np.ndarray:
@@ -97,6 +127,24 @@ def _dropped_sums(values_L: np.ndarray, orders: tuple[list[int], ...], space: Sp
     sums = [np.concatenate([[0.0], np.cumsum(values_L[order])])[list(drops)]
             for order, drops in zip(orders, space.drops, strict=True)]
     return np.ravel(sums[0][:, None, None] + sums[1][:, None] + sums[2])
+
+
+def _dropped_pairs(pairs_LL: np.ndarray, orders: tuple[list[int], ...], space: Space) -> np.ndarray:
+    """[C] sum of the interactions of all pairs of layers that go, each counted twice."""
+    out: np.ndarray | float = 0.0
+    for a, (order, drops) in enumerate(zip(orders, space.drops, strict=True)):
+        for b, (other, more) in enumerate(zip(orders, space.drops, strict=True)):
+            sums = np.zeros((len(order) + 1, len(other) + 1))
+            sums[1:, 1:] = pairs_LL[np.ix_(order, other)].cumsum(0).cumsum(1)
+            if a == b:
+                shape = [1, 1, 1]
+                shape[a] = len(drops)
+                out = out + sums[list(drops), list(drops)].reshape(shape)
+            elif a < b:
+                shape = [1, 1, 1]
+                shape[a], shape[b] = len(drops), len(more)
+                out = out + 2 * sums[np.ix_(drops, more)].reshape(shape)
+    return np.ravel(np.broadcast_to(out, [len(drops) for drops in space.drops]))
 
 
 def _curve(parent: Architecture, curves: WidthCurves, axis: str, metric: str, widths: tuple[int, ...]) -> np.ndarray:

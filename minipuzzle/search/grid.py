@@ -59,7 +59,7 @@ class _Points:
 
 def search_architectures(parent: Architecture, space: Space, budget: Budget, workload: Workload,
                          scores: LayerScores | None = None, curves: WidthCurves | None = None,
-                         metric: str = "mse", keep: int = 10000) -> SearchResult:
+                         metric: str = "mse", keep: int = 10000, damage: str = "auto") -> SearchResult:
     """All points of the space that meet the budget, priced exactly; the `keep` best predicted as candidates.
 
     Order: predicted damage, then more parameters, then the point's place in the space. Without scores and curves
@@ -78,9 +78,9 @@ def search_architectures(parent: Architecture, space: Space, budget: Budget, wor
     counts_C3 = kept_counts(parent, space)
     refuse_infeasible(parent, space, budget, workload)
     check_range(parent, workload)
-    damage = predict(parent, space, scores, curves, metric)
-    best, feasible = _scan(parent, space, budget, workload, counts_C3, damage, keep)
-    candidates = _candidates(parent, space, budget, workload, damage, best)
+    predicted = predict(parent, space, scores, curves, metric, damage)
+    best, feasible = _scan(parent, space, budget, workload, counts_C3, predicted, keep)
+    candidates = _candidates(parent, space, budget, workload, predicted, best)
     return SearchResult(candidates, space.num_points, feasible)
 
 

@@ -122,7 +122,8 @@ def solve_architectures(parent: Architecture, space: Space, budget: Budget, work
     refuse_infeasible(parent, space, budget, workload)
     check_range(parent, workload)
     found, programs = _best_first(_problem(parent, space, budget, workload,
-                                           predict(parent, space, scores, curves, metric), per_layer), keep)
+                                           predict(parent, space, scores, curves, metric, "additive"),
+                                           per_layer), keep)
     digits = max(4, len(str(len(found))))
     found.sort(key=lambda c: (c.predicted["damage"], -c.cost.parameters))  # stable: then as they were found
     candidates = [dataclasses.replace(c, name=f"c{i + 1:0{digits}d}") for i, c in enumerate(found)]
