@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -207,16 +208,22 @@ def inspect(model: str, precision: str, kv_precision: str, state_precision: str,
 @click.argument("model")
 @recipe_options
 @run_options
+@click.option("--memory", help="What scoring may use, 8GiB; a larger model is streamed from disk. Default: all.")
 def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool,
-          reporter: Reporter) -> None:
+          reporter: Reporter, memory: str | None) -> None:
     """Importance only: layers by ablation, widths by activations -> OUTPUT_DIR/scores/.
 
     \b
     minipuzzle score my-model --data texts/ -o scored
+    torchrun --nproc-per-node 4 -m minipuzzle score my-model --memory 24GiB
     """
+    from minipuzzle.core.budget import parse_quantity
     from minipuzzle.recipes import single
 
-    path, table = single.score(model, recipe, output_dir, seed, device, reporter, _command())
+    path, table = single.score(model, recipe, output_dir, seed, device, reporter, _command(),
+                               parse_quantity(memory, "bytes") if memory else None)
+    if os.environ.get("RANK", "0") != "0":
+        return
     _print({"path": str(path), "layers": json.loads(table.to_json(orient="records"))}, as_json,
            [table.to_string(index=False), f"scores      {path}"])
 

@@ -223,7 +223,7 @@ def test_the_same_every_time_and_in_any_batches(monkeypatch: pytest.MonkeyPatch)
     assert all(torch.equal(one[n], two[n]) for n in one)
     wider = cutter_of(wide(), True)
     one, (fits) = wider.refitted(target, kept, IDS)[0].by_name(), wider.refitted(target, kept, IDS)[1]
-    monkeypatch.setattr("minipuzzle.models.walk.BUDGET_BYTES", {"cpu": 1})  # a sample at a time
+    monkeypatch.setattr("minipuzzle.models.walk.BLOCK_BYTES", {"cpu": 1})  # a sample at a time
     two, again = wider.refitted(target, kept, IDS)[0].by_name(), wider.refitted(target, kept, IDS)[1]
     assert [f.ridge for f in fits] == [f.ridge for f in again]
     assert all(relative(one[n], two[n]) < 1e-9 for n in one)

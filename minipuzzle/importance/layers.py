@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from minipuzzle.core.partial import Arrays
 from minipuzzle.core.scores import COLUMNS, LayerScores, WidthScores
-from minipuzzle.importance.racing import Race, looks, means, toss_ups, undecided
+from minipuzzle.importance.racing import FIRST_LOOK, Race, looks, means, toss_ups, undecided
 from minipuzzle.importance.widths import gather_widths, width_scores
 from minipuzzle.models.logits import compare
 from minipuzzle.models.passes import Pass
@@ -63,7 +63,7 @@ def score(run: Pass, race: Race | None = None, confidence: Race | None = None) -
     """
     arch, total = run.source.arch, len(run.ids_NT)
     active = list(range(arch.num_layers))
-    size = run.size(arch.num_layers + 1)
+    size = min(run.size(arch.num_layers + 1), FIRST_LOOK if race else total)
     parts: list[Arrays] = []
     spent = forwards = 0
     ends = looks(total) if race else [total]

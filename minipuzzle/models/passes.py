@@ -12,7 +12,7 @@ from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Source, samples_per_walk
 
 # Streams of all variants of a batch when the parent lies in memory: larger batches are no faster (on CPU).
-STREAM_BYTES = {"cpu": 2**25, "cuda": 2**34}
+STREAM_BYTES = {"cpu": 2**26, "cuda": 2**34}
 
 
 @dataclass

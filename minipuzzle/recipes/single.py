@@ -32,20 +32,25 @@ from minipuzzle.surgery.gate import reload_gate
 
 
 def _job(folder: ModelFolder, recipe: Recipe, output: Path, seed: int, device: str, reporter: Reporter,
-         command: str) -> Job:
+         command: str, memory_bytes: int | None = None) -> Job:
     plan = make_plan(folder.arch, recipe, need_budget=False)
     ranks = open_ranks(find_device(device))
     run = RunDir(output) if ranks.main else None
     ranks.barrier()  # the folder is there
     return Job(plan, folder, run or RunDir(output, hold=False), seed, ranks, reporter if ranks.main else Reporter(),
-               command)
+               command, memory_bytes=memory_bytes)
 
 
 def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int, device: str, reporter: Reporter,
-          command: str = "") -> tuple[Path, pd.DataFrame]:
-    """(OUTPUT_DIR/scores, the layer table): the first stages of `prune`, which would go on from here."""
+          command: str = "", memory_bytes: int | None = None) -> tuple[Path, pd.DataFrame]:
+    """(OUTPUT_DIR/scores, the layer table): the first stages of `prune`, which would go on from here.
+
+    A parent that does not fit into `memory_bytes` (left out: the machine's) is read from the disk layer by layer. Under
+    torchrun the samples are split over the processes.
+    """
     folder = open_model(find_model(model))
-    job = _job(folder, recipe, output_dir or default_output(folder, recipe, seed), seed, device, reporter, command)
+    job = _job(folder, recipe, output_dir or default_output(folder, recipe, seed), seed, device, reporter, command,
+               memory_bytes)
     try:
         if job.ranks.main:
             job.refuse_changes(redo=False)

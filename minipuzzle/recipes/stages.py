@@ -14,7 +14,7 @@ import torch
 
 from minipuzzle.core.candidate import Candidate
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.rundir import write_atomic, write_json
+from minipuzzle.core.rundir import digest, write_atomic, write_json
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.data.blocks import TokenBlocks, tokenize
 from minipuzzle.distill.loop import TrainSettings, distill_model, load_student
