@@ -314,7 +314,7 @@ def test_sweep_of_one_key():
     (["--model", "MODEL", "--data", "stdlib"], 2, "no data"),
     (["--model", "MODEL", "--scores", "nowhere.csv"], 2, "no scores at"),
     (["--model", "nowhere"], 2, "nowhere"),
-    (["--model", "MODEL", "--set", "search.damage=quadratic"], 2, "not built yet"),
+    (["--model", "MODEL", "--set", "search.damage=quadratic"], 2, "needs interactions"),
     (["--model", "MODEL", "--set", "search.export=per_layer"], 2, "needs search.strategy milp"),
     (["--model", "MODEL", "--set", "search.strategy=milp"], 2, "needs scores"),
     (["--model", "MODEL", "--budget", "memory=1KiB"], 4, "at least memory="),
