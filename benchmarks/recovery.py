@@ -44,6 +44,7 @@ from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import Rotation, find_rotation
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "recovery.json"
 SEEDS, SAMPLES, LENGTH, BATCH, RATE = (0, 1, 2), 64, 256, 1024, 2e-3
 SHORT, LONG, EVERY, HELD_OUT = 200, 600, 25, 32
 # the architecture that the default recipe chose (benchmarks/results/main_job.json)
@@ -289,7 +290,49 @@ def write(bench: Bench) -> None:
            "cases": {n: {"architecture": t.to_json(), "kept_layers": list(k)}
                      for n, (t, k) in ((n, bench.case(n)) for n in CASES)},
            "rows": rows}
-    (ROOT / "benchmarks" / "results" / "recovery.json").write_text(json.dumps(out, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(out, indent=1) + "\n")
+
+
+def tables() -> str:
+    """The tables of docs/results.md, from the committed results."""
+    rows = json.loads(RESULTS.read_text())["rows"]
+
+    def find(**key: Any) -> list[dict[str, Any]]:
+        return [row for row in rows if all(row.get(k) == v for k, v in key.items())]
+
+    def spread(found: list[dict[str, Any]]) -> str:
+        kl = [row["kl"] for row in found]
+        return "" if not kl else f"{np.mean(kl):.3f}" + (f" ± {np.ptp(kl) / 2:.3f}" if len(kl) > 1 else "")
+
+    lines = []
+    for phase in ("before", "short", "gentle", "long"):
+        looks = {"before": [], "long": [75, 150, 300]}.get(phase, [50, 100])
+        lines += [f"\n{phase}\n", "| cut | parameters | method | KL before | "
+                  + "".join(f"KL at {step} | " for step in looks) + ("KL at the end | loss | tokens to plain's end |"
+                                                                     if looks else "loss |"),
+                  "|" + "---|" * (5 + len(looks) + 2 * bool(looks))]
+        for case in CASES:
+            for method in METHODS:
+                found = find(phase=phase, case=case, method=method)
+                if not found:
+                    continue
+                loss = f"{np.mean([row['loss'] for row in found]):.3f}"
+                size = next(iter(row["parameters"] for row in find(phase="before", case=case)), 0)
+                cells = [case, f"{size / 1e6:.2f}M", method]
+                if looks:
+                    at = {point["step"]: point["kl"] for point in found[0]["curve"]}
+                    reached = found[0].get("tokens_to_plain")
+                    cells += [f"{at[0]:.3f}", *(f"{at[step]:.3f}" for step in looks), f"{found[0]['kl']:.3f}", loss,
+                              f"{reached / 1000:.0f}k" if reached else "not reached" if reached is None else "0"]
+                else:
+                    cells += [spread(found), loss]
+                lines.append("| " + " | ".join(cells) + " |")
+    lines += ["\nsums\n", "| sum over norms | hidden 7/8 | 3/4 | 5/8 | 3/4, refitted |", "|---|---|---|---|---|"]
+    for name in SUMS:
+        lines.append("| " + " | ".join([name, *(spread(find(phase="sums", sum=name, hidden_size=h, refit=False))
+                                                for h in (84, 72, 60)),
+                                        spread(find(phase="sums", sum=name, hidden_size=72, refit=True))]) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -300,8 +343,12 @@ def main() -> None:
     parser.add_argument("--phase", nargs="*", choices=phases, default=list(phases))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--tables", action="store_true", help="print the tables of the committed results")
     parser.add_argument("--work", type=Path, default=Path("runs/recovery"))
     args = parser.parse_args()
+    if args.tables:
+        print(tables())
+        return
     bench = Bench(args.work)
     for phase in args.phase:
         phases[phase](bench, args.cases, args.methods)
