@@ -13,8 +13,9 @@ Block j of the student adds W a to its stream. In the order of the blocks, each 
     lambda  a multiple of the mean of s                                       RIDGES
 
 Mapped depth: r_T is taken after the last parent's layer before the one that the next block was made of. So a block
-stands in for the layers that were removed behind it, and the next one reads what its original read. lambda is the one
-with the least error on held-out samples; if no error is less than that of W0, W0 stays. Norm weights stay as they
+stands in for the layers that were removed behind it, and the next one reads what its original read. lambda is the
+largest that keeps GAIN of what the best would take off the held-out error: the error is flat over many decades, and the
+smaller step trains better (docs/log.md). If no lambda takes anything off, W0 stays. Norm weights stay as they
 were cut: what the lost directions did to a norm is seen only through the blocks. A bias stays too.
 
 Ours; the nearest kin is the layer-wise least squares of SparseGPT (arXiv:2301.00774). Shapes: k hidden of the student,
@@ -40,7 +41,8 @@ from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.models.base import Family
 from minipuzzle.models.walk import Model, Source, batches, floats_per_sample
 
-RIDGES = tuple(10.0**x for x in range(-6, 2))
+RIDGES = tuple(10.0 ** (x / 2) for x in range(-8, 5))
+GAIN = 0.75
 FOLDS = 8  # one sample in so many is held out
 TOKENS_PER_INPUT = 4  # of the widest writer, beside the held-out ones
 
@@ -147,9 +149,9 @@ def ridge_step(gram_nn: torch.Tensor, cross_kn: torch.Tensor,
         before += float(error.square().sum())
         after += [float((error - (turned * d) @ m.T).square().sum()) for d in damping]
         tokens += len(a)
-    best = int(after.argmin())
-    if not after[best] < before:
+    if not after.min() < before:
         return None, BlockFit(before / tokens, before / tokens, None)
+    best = int(np.flatnonzero(before - after >= GAIN * (before - after.min()))[-1])
     return (m * damping[best]) @ v.T, BlockFit(before / tokens, float(after[best]) / tokens, RIDGES[best])
 
 
