@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import (
     ARCH,
+    FAMILY,
     layer_weights,
     reference_mixer,
     relative,
@@ -27,6 +28,7 @@ from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blocks import load_blocks
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.importance.widths import score_widths
+from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.recipes.pipeline import Run
@@ -232,6 +234,19 @@ def test_the_same_every_time_and_in_any_batches(monkeypatch: pytest.MonkeyPatch)
     two, again = wider.refitted(target, kept, IDS)[0].by_name(), wider.refitted(target, kept, IDS)[1]
     assert [f.ridge for f in fits] == [f.ridge for f in again]
     assert all(relative(one[n], two[n]) < 1e-9 for n in one)
+
+
+@pytest.mark.parametrize("rotates", [False, True])
+def test_streamed_from_disk(rotates: bool, tmp_path: Path) -> None:
+    """A parent of which one layer is in memory at a time: the same refit."""
+    folder = open_model(write_folder(tmp_path / "parent"))
+    model = Model.load(folder)
+    target, kept = TARGETS["all"]
+    inside = cutter_of(model, rotates)
+    outside = Cutter(StreamedModel.open(folder, torch.device("cpu")), inside.scores, inside.rotation)
+    (one, fits), (two, again) = (cutter.refitted(target, kept, IDS) for cutter in (inside, outside))
+    assert fits == again
+    assert all(torch.equal(one.by_name()[n], two.by_name()[n]) for n in FAMILY.shapes(target))
 
 
 def test_too_few_tokens_are_refused() -> None:

@@ -68,13 +68,11 @@ def fold_norms(weights: Weights, readers: dict[str, tuple[str, ...]]) -> dict[st
 
 
 @torch.no_grad()
-def find_rotation(source: Source, ids_NT: torch.Tensor, weights_L: np.ndarray | None = None) -> Rotation:
+def find_rotation(source: Source, ids_NT: torch.Tensor) -> Rotation:
     """The principal directions of the normalised stream on N samples of T tokens.
 
-    `weights_L` [L + 1]: how much each norm counts in the sum over norms; left out, all the same (docs/results.md has
-    the comparison).
-
-    Two walks, one for the basis and one for the energies in it, so that one [D, D] is held and not one for each norm.
+    Every norm counts the same (docs/results.md compares). Two walks, for the basis and for the energies in it: one
+    [D, D] is held, not one for each norm.
     """
     whole, arch = Whole(source), source.arch
     norms, hidden = arch.num_layers + 1, arch.hidden_size
@@ -97,7 +95,7 @@ def find_rotation(source: Source, ids_NT: torch.Tensor, weights_L: np.ndarray | 
 
     def gather(place: int, x: torch.Tensor) -> None:
         x = normalised(x)
-        second.add_((x.T @ x).cpu(), alpha=1.0 if weights_L is None else float(weights_L[place]))
+        second.add_((x.T @ x).cpu())
 
     look(gather)
     values, vectors = np.linalg.eigh(second.numpy())
