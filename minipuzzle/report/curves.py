@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
@@ -92,15 +93,15 @@ def cuts(report: dict[str, Any]) -> Figure | None:
     figure = Figure(figsize=(WIDE, 2.2), layout="constrained")
     axis = figure.subplots()
     step, unit = in_units("params", max(before))
-    bars = axis.bar(range(len(before)), [n / step for n in before], width=0.8, color=LINE)
-    for i, bar in enumerate(bars):
-        hover(bar, [_cut_words(i, parent.pattern[i], before[i], after.get(i, 0), shares.get(str(i)))])
-    for kind in KINDS:
-        some = [i for i in after if parent.pattern[i] == kind]
-        if some:
-            marks = axis.bar(some, [after[i] / step for i in some], width=0.8, color=KIND_COLORS[kind])
-            for i, bar in zip(some, marks, strict=True):
-                hover(bar, [_cut_words(i, kind, before[i], after[i], shares.get(str(i)))])
+    words = {i: _cut_words(i, parent.pattern[i], n, after.get(i, 0), shares.get(str(i))) for i, n in enumerate(before)}
+    for color, sizes in [(LINE, dict(enumerate(before)))] + [
+            (KIND_COLORS[kind], {i: n for i, n in after.items() if parent.pattern[i] == kind}) for kind in KINDS]:
+        if sizes:
+            boxes = [[(i - 0.4, 0), (i + 0.4, 0), (i + 0.4, n / step), (i - 0.4, n / step)] for i, n in sizes.items()]
+            marks = PolyCollection(boxes, facecolors=color, linewidths=0)
+            axis.add_collection(marks)
+            hover(marks, [words[i] for i in sizes])
+    axis.set_ylim(0, 1.05 * max(before) / step)
     axis.set_title(f"parameters of each layer ({unit}); grey: cut" if unit else "parameters of each layer; grey: cut")
     layer_ticks(axis, parent.pattern)
     return figure
