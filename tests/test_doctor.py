@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def test_a_right_installation(model_folder: Path) -> None:
                  "scan: chunks of 16 and of 64 agree", f"{model_folder} can be pruned", "default recipe on cpu"):
         assert part in names
     assert sum("(limit" in check["value"] for check in checks) == 4  # what was run, with its error
+    assert "in 1 pass, with the parent" in next(c["value"] for c in checks if c["name"] == "scoring here")
     fit = next(check["value"] for check in checks if check["name"] == "default recipe on cpu")
     assert fit.startswith("fits, about")
 
@@ -42,6 +44,9 @@ def test_a_model_that_cannot_be_pruned_here(model: str, name: str, message: str,
     assert len(bad) == 1
     assert name in bad[0]
     assert message in bad[0]
+    if model == "nemotron-h-56b":
+        passes = next(line for line in result.stdout.splitlines() if "scoring here" in line)
+        assert re.search(r"in \d+ passes over the weights \(209\.8 GiB in float32\), layer by layer", passes)
 
 
 def test_a_scan_that_depends_on_its_chunks_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from minipuzzle.core.errors import MinipuzzleError, ResourceError
 from minipuzzle.models import check_prunable
 from minipuzzle.models.nemotron_h import NemotronH
 from minipuzzle.models.ssd import ssd
-from minipuzzle.models.walk import Model, final_hidden
+from minipuzzle.models.walk import Model, final_hidden, samples_per_walk
 from minipuzzle.models.weights import open_model
 from minipuzzle.recipes.plan import Plan, check_memory, make_plan
 from minipuzzle.recipes.results import versions
@@ -113,7 +113,18 @@ def _model(model: str) -> list[dict[str, Any]]:
         return [*checks, _check("the default recipe", str(error), False)]
     fits = [_fits(plan, device) for device in devices()]
     enough = any(check["ok"] for check in fits)  # one device that it fits on
-    return checks + [check | {"ok": enough} for check in fits]
+    return [*checks, _passes(plan), *(check | {"ok": enough} for check in fits)]
+
+
+def _passes(plan: Plan) -> dict[str, Any]:
+    """How often the weights are read to score the layers, in the memory of this machine."""
+    samples, tokens = plan.recipe.calibration.samples, plan.recipe.calibration.sequence_length
+    weights, streams = human_bytes(4 * plan.parent_cost.parameters), plan.stream_bytes(None)
+    if streams is None:
+        return _check("scoring here", f"in 1 pass, with the parent ({weights} in float32) in memory", True)
+    batch = samples_per_walk(plan.parent, tokens, plan.parent.num_layers, streams)
+    return _check("scoring here", f"in {-(-samples // batch)} passes over the weights ({weights} in float32), layer by "
+                  f"layer from disk, {samples} samples of {tokens} tokens", True)
 
 
 def _fits(plan: Plan, device: torch.device) -> dict[str, Any]:
