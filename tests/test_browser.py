@@ -19,6 +19,8 @@ from minipuzzle.report.compare import write_comparison
 from minipuzzle.report.html import write_report
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install 'minipuzzle[dev]'")
+from selenium.common.exceptions import SessionNotCreatedException  # noqa: E402 (where there is no selenium)
+
 SHOTS = Path(__file__).resolve().parent.parent / "build" / "screenshots"
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(CHROMIUM is None or DRIVER is None,
@@ -43,7 +45,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
                      f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    except SessionNotCreatedException as error:
+        pytest.skip(f"chromium does not start on this machine: {str(error.msg).splitlines()[0]}")
     driver.set_page_load_timeout(60)
     yield driver
     driver.quit()
