@@ -124,7 +124,7 @@ def summary(candidate: dict[str, Any]) -> str:
                               ("parameters", at(candidate, "cost", "parameters"), count),
                               ("KL", at(candidate, "measured", "kl"), number),
                               ("loss", at(candidate, "measured", "loss"), number),
-                              ("loss after distillation", at(candidate, "after_distillation", "loss"), number)):
+                              ("loss after the tournament", at(candidate, "after_distillation", "loss"), number)):
         if value is not None:
             parts.append(f"{text} {form(value)}")
     return "; ".join(parts)

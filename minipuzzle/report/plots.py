@@ -112,7 +112,7 @@ def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric
         marks = axis.scatter([p[1] for p in group], [p[2] for p in group], s=area, marker=marker, zorder=order,
                              c=CARD if ended else color, edgecolors=color if ended else CARD,
                              linewidths=1.2 if ended else 0.6, label=None if ended else name)
-        hover(marks, [facts.summary(p[0]) + (" (before training)" if ended else "") for p in group])
+        hover(marks, [facts.summary(p[0]) for p in group])
         if ended:
             lines = axis.vlines([p[1] for p in ended], [p[2] for p in ended], [p[3] for p in ended], color=color)
             lines.set(linewidth=1.2, zorder=1)
