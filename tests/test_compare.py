@@ -97,9 +97,9 @@ def test_figures_of_a_run(runs: list[Path]) -> None:
     run = Run.open(runs[0])
     assert list(run.candidates["kl"]) == [0.5, 0.6]
     drawn = [getattr(run, name)() for name in dir(run) if name.startswith("plot_")]
-    assert len(drawn) == 13
+    assert len(drawn) == 12
     assert all(isinstance(figure, Figure) for figure in drawn)
     assert len({tuple(axis.get_title(loc="left") for axis in f.axes) + tuple(axis.get_xlabel() for axis in f.axes)
-                for f in drawn}) >= 11
+                for f in drawn}) >= 10
     with pytest.raises(Exception, match="is not a finished run"):
         Run.open(runs[0].parent)

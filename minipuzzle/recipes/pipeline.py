@@ -77,7 +77,6 @@ class Run:
     plot_tournament = _figure(curves.tournament)
     plot_distillation = _figure(curves.distillation)
     plot_memory = _figure(curves.memory)
-    plot_memory_by_context = _figure(curves.memory_by_context)
     plot_stages = _figure(curves.stages)
 
     @property

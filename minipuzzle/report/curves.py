@@ -17,7 +17,7 @@ from minipuzzle.core.cost import block_parameters, cost
 from minipuzzle.report import facts
 from minipuzzle.report.facts import at
 from minipuzzle.report.plots import HALF, METRIC_WORDS, TALL, WIDE, in_units, layer_ticks, plain_ticks, wide_scale
-from minipuzzle.report.svg import CARD, INK, KIND_COLORS, LINE, MUTED, SERIES, WINNER, hover
+from minipuzzle.report.svg import INK, KIND_COLORS, LINE, MUTED, SERIES, WINNER, hover
 
 # weights are grey; the caches have the colour of the layers that keep them
 MEMORY_PARTS = (("weights_bytes", "weights", MUTED), ("kv_cache_bytes", "KV cache", KIND_COLORS[ATTENTION]),
@@ -247,35 +247,7 @@ def _losses(axis: Axes, report: dict[str, Any]) -> None:
 
 
 def memory(report: dict[str, Any]) -> Figure | None:
-    """Weights, KV cache and Mamba state of parent and result at the workload."""
-    bars = [(name, at(report, name, "cost") or {}) for name in ("parent", "result")]
-    bars = [(name, c) for name, c in bars if c.get("memory_bytes") and c.get("weights_bytes")]
-    if not bars:
-        return None
-    figure = Figure(figsize=(WIDE, 1.7), layout="constrained")
-    axis = figure.subplots()
-    divisor, unit = in_units("memory", max(c["memory_bytes"] for _, c in bars))
-    for y, (name, priced) in enumerate(bars):
-        left = 0.0
-        for key, label, color in MEMORY_PARTS:
-            part = priced.get(key) or 0
-            bar = axis.barh(y, part / divisor, left=left, color=color, edgecolor=CARD, lw=0.6, height=0.55,
-                            label=label if y == 0 else None)
-            hover(bar.patches[0], [f"{name}: {label} {human_bytes(part)}"])
-            left += part / divisor
-    axis.set_yticks(range(len(bars)), [f"{name}\n{human_bytes(c['memory_bytes'])}" for name, c in bars])
-    axis.set_ylim(len(bars) - 0.5, -0.5)
-    limit = at(report, "budget", "memory", "limit")
-    if limit is not None:
-        axis.axvline(limit / divisor, color=INK, ls="--", lw=1, label=f"budget {human_bytes(limit)}")
-    axis.set_xlabel(f"memory at the workload ({unit})")
-    axis.grid(axis="y", visible=False)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return figure
-
-
-def memory_by_context(report: dict[str, Any]) -> Figure | None:
-    """Parts of the memory of parent and result as the context grows, batch and precisions as in the workload."""
+    """Weights, KV cache and Mamba state of parent and result as the context grows; the rest as in the workload."""
     both = [(name, facts.architecture_of(at(report, name))) for name in ("parent", "result")]
     both = [(name, arch) for name, arch in both if arch is not None]
     if len(both) < 2:
@@ -284,6 +256,7 @@ def memory_by_context(report: dict[str, Any]) -> Figure | None:
     contexts = sorted({max(1, load.context * 2**i // 8) for i in range(9)})
     priced = {name: [cost(a, dataclasses.replace(load, context=n)) for n in contexts] for name, a in both if a}
     divisor, unit = in_units("memory", max(c.memory_bytes for costs in priced.values() for c in costs))
+    limit = at(report, "budget", "memory", "limit")
     figure = Figure(figsize=(WIDE, TALL), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for axis, (name, costs) in zip(axes, priced.items(), strict=True):
@@ -294,11 +267,13 @@ def memory_by_context(report: dict[str, Any]) -> Figure | None:
                      + ", ".join(f"{label} {human_bytes(getattr(c, key))}" for key, label, _ in MEMORY_PARTS) + ")"
                      for n, c in zip(contexts, costs, strict=True)])
         axis.axvline(load.context, color=INK, ls=":", lw=1, label="the workload")
+        if limit is not None:
+            axis.axhline(limit / divisor, color=INK, ls="--", lw=1, label=f"budget {human_bytes(limit)}")
         axis.set_title(f"{name}: memory ({unit})")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FuncFormatter(_tokens))
         axis.set_xlabel("context (tokens)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
 

@@ -45,16 +45,15 @@ FIGURES = (
                               "held-out blocks. Right: all held-out blocks, bars are one standard error; sliced is "
                               "plain selection of the same architecture."),)),
     ("memory", "Where the memory goes", (
-        (curves.memory, "Parts of the memory at the workload."),
-        (curves.memory_by_context, "The same as the context grows: weights and Mamba state stay, the KV cache "
-                                   "does not."))),
+        (curves.memory, "As the context grows, weights and Mamba state stay, the KV cache does not. Under the dashed "
+                        "line is within the budget, on the dotted one the workload."),)),
     ("stages", "What the run cost", (
         (curves.stages, "Wall-clock time of each stage."),)),
 )
 NARROW = (curves.ranks, curves.tournament)  # two beside each other
 FOLDED = (plots.layers_by_other_metrics,)  # behind a fold
 # drawn a second time for phones; the others scroll sideways there
-PHONE = (plots.tradeoff, plots.prediction, curves.memory, curves.memory_by_context, curves.stages)
+PHONE = (plots.tradeoff, plots.prediction, curves.memory, curves.stages)
 HEADINGS = ("#", "candidate", "M", "*", "-", "hidden", "FFN", "heads", "channels", "parameters", "memory",
             "predicted", "KL", "loss", "after", "agreement")
 SAMPLES = (("parent", "Parent"), ("pruned", "Pruned, not trained"), ("distilled", "Pruned and distilled"))
