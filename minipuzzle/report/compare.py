@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from minipuzzle.core.rundir import write_atomic
 from minipuzzle.report import facts
 from minipuzzle.report.facts import at
-from minipuzzle.report.html import environment, figures_of
+from minipuzzle.report.html import environment, figures_of, unbroken
 from minipuzzle.report.plots import METRIC_WORDS, WIDE, grid_of_layers, in_units, plain_ticks, wide_scale
 from minipuzzle.report.svg import INK, KIND_COLORS, SERIES, WINNER, hover
 
@@ -85,7 +85,7 @@ def compare_quality(reports: Mapping[str, dict[str, Any]]) -> Figure | None:
                              label=name)
         hover(marks, [f"{name}: {facts.size(memory)}, loss {facts.number(before)} pruned, {facts.number(after)} "
                       "distilled"])
-    parents = {at(r, "parent", "loss") for r in reports.values()} - {None}
+    parents = {round(loss, 3) for r in reports.values() if (loss := at(r, "parent", "loss")) is not None}
     for loss in sorted(parents):
         axis.axhline(loss, color=INK, ls="--", lw=1, label=f"parent {loss:.3f}")
     wide_scale(axis, "y", [v for r in rows for v in r[2:] if v is not None] + sorted(parents), 6)
@@ -122,7 +122,7 @@ def render_comparison(reports: Mapping[str, dict[str, Any]]) -> str:
     figures = figures_of(reports, "Runs side by side", FIGURES)
     return environment().get_template("compare.html").render(
         data=data, figures=figures, rows=rows, headings=("#", "run", *(label for label, *_ in COLUMNS)),
-        verdict=_verdict(data["runs"]))
+        verdict=unbroken(_verdict(data["runs"])))
 
 
 def _verdict(runs: list[dict[str, Any]]) -> str:
