@@ -20,7 +20,7 @@ from minipuzzle.data.blocks import TokenBlocks
 from minipuzzle.distill import loop
 from minipuzzle.distill.loop import MAX_SKIPPED, TrainSettings, distill_model, load_student, read_metrics
 from minipuzzle.models.axes import Selection
-from minipuzzle.models.logits import kl_loss
+from minipuzzle.distill.loss import kl_loss
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import final_hidden
 

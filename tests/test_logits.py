@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipuzzle.models.logits import kl_loss, token_metrics
+from minipuzzle.distill.loss import kl_loss
+from minipuzzle.models.logits import token_metrics
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -51,7 +52,7 @@ def test_kl_and_its_gradient_are_the_reference(count: int, chunk: int, temperatu
 def test_kl_in_float32_is_the_float64_reference() -> None:
     tensors = pair(200, 16, 24, 97)
     expected = plain_kl(*tensors)
-    results = [kl_loss(*(t.float() for t in tensors), chunk_tokens=chunk).item() for chunk in (1, 7, 64, 200, 2048)]
+    results = [kl_loss(*(t.float() for t in tensors), chunk=chunk).item() for chunk in (1, 7, 64, 200, 2048)]
     assert len(results) == 5
     assert results == pytest.approx([expected.item()] * 5, rel=1e-5)
 
@@ -95,7 +96,7 @@ def test_nothing_of_the_size_of_the_vocabulary_is_kept_for_the_gradient() -> Non
     h.requires_grad_()
     w.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        kl_loss(h, w, th, tw, chunk_tokens=10)
+        kl_loss(h, w, th, tw, chunk=10)
     assert sorted(saved) == [(31, 4), (50, 4)]
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data.blocks import TokenBlocks
-from minipuzzle.models.logits import kl_loss
+from minipuzzle.distill.loss import Target, distillation_loss, next_tokens
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model, final_hidden
 
@@ -45,6 +45,8 @@ class TrainSettings:
     batch_tokens: int
     learning_rate: float
     temperature: float = 1.0
+    kl_weight: float = 1.0
+    lm_loss_weight: float = 0.0
     warmup: float = 0.05
     final_rate: float = 0.02
     weight_decay: float = 0.0
@@ -76,7 +78,7 @@ class Trained:
     skipped: int
 
 
-def distill_model(student: HybridLM, teacher: Model, blocks: TokenBlocks, settings: TrainSettings, folder: Path,
+def distill_model(student: HybridLM, teacher: Model | None, blocks: TokenBlocks, settings: TrainSettings, folder: Path,
                   stop_at_tokens: int | None = None,
                   evaluate: Callable[[HybridLM], dict[str, float]] | None = None, evaluate_every: int = 0,
                   progress: Callable[[int, float], None] = lambda tokens, loss: None) -> Trained:
@@ -100,7 +102,7 @@ def distill_model(student: HybridLM, teacher: Model, blocks: TokenBlocks, settin
     first, skipped = _load_state(folder, parameters, optimizer, settings)
     _trim_metrics(folder / "metrics.jsonl", first)
     begin = saved_at = time.perf_counter()
-    device = teacher.device
+    device = student.head.device
     with (folder / "metrics.jsonl").open("a") as metrics:
         for step in range(first, last):
             rate = settings.rate(step, steps)
@@ -108,7 +110,7 @@ def distill_model(student: HybridLM, teacher: Model, blocks: TokenBlocks, settin
                 group["lr"] = rate
             ids = torch.from_numpy(blocks.batch(settings.seed, step, size)).to(device)
             optimizer.zero_grad(set_to_none=True)
-            value = sum(_backward(student, teacher, part, len(part) / len(ids), settings.temperature)
+            value = sum(_backward(student, teacher, part, ids.numel(), settings)
                         for part in torch.split(ids, max(1, PASS_TOKENS.get(device.type, seq) // seq)))
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
             if math.isfinite(value) and math.isfinite(float(norm)):
@@ -137,10 +139,13 @@ def distill_model(student: HybridLM, teacher: Model, blocks: TokenBlocks, settin
     return Trained(last * size * seq, time.perf_counter() - begin, skipped)
 
 
-def _backward(student: HybridLM, teacher: Model, ids_BT: torch.Tensor, share: float, temperature: float) -> float:
-    """Add the gradient of a part of the batch; its share of the loss."""
-    target = final_hidden(teacher, ids_BT)
-    loss = share * kl_loss(student(ids_BT).flatten(0, 1), student.head, target.flatten(0, 1), teacher.head, temperature)
+def _backward(student: HybridLM, teacher: Model | None, ids_BT: torch.Tensor, tokens: int,
+              settings: TrainSettings) -> float:
+    """Add the gradient of a part of the batch of `tokens`; its share of the loss."""
+    target = None if teacher is None else Target(final_hidden(teacher, ids_BT).flatten(0, 1), teacher.head)
+    loss, _ = distillation_loss(student(ids_BT).flatten(0, 1), student.head, target, next_tokens(ids_BT).flatten(),
+                                temperature=settings.temperature, kl_scale=settings.kl_weight / tokens,
+                                lm_scale=settings.lm_loss_weight / tokens)
     loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 
