@@ -17,10 +17,12 @@ from tiny import ARCH, FAMILY, tiny_model, tokens
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data.blocks import TokenBlocks
-from minipuzzle.distill import loop
-from minipuzzle.distill.loop import MAX_SKIPPED, TrainSettings, distill_model, load_student, read_metrics
+from minipuzzle.distill import loop, trainer
+from minipuzzle.distill.loop import distill_model, load_student, read_metrics
+from minipuzzle.distill.loss import distillation_loss, kl_loss
+from minipuzzle.distill.settings import TrainSettings
+from minipuzzle.distill.trainer import MAX_SKIPPED
 from minipuzzle.models.axes import Selection
-from minipuzzle.distill.loss import kl_loss
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import final_hidden
 
@@ -46,7 +48,7 @@ def weights(model: HybridLM) -> dict[str, torch.Tensor]:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(folder)]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "eta_seconds")} for row in read_metrics(folder)]
 
 
 def train(folder: Path, pupil: HybridLM | None = None, settings: TrainSettings = SETTINGS, **options: Any) -> HybridLM:
@@ -197,18 +199,18 @@ def test_schedule() -> None:
 # what goes wrong -------------------------------------------------------------------------------------------------
 
 
-def poisoned(steps: set[int]) -> Callable[..., torch.Tensor]:
-    """kl_loss that is not a number in these of its calls."""
+def poisoned(steps: set[int]) -> Callable[..., Any]:
+    """A loss that is not a number in these of its calls."""
     calls = iter(range(10**6))
 
-    def loss(*arguments: Any) -> torch.Tensor:
-        value = kl_loss(*arguments)
-        return value * float("nan") if next(calls) in steps else value
+    def loss(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        value, sums = distillation_loss(*arguments, **options)
+        return (value * float("nan"), sums * float("nan")) if next(calls) in steps else (value, sums)
     return loss
 
 
 def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "kl_loss", poisoned({4, 9}))
+    monkeypatch.setattr(trainer, "distillation_loss", poisoned({4, 9}))
     pupil = student()
     seen: list[dict[str, torch.Tensor]] = []
     done = distill_model(pupil, tiny_model(), blocks(), SETTINGS, tmp_path,
@@ -227,17 +229,17 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path, monkeypatch: pytes
 
 
 def test_too_many_skipped_steps_give_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "kl_loss", poisoned(set(range(3, 100))))
+    monkeypatch.setattr(trainer, "distillation_loss", poisoned(set(range(3, 100))))
     with pytest.raises(RecipeError, match=rf"{MAX_SKIPPED + 1} steps .*learning_rate"):
         train(tmp_path)
     assert len(read_metrics(tmp_path)) == 3 + MAX_SKIPPED
 
 
 def test_skipped_steps_are_counted_over_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "kl_loss", poisoned(set(range(3, 9))))
+    monkeypatch.setattr(trainer, "distillation_loss", poisoned(set(range(3, 9))))
     with pytest.raises(Interrupted):
         train(tmp_path, progress=stop_at(9))
-    monkeypatch.setattr(loop, "kl_loss", poisoned(set(range(9))))
+    monkeypatch.setattr(trainer, "distillation_loss", poisoned(set(range(9))))
     with pytest.raises(RecipeError, match=f"{MAX_SKIPPED + 1} steps"):
         train(tmp_path)
 

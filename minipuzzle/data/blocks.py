@@ -42,6 +42,7 @@ class TokenBlocks:
     source: str
     corpus_hash: str
     num_bytes: int
+    end_token: int | None = None
 
     def __len__(self) -> int:
         return len(self.tokens) // self.sequence_length
@@ -55,13 +56,18 @@ class TokenBlocks:
         count = min(count, len(self))
         return np.stack([self.block(int(i)) for i in np.linspace(0, len(self) - 1, count).round()])
 
+    def numbers(self, seed: int, first: int, count: int) -> list[int]:
+        """The blocks at places first, first + 1, ... of the training order: each once an epoch, by (seed, epoch)."""
+        places = [divmod(position, len(self)) for position in range(first, first + count)]
+        return [int(_order(seed, epoch, len(self))[place]) for epoch, place in places]
+
     def batch(self, seed: int, step: int, size: int) -> np.ndarray:
-        """The blocks of a training step, int64 [size, T]: every block once an epoch, shuffled by (seed, epoch)."""
-        out = []
-        for position in range(step * size, (step + 1) * size):
-            epoch, place = divmod(position, len(self))
-            out.append(self.block(int(_order(seed, epoch, len(self))[place])))
-        return np.stack(out)
+        """The blocks of a training step, int64 [size, T]: a function of (seed, step)."""
+        return np.stack([self.block(i) for i in self.numbers(seed, step * size, size)])
+
+    def mask(self, ids: np.ndarray) -> np.ndarray:
+        """Whether the place's next token belongs to its own document: false where the document's end is read."""
+        return np.full(ids.shape, True) if self.end_token is None else ids != self.end_token
 
     @property
     def bytes_per_token(self) -> float:

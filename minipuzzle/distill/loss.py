@@ -73,7 +73,9 @@ def _kl_chunk(log_q: torch.Tensor, target: Target, temperature: float) -> tuple[
         return total, torch.exp(log_q).sub_(p)
     words, log_pk, log_rest = (top_words(log_p, target.top_k) if log_p is not None else
                                (target.words_nK, target.log_p_nK, target.log_rest_n))
-    assert words is not None and log_pk is not None and log_rest is not None
+    assert words is not None
+    assert log_pk is not None
+    assert log_rest is not None
     log_pk, log_rest = log_pk.to(log_q.dtype), log_rest.to(log_q.dtype)
     log_qk, pk = log_q.gather(-1, words), log_pk.exp()
     log_qrest = log_q.scatter(-1, words, -torch.inf).logsumexp(-1)
@@ -148,8 +150,8 @@ def distillation_loss(hidden_nD: torch.Tensor, head_VD: torch.Tensor, target: Ta
 def kl_loss(hidden_nD: torch.Tensor, head_VD: torch.Tensor, teacher_hidden_nD: torch.Tensor,
             teacher_head_VD: torch.Tensor, temperature: float = 1.0, chunk: int | None = None) -> torch.Tensor:
     """KL(teacher || student) in nats, summed over the vocabulary, mean over n tokens."""
-    return distillation_loss(hidden_nD, head_VD, Target(teacher_hidden_nD, teacher_head_VD), None, temperature=temperature,
-                             kl_scale=1 / max(1, len(hidden_nD)), chunk=chunk)[0]
+    return distillation_loss(hidden_nD, head_VD, Target(teacher_hidden_nD, teacher_head_VD), None,
+                             temperature=temperature, kl_scale=1 / max(1, len(hidden_nD)), chunk=chunk)[0]
 
 
 def next_tokens(ids_BT: torch.Tensor) -> torch.Tensor:

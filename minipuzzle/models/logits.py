@@ -33,11 +33,6 @@ class TokenMetrics:
     agreement: torch.Tensor
 
 
-def chunk_size(head_VD: torch.Tensor) -> int:
-    """Tokens of a chunk for a head in memory: at least 16."""
-    return max(16, CHUNK_FLOATS.get(head_VD.device.type, 2**28) // len(head_VD))
-
-
 @torch.no_grad()
 def compare(reference_BTD: torch.Tensor, variants_BTD: Sequence[torch.Tensor], which: Sequence[int],
             head_rows: HeadRows, vocab: int, ids_BT: torch.Tensor, gram: bool = False,

@@ -5,17 +5,26 @@ Parameters keep their names on disk (`parameters_by_name`), so that what is trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from minipuzzle.core.architecture import Architecture
 from minipuzzle.models.base import Family
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)) for one layer."""
+    """x + mixer(norm(x)) for one layer.
+
+    `context` is entered around its computation, again where the backward pass repeats it; `recompute` keeps only the
+    input for the backward pass (activation checkpointing).
+    """
+
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    recompute = False
 
     def __init__(self, family: Family, arch: Architecture, kind: str, weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -28,7 +37,14 @@ class Block(nn.Module):
         return {name: getattr(self, attribute) for attribute, name in self.names.items()}
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return x_BTD + self.family.block(self.arch, self.kind, self.weights(), x_BTD)
+        if self.recompute and torch.is_grad_enabled():
+            out: torch.Tensor = checkpoint(self._forward, x_BTD, use_reentrant=False)
+            return out
+        return self._forward(x_BTD)
+
+    def _forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        with self.context():
+            return x_BTD + self.family.block(self.arch, self.kind, self.weights(), x_BTD)
 
 
 class HybridLM(nn.Module):
@@ -55,10 +71,13 @@ class HybridLM(nn.Module):
     def head(self) -> torch.Tensor:
         return self.family.lm_head(self.top())
 
-    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids_BT: torch.Tensor, streams: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+        """`streams`: its values are replaced by the stream [B, T, D] that enters the layer of each key."""
         top = self.top()
         x = self.family.embed(top, ids_BT)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            if streams is not None and i in streams:
+                streams[i] = x
             x = block(x)
         return self.family.final_norm(self.arch, top, x)
 

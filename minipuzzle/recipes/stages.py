@@ -17,7 +17,8 @@ from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.rundir import digest, write_atomic, write_json
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.data.blocks import TokenBlocks, tokenize
-from minipuzzle.distill.loop import TrainSettings, distill_model, load_student
+from minipuzzle.distill.loop import distill_model, load_student
+from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.evaluate.quality import Reference, measure, measure_paths
 from minipuzzle.evaluate.sample import greedy
 from minipuzzle.importance.curves import measure_curves

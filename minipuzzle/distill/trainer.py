@@ -1,0 +1,215 @@
+"""One student in training: its optimizer, its part of each step, its state and its metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from minipuzzle.core.errors import RecipeError
+from minipuzzle.data.blocks import TokenBlocks
+from minipuzzle.distill import state
+from minipuzzle.distill.loss import NO_LABEL, Target, cosine_loss, distillation_loss, next_tokens
+from minipuzzle.distill.precision import autocast, use_fp8
+from minipuzzle.distill.settings import TrainSettings
+from minipuzzle.distill.sharding import shard, whole
+from minipuzzle.models.module import Block, HybridLM
+from minipuzzle.models.ranks import Ranks
+
+MAX_SKIPPED = 10  # steps with a non-finite loss or gradient before the run is given up
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+Row = dict[str, Any]
+
+
+@dataclass
+class Pupil:
+    """A student with its folder. `layers`: the teacher's layer of each of its own, for the cosine on streams."""
+
+    student: HybridLM
+    folder: Path
+    layers: Sequence[int] = ()
+    skipped: int = 0
+    step: int = 0
+    best: Row = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A process's part of a step, and the places of the whole step: with a KL term, with an LM term."""
+
+    ids_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    numbers: list[int]
+    kl_count: int
+    lm_count: int
+
+    @classmethod
+    def make(cls, blocks: TokenBlocks, numbers: list[int], ranks: Ranks, labelled: bool) -> Batch:
+        every = np.stack([blocks.block(n) for n in numbers])
+        mask = torch.from_numpy(blocks.mask(every))
+        labels = next_tokens(torch.from_numpy(every))
+        counts = max(1, int(mask.sum())), max(1, int((mask & (labels != NO_LABEL)).sum()))
+        own = slice(ranks.rank, None, ranks.size)
+        ids, mask, labels = (t[own].to(ranks.device) for t in (torch.from_numpy(every), mask, labels))
+        return cls(ids, mask, labels, numbers[own], *counts)
+
+    def split(self, count: int) -> list[Batch]:
+        """Parts of `count` sequences."""
+        return [Batch(self.ids_BT[i : i + count], self.mask_BT[i : i + count], self.labels_BT[i : i + count],
+                      self.numbers[i : i + count], self.kl_count, self.lm_count)
+                for i in range(0, len(self.ids_BT), count)]
+
+
+class Trainer:
+    """A pupil with its optimizer, from the state in its folder on."""
+
+    def __init__(self, pupil: Pupil, settings: TrainSettings, sequence_length: int, ranks: Ranks) -> None:
+        self.pupil, self.settings, self.ranks = pupil, settings, ranks
+        self.steps = settings.steps(sequence_length)
+        self.layers = tuple(pupil.layers) if settings.hidden_loss_weight else ()
+        if settings.hidden_loss_weight and len(self.layers) != pupil.student.arch.num_layers:
+            raise RecipeError(f"distillation.hidden_loss_weight: the teacher's layers of {len(self.layers)} of the "
+                              f"student's {pupil.student.arch.num_layers} are known; it needs all")
+        student = pupil.student
+        for block in student.blocks:
+            assert isinstance(block, Block)
+            block.recompute = settings.activation_checkpointing
+        if settings.precision == "fp8":
+            use_fp8(student)
+        if ranks.size > 1:
+            shard(student, ranks)
+        self.parameters = student.parameters_by_name()
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.95),
+                                           weight_decay=settings.weight_decay)
+        pupil.folder.mkdir(parents=True, exist_ok=True)
+        self.adam_steps = 0
+        self._load()
+        if ranks.main:
+            _trim_metrics(self.metrics, pupil.step)
+
+    @property
+    def metrics(self) -> Path:
+        return self.pupil.folder / "metrics.jsonl"
+
+    def begin(self) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, part: Batch, target: Target | None, teacher_streams: dict[int, torch.Tensor]) -> None:
+        """Add the gradient of a part of the batch, and its sums of kl, lm and cosine terms."""
+        s, student = self.settings, self.pupil.student
+        # sharded gradients are means over processes, and the counts are of the whole batch
+        share = self.ranks.size
+        streams = dict.fromkeys(range(len(self.layers)), part.ids_BT)
+        with autocast(s.precision, self.ranks.device):
+            hidden = student(part.ids_BT, streams).flatten(0, 1)
+        where = part.mask_BT.flatten()
+        labels = part.labels_BT.flatten()
+        if not bool(where.all()):
+            hidden, labels = hidden[where], labels[where]
+            target = None if target is None else target[where]
+        loss, sums = distillation_loss(hidden, student.head, target, labels, temperature=s.temperature,
+                                       kl_scale=s.kl_weight / part.kl_count * share,
+                                       lm_scale=s.lm_loss_weight / part.lm_count * share)
+        found = [*sums.double().cpu(), torch.zeros(())]
+        if self.layers:
+            cosine = cosine_loss(list(streams.values()), [teacher_streams[i] for i in self.layers], part.mask_BT)
+            loss = loss + s.hidden_loss_weight / part.kl_count * share * cosine
+            found[2] = cosine.detach().double().cpu()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.sums += torch.stack(found) / torch.tensor([part.kl_count, part.lm_count, part.kl_count])
+
+    def end(self, tokens: int) -> Row:
+        """Take the step, or skip it; its row of the metrics."""
+        s, pupil = self.settings, self.pupil
+        if self.ranks.size > 1:
+            sums = self.sums.to(self.ranks.device)
+            dist.all_reduce(sums)
+            self.sums = sums.cpu()
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), s.clip)))
+        weights = torch.tensor([s.kl_weight, s.lm_loss_weight, s.hidden_loss_weight], dtype=torch.float64)
+        value, rate = float(self.sums @ weights), s.rate(pupil.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if math.isfinite(value) and math.isfinite(norm):
+            self.optimizer.step()
+            self.adam_steps += 1
+        else:
+            pupil.skipped += 1
+            if pupil.skipped > MAX_SKIPPED:
+                raise RecipeError(f"distillation: {pupil.skipped} steps with a non-finite loss or gradient, the last "
+                                  f"at step {pupil.step}; lower distillation.learning_rate ({s.learning_rate})")
+        pupil.step += 1
+        row = {"step": pupil.step, "tokens": tokens, "lr": rate, "loss": _number(value), "grad_norm": _number(norm)}
+        if s.lm_loss_weight or s.hidden_loss_weight:
+            row |= {f"loss_{name}": _number(float(x)) for name, x, w in zip(("kl", "lm", "hidden"), self.sums, weights,
+                                                                           strict=True) if w}
+        return row
+
+    def evaluate(self, evaluate: Callable[[HybridLM], dict[str, float]], row: Row) -> None:
+        """Add what `evaluate` finds to the row; keep the weights if they are the best so far."""
+        found = evaluate(self.pupil.student)
+        row |= {f"eval_{k}": v for k, v in found.items()}
+        grade = found.get("kl", found.get("loss", math.nan))
+        if grade < self.pupil.best.get("grade", math.inf):
+            self.pupil.best = {"step": self.pupil.step, "grade": grade}
+            state.save(self.pupil.folder, "best", self._weights(), self.pupil.best, self.ranks)
+
+    def write(self, row: Row) -> None:
+        if self.ranks.main:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    # state -----------------------------------------------------------------------------------------
+
+    def _weights(self) -> state.Tensors:
+        return {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+
+    def _moments(self) -> state.Tensors:
+        """Adam's moments, zero where there are none yet."""
+        return {f"{moment}.{name}": self.optimizer.state[p].get(moment, torch.zeros_like(p.detach()))
+                for moment in _MOMENTS for name, p in self.parameters.items()}
+
+    def save(self) -> None:
+        p = self.pupil
+        about = {"step": p.step, "skipped": p.skipped, "best": p.best, "adam_steps": self.adam_steps,
+                 "settings": self.settings.resumable()}
+        state.save(p.folder, "state", self._weights() | self._moments(), about, self.ranks)
+
+    def _load(self) -> None:
+        found = state.find(self.pupil.folder)
+        if found is None:
+            return
+        path, about = found
+        if about["settings"] != self.settings.resumable():
+            raise RecipeError(f"{path} was trained with other settings; delete it to train again from the start")
+        moments = self._moments()
+        state.load(path, self._weights() | moments)
+        self.pupil.step, self.pupil.skipped, self.pupil.best = about["step"], about["skipped"], about["best"]
+        self.adam_steps = about["adam_steps"]
+        if self.adam_steps:
+            for name, p in self.parameters.items():
+                self.optimizer.state[p] = {m: moments[f"{m}.{name}"] for m in _MOMENTS}
+                self.optimizer.state[p]["step"] = torch.tensor(float(self.adam_steps))
+
+
+def _number(value: float) -> float | None:
+    """NaN is not JSON."""
+    return value if math.isfinite(value) else None
+
+
+def _trim_metrics(path: Path, step: int) -> None:
+    """Drop rows after the saved state: those steps will be made again."""
+    if path.is_file():
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        if len(kept) < len(lines):
+            path.write_text("".join(line + "\n" for line in kept))
