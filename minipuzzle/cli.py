@@ -305,20 +305,26 @@ def _scores_of(data: dict[str, Any]) -> list[dict[str, Any]]:
 @click.option("--teacher", required=True, help="The parent's folder.")
 @recipe_options
 @run_options
+@click.option("--cache-teacher", type=click.Path(path_type=Path), metavar="DIR",
+              help="Write the teacher's distillation.top_k words to DIR once, and train from there without it.")
+@click.option("--track", help="Also send the metrics to tensorboard, wandb or trackio.")
 def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str,
-            as_json: bool, reporter: Reporter) -> None:
+            as_json: bool, reporter: Reporter, cache_teacher: Path | None, track: str | None) -> None:
     """Distillation alone: STUDENT learns the teacher's logits -> OUTPUT_DIR/model/.
 
     \b
     minipuzzle distill small --teacher big --data texts/ --set distillation.tokens=10M -o distilled
+    torchrun --nproc-per-node 8 -m minipuzzle.cli distill small --teacher big --device cuda -o distilled
     """
     from minipuzzle.recipes import single
 
     if output_dir is None:
         raise RecipeError("distill needs an output folder: -o FOLDER")
-    data = single.distill(student, teacher, recipe, output_dir, seed, device, reporter, _command())
-    losses = f"{data['loss_before']:.3f} -> {data['loss']:.3f} (teacher {data['loss_teacher']:.3f})"
-    _print(data, as_json, [f"loss        {losses}", f"model       {data['path']}"])
+    data = single.distill(student, teacher, recipe, output_dir, seed, device, reporter, _command(), cache_teacher, track)
+    if int(os.environ.get("RANK", 0)) == 0:
+        than = "" if data["loss_teacher"] is None else f" (teacher {data['loss_teacher']:.3f})"
+        _print(data, as_json, [f"loss        {data['loss_before']:.3f} -> {data['loss']:.3f}{than}",
+                               f"model       {data['path']}"])
 
 
 @main.command()

@@ -200,7 +200,8 @@ def test_a_recipe_does_not_change() -> None:
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"scores.iterative": True, "scores.racing": True}, "exclude"), ({"distillation.precision": "fp8"}, "not built yet"),
+    ({"scores.iterative": True, "scores.racing": True}, "exclude"),
+    ({"distillation.hidden_loss_weight": 1.0}, "same size"),
     ({"distillation.batch_tokens": 16, "distillation.sequence_length": 32}, "batch_tokens 16"),
     ({"space.hidden_size": [8, 64]}, "above the parent's 32"), ({"space.drop_attention": [3, 3]}, "cannot drop 3")])
 def test_a_plan_refuses_what_it_cannot_do(settings: dict[str, Any], message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from minipuzzle.models.module import HybridLM
@@ -18,6 +18,13 @@ def shard(model: HybridLM, ranks: Ranks) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def reshard(model: HybridLM) -> None:
+    """Let go of what a forward pass without a backward pass put together."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from minipuzzle.core.candidate import to_frame
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.rundir import RunDir, write_atomic, write_json
+from minipuzzle.distill.precision import check_precision
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.recipes import stages
@@ -106,6 +107,7 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
     path = Path(output_dir) if output_dir else default_output(folder, recipe, seed)
     check_disk(plan, path)
     check_memory(plan, where)
+    check_precision(recipe.distillation.precision, where)
     run = RunDir(path)
     try:
         if fresh:

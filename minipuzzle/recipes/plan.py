@@ -24,7 +24,7 @@ from minipuzzle.search.space import Space, resolve_space
 from minipuzzle.surgery.refit import refit_bytes, samples_needed, writer_inputs
 
 # key, the only value that exists so far, and what to say. Accepting and ignoring a setting would be a lie.
-_NOT_YET = (("search.export", "uniform"), ("distillation.precision", "fp32"))
+_NOT_YET = (("search.export", "uniform"),)
 CURVE_POINTS = 3  # measured widths per axis; between them the search interpolates
 # of a large matrix product's speed: what the whole forward pass of a hybrid reaches on CPU, from
 # benchmarks/results/main_job.json; only the estimates of time depend on it
@@ -177,6 +177,9 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True) ->
     parent_cost = cost(parent, workload)
     budget = Budget.parse(recipe.budget, parent_cost.to_json())
     space = resolve_space(recipe.space.model_dump(), parent)
+    if d.hidden_loss_weight and space.hidden_size != (parent.hidden_size,) and need_budget:
+        raise RecipeError("distillation.hidden_loss_weight compares streams of the same size: keep the parent's with "
+                          f"space.hidden_size = {parent.hidden_size}, or set it to 0")
     if not need_budget:
         return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost)
     # without scores the search only enumerates and prices, largest first
@@ -215,6 +218,12 @@ def find_device(name: str) -> torch.device:
         raise ResourceError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; "
                             "use --device cpu")
     return device
+
+
+def students_in_memory(plan: Plan, device: torch.device) -> int:
+    """How many students (weights, gradients, two moments, float32) may be trained at once: in half of the memory."""
+    total = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine_memory()
+    return max(1, int((total / 2 - 8 * plan.parent_cost.parameters) // (16 * plan.largest.parameters)))
 
 
 def machine_memory() -> int:

@@ -119,7 +119,11 @@ class DistillationSection(_Section):
     batch_tokens: Binary = Field(1024, ge=1)
     learning_rate: float = Field(2.0e-3, gt=0)
     temperature: float = Field(1.0, gt=0)
+    lm_loss_weight: float = Field(0.0, ge=0)
+    hidden_loss_weight: float = Field(0.0, ge=0)
+    top_k: int = Field(0, ge=0)  # of the teacher's words; 0: all of them
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    activation_checkpointing: bool = False
 
 
 class Recipe(_Section):

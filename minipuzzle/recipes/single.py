@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -14,12 +15,20 @@ import torch
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.rundir import RunDir, digest, write_json
 from minipuzzle.core.scores import LayerScores
+from minipuzzle.data.blocks import TokenBlocks
 from minipuzzle.distill.loop import distill_model
+from minipuzzle.distill.precision import FP8_NOTE, autocast, check_precision
+from minipuzzle.distill.settings import TrainSettings
+from minipuzzle.distill.sharding import reshard, whole
+from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher
+from minipuzzle.distill.teacher import cache_teacher as cache_blocks
+from minipuzzle.distill.track import open_tracker
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.evaluate.served import check_tasks, latency, tasks
+from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import open_ranks
-from minipuzzle.models.walk import Model
+from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
 from minipuzzle.recipes import stages
 from minipuzzle.recipes.job import Job
@@ -101,11 +110,16 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
 
 
 def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir: Path, seed: int, device: str,
-            reporter: Reporter, command: str = "") -> dict[str, Any]:
+            reporter: Reporter, command: str = "", cache_teacher: Path | None = None,
+            track: str | None = None) -> dict[str, Any]:
     """Distil one folder from another -> OUTPUT_DIR/model/, through the reload gate; the same command continues.
 
+    Under torchrun the processes share the batches and the weights. `cache_teacher`: a folder with the teacher's top
+    words, made first where something is missing; then training needs no teacher, and no KL is measured. `track`: also
+    send the metrics to tensorboard, wandb or trackio.
+
     Raises:
-        RecipeError: no tokens, or different vocabularies.
+        RecipeError: no tokens, different vocabularies, settings that do not go together.
     """
     small, big = open_model(find_model(student)), open_model(find_model(teacher))
     d = recipe.distillation
@@ -113,32 +127,118 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
         raise RecipeError("distillation.tokens is 0: nothing to do; set it with --set distillation.tokens=10M")
     if small.arch.vocab_size != big.arch.vocab_size:
         raise RecipeError(f"vocabularies differ: student {small.arch.vocab_size}, teacher {big.arch.vocab_size}")
+    if cache_teacher is not None and d.top_k == 0:
+        raise RecipeError("--cache-teacher keeps the teacher's top words; say how many: --set distillation.top_k=64")
+    layers = _layer_map(small, big)
+    if d.hidden_loss_weight and (cache_teacher or not layers or small.arch.hidden_size != big.arch.hidden_size):
+        raise RecipeError("distillation.hidden_loss_weight needs a teacher in memory, a student of the same hidden "
+                          "size, and its minipuzzle.json, which names the layers it kept")
+    check_precision(d.precision, find_device(device))
+    tracker = open_tracker(track, output_dir)
     job = _job(big, recipe, output_dir, seed, device, reporter, command)
+    ranks = job.ranks
     try:
-        write_json(job.run.path / "run.json", run_about(job) | {"student": small.fingerprint})
-        reporter.start({"tokenize": 5.0, "distill": 100.0})
+        if ranks.main:
+            write_json(job.run.path / "run.json", run_about(job) | {"student": small.fingerprint})
+        job.reporter.start({"tokenize": 5.0, "cache": 30.0 if cache_teacher else 0.0, "distill": 100.0})
         stages.tokenize_data(job)
-        start = Model.load(small, device)
-        before = measure(start, job.reference)
-        pupil = HybridLM(small.family, small.arch, start.by_name())
+        blocks, settings = stages.training_blocks(job), stages.settings(job)
+        if d.precision == "fp8":
+            job.reporter.say(FP8_NOTE)
+        source: Model | CachedTeacher
+        if cache_teacher is not None:
+            source = _cached(job, cache_teacher, blocks, settings)
+        else:
+            # in several processes the shards go to the device, the whole stays on the CPU
+            source = job.model if ranks.size == 1 else Model.load(big, "cpu")
+        reference = job.reference if cache_teacher is None and ranks.main else None
+        before = _measure(Model.load(small, ranks.device), reference, job) if ranks.main else None
+        pupil = HybridLM(small.family, small.arch,
+                         Model.load(small, ranks.device if ranks.size == 1 else "cpu").by_name())
+        dtypes = small.dtypes(tuple(range(small.arch.num_layers)))
+
+        def evaluate(s: HybridLM) -> dict[str, float]:
+            if ranks.size > 1:
+                return _sharded_loss(s, job)
+            written = ((n, p.detach().to(dtypes[n]).float()) for n, p in s.parameters_by_name().items())
+            return _measure(Model.build(s.family, s.arch, written), reference, job)
+
         # another student, teacher, data or setting is another run of training
         key = digest([small.fingerprint, job.inputs["tokenize"], big.fingerprint, d.model_dump(), seed])
         state = job.run.path / "distillation" / key
-        with reporter.stage("distill", d.tokens) as update:
-            done = distill_model(pupil, job.model, stages.training_blocks(job), stages.settings(job), state,
-                                 progress=lambda tokens, loss: update(tokens, f"KL {loss:.3f}"))
-        unchecked, final = job.run.path / "model-unchecked", job.run.path / "model"
-        config = small.arch.to_config(small.config)
-        dtypes = small.dtypes(tuple(range(small.arch.num_layers)))
-        write_model(unchecked, config, ((n, p.detach().to(dtypes[n])) for n, p in pupil.parameters_by_name().items()),
-                    small.path)
-        reload_gate(unchecked, job.evaluation_ids[:2])
-        after = measure(Model.load(open_model(unchecked), device), job.reference)
-        teacher_loss = measure(job.model, job.reference)["loss"]
-        shutil.rmtree(final, ignore_errors=True)
-        unchecked.replace(final)
-        shutil.copyfile(state / "metrics.jsonl", job.run.path / "metrics.jsonl")
+        with job.reporter.stage("distill", d.tokens) as update:
+            done = distill_model(pupil, source, blocks, settings, state, layers=layers, ranks=ranks,
+                                 evaluate=evaluate, track=tracker if ranks.main else lambda row: None,
+                                 evaluate_every=max(1, settings.steps(d.sequence_length) // stages.EVALUATIONS),
+                                 progress=lambda tokens, loss: update(tokens, f"loss {loss:.3f}"))
+        weights = {n: whole(p.detach()).to(dtypes[n]) for n, p in pupil.parameters_by_name().items()}
+        after = teacher_loss = None
+        final = job.run.path / "model"
+        if ranks.main:
+            unchecked = job.run.path / "model-unchecked"
+            write_model(unchecked, small.arch.to_config(small.config), weights.items(), small.path)
+            reload_gate(unchecked, job.evaluation_ids[:2])
+            after = _measure(Model.load(open_model(unchecked), ranks.device), reference, job)
+            teacher_loss = None if reference is None else measure(job.model, reference)["loss"]
+            shutil.rmtree(final, ignore_errors=True)
+            unchecked.replace(final)
+            shutil.copyfile(state / "metrics.jsonl", job.run.path / "metrics.jsonl")
+        before, after, teacher_loss = ranks.broadcast((before, after, teacher_loss))
     finally:
         job.run.close()
     return {"path": str(final), "tokens": done.tokens, "seconds": done.seconds, "loss_before": before["loss"],
-            "kl_before": before["kl"], "loss": after["loss"], "kl": after["kl"], "loss_teacher": teacher_loss}
+            "kl_before": before.get("kl"), "loss": after["loss"], "kl": after.get("kl"), "loss_teacher": teacher_loss,
+            "best_step": done.best_step, "skipped": done.skipped, "processes": ranks.size}
+
+
+def _layer_map(small: ModelFolder, big: ModelFolder) -> tuple[int, ...]:
+    """The teacher's layer of each of the student's; empty if it is not known."""
+    if small.arch.pattern == big.arch.pattern:
+        return tuple(range(big.arch.num_layers))
+    try:
+        kept = tuple(json.loads((small.path / "minipuzzle.json").read_text())["result"]["kept_layers"])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError):
+        return ()
+    fits = len(kept) == small.arch.num_layers and all(0 <= i < big.arch.num_layers for i in kept)
+    return kept if fits else ()
+
+
+def _cached(job: Job, folder: Path, blocks: TokenBlocks, settings: TrainSettings) -> CachedTeacher:
+    """Write what is missing of the teacher's cache; open it."""
+    steps, size = settings.steps(blocks.sequence_length), settings.batch(blocks.sequence_length)
+    wanted = blocks.numbers(settings.seed, 0, steps * size)
+    key = {"teacher": job.folder.fingerprint, "tokenizer": job.tokenizer_hash, "data": blocks.corpus_hash,
+           "sequence_length": blocks.sequence_length, "top_k": settings.top_k, "temperature": settings.temperature,
+           "precision": "fp32" if settings.precision == "fp32" else "bf16"}
+
+    def teacher() -> LiveTeacher:
+        return LiveTeacher(Model.load(job.folder, job.device),
+                           autocast=lambda: autocast(settings.precision, job.device))
+
+    with job.reporter.stage("cache", len(set(wanted)) / job.ranks.size) as update:
+        cache_blocks(folder, teacher, blocks, wanted, key, job.ranks, lambda done: update(done, "blocks"))
+    return CachedTeacher(folder, job.device)
+
+
+def _measure(model: Model, reference: Reference | None, job: Job) -> dict[str, float]:
+    """Against the teacher, or alone."""
+    if reference is not None:
+        return measure(model, reference)
+    ids = job.evaluation_ids
+    parts = [token_metrics([final_hidden(model, part)], model.head, part)[0] for part in torch.split(ids, 4)]
+    return {"loss": float(torch.cat([part.loss for part in parts]).mean())}
+
+
+@torch.no_grad()
+def _sharded_loss(student: HybridLM, job: Job) -> dict[str, float]:
+    """Held-out loss of a student in shards: each process reads its part, all of them equally many blocks."""
+    ids, ranks = job.evaluation_ids, job.ranks
+    even = ids[: max(ranks.size, len(ids) // ranks.size * ranks.size)]
+    own = even[[i % len(even) for i in range(ranks.rank, len(even), ranks.size)]]
+    losses = []
+    for part in torch.split(own, 4):
+        hidden = student(part)
+        losses.append(token_metrics([hidden], student.head, part)[0].loss)
+    reshard(student)
+    values = [float(x) for found in ranks.gather(torch.cat(losses).tolist()) for x in found]
+    return {"loss": sum(values) / len(values)}

@@ -17,8 +17,9 @@ from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.rundir import digest, write_atomic, write_json
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.data.blocks import TokenBlocks, tokenize
-from minipuzzle.distill.loop import distill_model, load_student
+from minipuzzle.distill.loop import distill_model, distill_together, load_student
 from minipuzzle.distill.settings import TrainSettings
+from minipuzzle.distill.trainer import Pupil
 from minipuzzle.evaluate.quality import Reference, measure, measure_paths
 from minipuzzle.evaluate.sample import greedy
 from minipuzzle.importance.curves import measure_curves
@@ -30,6 +31,7 @@ from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.recipes.job import Job
+from minipuzzle.recipes.plan import students_in_memory
 from minipuzzle.recipes.progress import Update
 from minipuzzle.recipes.research import find_candidates
 from minipuzzle.search.prices import KINDS
@@ -181,11 +183,15 @@ def tournament(job: Job) -> None:
         if share == 0 or len(finalists) == 1:
             finalists = []
         results: dict[str, dict[str, float]] = {}
-        for i, candidate in enumerate(finalists):
-            student = _student(job, candidate)
-            distill_model(student, job.model, training_blocks(job), settings(job), job.state_folder(candidate), share,
-                          progress=partial(_say_loss, update, i * share, candidate.name))
-            results[candidate.name] = measure(_as_written(job, candidate, student), job.reference)
+        together = students_in_memory(job.plan, job.device)
+        for i in range(0, len(finalists), together):
+            # in lock-step: the teacher reads each batch once for all of them
+            group = finalists[i : i + together]
+            pupils = [Pupil(_student(job, c), job.state_folder(c), c.kept_layers) for c in group]
+            distill_together(pupils, job.model, training_blocks(job), settings(job), share,
+                             progress=partial(_say_loss, update, i * share, "best", len(group)))
+            results |= {c.name: measure(_as_written(job, c, p.student), job.reference)
+                        for c, p in zip(group, pupils, strict=True)}
         path = job.run.path / "search" / "tournament.json"
         every = rank([dataclasses.replace(c, after_distillation=results.get(c.name)) for c in every])
         job.write_candidates(path, [dataclasses.replace(c, chosen=i == 0) for i, c in enumerate(every)])
@@ -194,13 +200,15 @@ def tournament(job: Job) -> None:
     job.stage("tournament", share * job.plan.recipe.search.finalists, make)
 
 
-def _say_loss(update: Update, before: int, name: str, tokens: int, loss: float) -> None:
-    update(before + tokens, f"{name} KL {loss:.3f}")
+def _say_loss(update: Update, before: int, name: str, students: int, tokens: int, loss: float) -> None:
+    update(before + tokens * students, f"{name} loss {loss:.3f}")
 
 
 def settings(job: Job) -> TrainSettings:
     d = job.plan.recipe.distillation
-    return TrainSettings(d.tokens, d.batch_tokens, d.learning_rate, d.temperature, seed=job.seed)
+    return TrainSettings(d.tokens, d.batch_tokens, d.learning_rate, d.temperature, lm_loss_weight=d.lm_loss_weight,
+                         hidden_loss_weight=d.hidden_loss_weight, top_k=d.top_k, precision=d.precision,
+                         activation_checkpointing=d.activation_checkpointing, seed=job.seed)
 
 
 def training_blocks(job: Job) -> TokenBlocks:
@@ -265,7 +273,7 @@ def distill(job: Job) -> None:
         distill_model(student, job.model, training_blocks(job), settings(job), state,
                       evaluate=lambda s: measure(_as_written(job, candidate, s), some),
                       evaluate_every=max(1, steps // EVALUATIONS),
-                      progress=partial(_say_loss, update, 0, candidate.name))
+                      layers=candidate.kept_layers, progress=partial(_say_loss, update, 0, candidate.name, 1))
         shutil.copyfile(state / "metrics.jsonl", metrics)
         return [metrics]
 
