@@ -11,30 +11,37 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from test_distill import SETTINGS, STEP_TOKENS, blocks, student, tiny_model
+from test_distill import KEPT, SETTINGS, STEP_TOKENS, blocks, student, tiny_model
 
 from minipuzzle.distill.loop import distill_model
 from minipuzzle.distill.sharding import whole
-from minipuzzle.models.ranks import open_ranks
+from minipuzzle.models.ranks import Ranks, open_ranks
+
+
+def train(folder: Path, stop: int, options: dict[str, Any], ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Weights and last gradients, whole, after training up to a step."""
+    pupil = student()
+    # with ends of documents: the processes have different numbers of places with a loss
+    distill_model(pupil, tiny_model(), replace(blocks(), end_token=3), replace(SETTINGS, **options), folder,
+                  stop * STEP_TOKENS, ranks=ranks, layers=KEPT)
+    named = pupil.parameters_by_name()
+    out = {f"model.{n}": whole(p.detach()).clone() for n, p in named.items()}
+    return out | {f"grad.{n}": whole(p.grad).clone() for n, p in named.items() if p.grad is not None}
 
 
 def main() -> None:
     torch.set_num_threads(1)
     folder, stop, options = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
     ranks = open_ranks(torch.device("cpu"))
-    pupil = student()
-    distill_model(pupil, tiny_model(), blocks(), replace(SETTINGS, **options), folder, stop * STEP_TOKENS, ranks=ranks,
-                  layers=(0, 1, 3, 4, 5, 6, 7, 8))
-    named = pupil.parameters_by_name()
-    out = {f"model.{n}": whole(p.detach()).clone() for n, p in named.items()}
-    out |= {f"grad.{n}": whole(p.grad).clone() for n, p in named.items() if p.grad is not None}
+    found = train(folder, stop, options, ranks)
     if ranks.main:
-        save_file(out, folder / "weights.safetensors")
+        save_file(found, folder / "weights.safetensors")
     ranks.barrier()
-    torch.distributed.destroy_process_group()
+    ranks.close()
 
 
 if __name__ == "__main__":

@@ -79,12 +79,12 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
     """`distill_model` for several students on the same batches: each learns what it would learn alone."""
     ranks = ranks or Ranks(pupils[0].student.head.device)
     check_precision(settings.precision, ranks.device)
-    source = _teacher(teacher, settings, ranks)
-    trainers = [Trainer(pupil, settings, blocks.sequence_length, ranks) for pupil in pupils]
     seq, size = blocks.sequence_length, settings.batch(blocks.sequence_length)
     if size % ranks.size:
         raise RecipeError(f"a step has {size} sequences (distillation.batch_tokens / sequence_length), which "
                           f"{ranks.size} processes cannot share evenly; change one of them")
+    source = _teacher(teacher, settings, ranks)
+    trainers = [Trainer(pupil, settings, seq, ranks) for pupil in pupils]
     last = settings.steps(seq, stop_at_tokens)
     first = min(pupil.step for pupil in pupils)
     begin = saved_at = time.perf_counter()

@@ -108,7 +108,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     delta.mul_(kl_scale / temperature)
                 if lm_scale:
                     label = labels[i : i + chunk]
-                    known = label != NO_LABEL
+                    known = (label != NO_LABEL).to(wide)
                     log_q = F.log_softmax(logits, dim=-1)
                     place = label.clamp(min=0)[:, None]
                     sums[1] -= (log_q.gather(-1, place)[:, 0] * known).sum()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def load(path: Path, tensors: Tensors) -> None:
             there = filesystem.FileSystemReader(path).read_metadata().state_dict_metadata
             _check_shapes(path, {k: tuple(getattr(there.get(k), "size", ())) for k in shapes}, shapes)
             try:
-                state_dict_loader.load(dict(tensors), checkpoint_id=path)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+                    state_dict_loader.load(dict(tensors), checkpoint_id=path)
             except (CheckpointException, OSError) as error:
                 raise _unreadable(path, error) from None
             return

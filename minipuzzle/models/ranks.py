@@ -33,6 +33,11 @@ class Ranks:
         if self.size > 1:
             dist.barrier()
 
+    def close(self) -> None:
+        """Leave the group: a process that just ends may take the others down with it."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
     def gather(self, value: Any) -> list[Any]:
         """`value` of every process, in order of rank."""
         if self.size == 1:

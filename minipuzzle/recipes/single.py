@@ -71,6 +71,7 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
             stage(job)
     finally:
         job.run.close()
+        job.ranks.close()
     path = job.run.path / "scores"
     return path, LayerScores.read(path / "layers.csv").table
 
@@ -186,6 +187,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
         before, after, teacher_loss = ranks.broadcast((before, after, teacher_loss))
     finally:
         job.run.close()
+        ranks.close()
     return {"path": str(final), "tokens": done.tokens, "seconds": done.seconds, "loss_before": before["loss"],
             "kl_before": before.get("kl"), "loss": after["loss"], "kl": after.get("kl"), "loss_teacher": teacher_loss,
             "best_step": done.best_step, "skipped": done.skipped, "processes": ranks.size}

@@ -1,0 +1,85 @@
+"""Several processes on CPU (gloo, FSDP2): what they train is what one process trains, and they may change in number."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import distributed
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_distill import STEP_TOKENS, blocks, rows, student, tiny_model
+
+from minipuzzle.core.errors import RecipeError
+from minipuzzle.distill.loop import distill_model, load_student
+from minipuzzle.distill.settings import TrainSettings
+from minipuzzle.models.ranks import Ranks
+
+HERE = Path(__file__).parent
+ALL = {"lm_loss_weight": 0.5, "hidden_loss_weight": 0.7, "top_k": 9, "activation_checkpointing": True}
+
+
+def run(processes: int, folder: Path, stop: int, options: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
+    """Train up to a step in so many processes (one: in this one); weights and last gradients."""
+    folder.mkdir(exist_ok=True)
+    if processes == 1:
+        return distributed.train(folder, stop, options or {}, Ranks(torch.device("cpu")))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+               str(HERE / "distributed.py"), str(folder), str(stop), json.dumps(options or {})]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / "weights.safetensors")
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in rows(folder)]
+
+
+@pytest.mark.parametrize("options", [{}, ALL], ids=["kl", "all terms"])
+def test_two_processes_are_one(tmp_path: Path, options: dict[str, Any]) -> None:
+    one, two = run(1, tmp_path / "one", 1, options), run(2, tmp_path / "two", 1, options)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert rows(tmp_path / "two")[0]["grad_norm"] == pytest.approx(rows(tmp_path / "one")[0]["grad_norm"], rel=1e-4)
+    gradients = [name for name in one if name.startswith("grad.")]
+    assert len(gradients) == len(student().parameters_by_name()) > 40
+    assert sorted(one) == sorted(two)
+    for name in gradients:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-6)
+    if options:
+        parts = rows(tmp_path / "two")[0]
+        assert parts["loss"] == pytest.approx(
+            parts["loss_kl"] + 0.5 * parts["loss_lm"] + 0.7 * parts["loss_hidden"], rel=1e-6)
+
+
+def test_stop_and_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    straight = run(1, tmp_path / "straight", 8)
+    run(2, tmp_path / "two and two", 4)
+    shutil.copytree(tmp_path / "two and two", tmp_path / "two and one")
+    run(1, tmp_path / "one and two", 4)
+    before = student().parameters_by_name()
+    for name, then in (("two and two", 2), ("two and one", 1), ("one and two", 2)):
+        folder = tmp_path / name
+        assert len(losses(folder)) == 4
+        weights = run(then, folder, 8)
+        assert losses(folder) == pytest.approx(losses(tmp_path / "straight"), rel=1e-3)
+        states = sorted(p.name for p in folder.glob("state*"))
+        assert states == (["state.safetensors"] if then == 1 else ["state-8"])  # the last alone is kept
+        pupil = student()
+        load_student(folder, pupil)  # one process reads what two have written
+        for key, p in pupil.parameters_by_name().items():
+            assert torch.equal(p.detach(), weights[f"model.{key}"])
+            moved = (straight[f"model.{key}"] - before[key].detach()).abs().max()
+            assert (p.detach() - straight[f"model.{key}"]).abs().max() <= 0.05 * moved + 1e-6
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    settings = TrainSettings(tokens=STEP_TOKENS, batch_tokens=STEP_TOKENS, learning_rate=1e-3)
+    with pytest.raises(RecipeError, match=r"4 sequences .* 3 processes"):
+        distill_model(student(), tiny_model(), blocks(), settings, tmp_path, ranks=Ranks(torch.device("cpu"), 0, 3))
