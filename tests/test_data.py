@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data import corpus
+from minipuzzle.data.blend import ROUND, BlendedBlocks
 from minipuzzle.data.blocks import TokenBlocks, load_blocks, tokenize
-from minipuzzle.data.corpus import HELD_OUT_EVERY, SKIPPED_FOLDERS, documents, is_held_out
+from minipuzzle.data.corpus import HELD_OUT_EVERY, SKIPPED_FOLDERS, documents, identity, is_held_out, parse_blend
 
 TEXTS = [f"document {i}: {'word ' * (i % 7 + 1)}é 𝄞\n" for i in range(300)]
 
@@ -216,6 +219,87 @@ def test_stopped_in_the_middle(texts: Path, tokenizer: Any, tokenised: Path, tmp
     assert (tmp_path / "tokens" / "train.bin").read_bytes() == (tokenised / "train.bin").read_bytes()
 
 
+class Counting:
+    """A tokenizer that counts the documents it is given."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.seen, self.eos_token_id = inner, 0, inner.eos_token_id
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __call__(self, text: list[str], **options: Any) -> Any:
+        self.seen += len(text)
+        return self.inner(text, **options)
+
+
+def test_stopped_tokens_go_on_where_they_were(texts: Path, tokenizer: Any, tokenised: Path, tmp_path: Path) -> None:
+    def stop(done: int) -> None:
+        if done >= 192:
+            raise Interrupted(15)
+
+    out = tmp_path / "tokens"
+    with pytest.raises(Interrupted):
+        tokenize(str(texts), tokenizer, out, "id", stop)
+    with (out / "train.bin.tmp").open("ab") as file:
+        file.write(b"written after the last save")
+    rest = Counting(tokenizer)
+    tokenize(str(texts), rest, out, "id")
+    assert rest.seen == 400 - 192
+    assert sorted(f.name for f in out.iterdir()) == ["held_out.bin", "tokens.json", "train.bin"]
+    for name in ("held_out.bin", "train.bin", "tokens.json"):
+        assert (out / name).read_bytes() == (tokenised / name).read_bytes()
+
+
+@pytest.mark.parametrize("change", ["text", "fewer", "tokenizer", "file"])
+def test_what_was_begun_of_other_data_is_begun_again(texts: Path, tokenizer: Any, tmp_path: Path, change: str) -> None:
+    def stop(done: int) -> None:
+        if done >= 128:
+            raise Interrupted(15)
+
+    data, out = tmp_path / "data", tmp_path / "tokens"
+    shutil.copytree(texts, data)
+    with pytest.raises(Interrupted):
+        tokenize(str(data), tokenizer, out, "id", stop)
+    if change == "text":
+        (data / "document-003.txt").write_text("other words\n")
+    elif change == "fewer":
+        for i in range(100, 400):
+            (data / f"document-{i:03}.txt").unlink()
+    elif change == "file":
+        (out / "train.bin.tmp").unlink()
+    identity = "another" if change == "tokenizer" else "id"
+    tokenize(str(data), tokenizer, out, identity)
+    tokenize(str(data), tokenizer, tmp_path / "straight", identity)
+    for name in ("held_out.bin", "train.bin", "tokens.json"):
+        assert (out / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_a_source_without_an_end_is_read_as_far_as_needed(texts: Path, tokenizer: Any, tmp_path: Path) -> None:
+    counted, enough = Counting(tokenizer), {"train": 3000, "held_out": 50}
+    tokenize(str(texts), counted, tmp_path, "id", enough=enough)
+    about = json.loads((tmp_path / "tokens.json").read_text())
+    assert counted.seen == about["documents"] < 400
+    assert all(about["tokens"][split] >= count for split, count in enough.items())
+    again = Counting(tokenizer)
+    tokenize(str(texts), again, tmp_path, "id", enough={"train": 2000, "held_out": 50})
+    assert again.seen == 0  # what is there does for less
+    tokenize(str(texts), again, tmp_path, "id", enough={"train": about["tokens"]["train"] + 1, "held_out": 50})
+    assert again.seen > counted.seen  # and is made again for more
+    tokenize(str(texts), again, tmp_path, "id")
+    assert json.loads((tmp_path / "tokens.json").read_text())["documents"] == 400
+
+
+def test_places_that_read_an_end_are_masked(tokenised: Path, tokenizer: Any) -> None:
+    blocks = load_blocks(tokenised, "train", 64)
+    assert blocks.end_token == tokenizer.eos_token_id is not None
+    ids = blocks.batch(0, 0, 8)
+    mask = blocks.mask(ids)
+    assert 0 < (~mask).sum() < 40
+    assert np.array_equal(mask, ids != tokenizer.eos_token_id)
+    assert numbered(5).mask(ids).all()  # nothing is known of ends
+
+
 def test_blocks_too_long_or_files_too_short(tokenised: Path, tmp_path: Path) -> None:
     about = json.loads((tokenised / "tokens.json").read_text())
     count = about["tokens"]["held_out"]
@@ -284,3 +368,61 @@ def test_first_is_spread_over_the_corpus() -> None:
     assert max(np.diff(chosen)) <= 26
     assert data.first(1000).shape == (100, 3)
     assert data.first(1).tolist() == [[0, 0, 0]]
+
+
+# blends ----------------------------------------------------------------------------------------------------------
+
+
+def test_blend_syntax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_blend("stdlib") == {"stdlib": 1.0}
+    assert parse_blend("stdlib=3, my/texts=1") == {"stdlib": 0.75, "my/texts": 0.25}
+    assert parse_blend("a,b") == {"a,b": 1.0}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x=1").mkdir()
+    assert parse_blend("x=1") == {"x=1": 1.0}  # a path that is there is no blend
+    for wrong in ("a=0,b=1", "a=1,a=2", "a=-1,b=2", "a=x,b=1", "=1,b=1", "a=inf,b=1"):
+        with pytest.raises(RecipeError, match="SOURCE=WEIGHT"):
+            parse_blend(wrong)
+    assert identity("stdlib=3,./none=1") == f"{identity('stdlib')}=0.75, ./none=0.25"
+
+
+def blended(*lengths: int, weights: tuple[float, ...]) -> BlendedBlocks:
+    """Part i has blocks whose tokens are 100 i + number."""
+    parts = tuple(TokenBlocks(np.repeat(np.arange(n) + 100 * i, 3).astype(np.uint16), 3, f"s{i}", f"h{i}", 30 * n * (i + 1), 7)
+                  for i, n in enumerate(lengths))
+    return BlendedBlocks(parts, weights)
+
+
+def test_a_blend_keeps_its_shares_and_its_epochs() -> None:
+    data = blended(40, 7, 90, weights=(0.25, 0.05, 0.7))
+    drawn = data.batch(3, 0, 2 * ROUND)[:, 0]
+    assert [int(((drawn // 100) == i).sum()) for i in range(3)] == [500, 100, 1400]
+    for i, blocks in enumerate((40, 7, 90)):
+        own = drawn[drawn // 100 == i] % 100
+        for epoch in range(len(own) // blocks):
+            assert sorted(own[epoch * blocks : (epoch + 1) * blocks]) == list(range(blocks))
+    first = [int(((drawn[at : at + 100] // 100) == 2).sum()) for at in range(0, 2000, 100)]
+    assert min(first) > 50  # mixed, not one source after the other
+    assert max(first) < 90
+
+
+@given(size=st.integers(1, 9), step=st.integers(0, 400), seed=st.integers(0, 3))
+def test_a_blended_batch_is_a_function_of_seed_and_step(size: int, step: int, seed: int) -> None:
+    data = blended(12, 30, weights=(0.4, 0.6))
+    first = data.batch(seed, step, size)
+    data.batch(seed + 1, step + 7, size)
+    assert np.array_equal(data.batch(seed, step, size), first)
+    assert np.array_equal(np.concatenate([data.batch(seed, 2 * step, size), data.batch(seed, 2 * step + 1, size)]),
+                          data.batch(seed, step, 2 * size))
+
+
+def test_a_blend_as_blocks() -> None:
+    data = blended(10, 20, weights=(0.75, 0.25))
+    assert len(data) == 30
+    assert [int(data.block(i)[0]) for i in (0, 9, 10, 29)] == [0, 9, 100, 119]
+    assert (data.first(8)[:, 0] // 100).tolist() == [0] * 6 + [1] * 2
+    assert data.bytes_per_token == pytest.approx(0.75 * 10 + 0.25 * 20)
+    assert data.end_token == 7
+    assert data.mask(np.array([[7, 8]])).tolist() == [[False, True]]
+    assert data.source == "s0=0.75,s1=0.25"
+    assert data.corpus_hash != blended(10, 20, weights=(0.5, 0.5)).corpus_hash

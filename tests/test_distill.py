@@ -48,7 +48,7 @@ def weights(model: HybridLM) -> dict[str, torch.Tensor]:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "eta_seconds")} for row in read_metrics(folder)]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(folder)]
 
 
 def train(folder: Path, pupil: HybridLM | None = None, settings: TrainSettings = SETTINGS, **options: Any) -> HybridLM:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +19,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.interrupt import Interrupted
+from minipuzzle.core.rundir import write_json
 from minipuzzle.data.corpus import Document, documents, is_held_out, name_hash
 
 SPLITS = ("train", "held_out")
 _BATCH = 64  # documents handed to the tokenizer at once
+_SAVE_EVERY_S = 30.0
 
 
 class Tokenizer(Protocol):
@@ -33,8 +38,44 @@ class Tokenizer(Protocol):
     def __len__(self) -> int: ...
 
 
+class Blocks(ABC):
+    """Numbered blocks of tokens, and the order in which training reads them."""
+
+    sequence_length: int
+    source: str
+    corpus_hash: str
+    end_token: int | None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def block(self, i: int) -> np.ndarray:
+        """Block i, int64 [T]."""
+
+    @abstractmethod
+    def first(self, count: int) -> np.ndarray:
+        """`count` blocks spread evenly over the corpus (all of them if there are fewer), int64 [count, T]."""
+
+    @abstractmethod
+    def numbers(self, seed: int, first: int, count: int) -> list[int]:
+        """The blocks at places first, first + 1, ... of the training order, a function of the seed alone."""
+
+    @property
+    @abstractmethod
+    def bytes_per_token(self) -> float: ...
+
+    def batch(self, seed: int, step: int, size: int) -> np.ndarray:
+        """The blocks of a training step, int64 [size, T]: a function of (seed, step)."""
+        return np.stack([self.block(i) for i in self.numbers(seed, step * size, size)])
+
+    def mask(self, ids: np.ndarray) -> np.ndarray:
+        """Whether the place's next token belongs to its own document: false where the document's end is read."""
+        return np.full(ids.shape, True) if self.end_token is None else ids != self.end_token
+
+
 @dataclass(frozen=True)
-class TokenBlocks:
+class TokenBlocks(Blocks):
     """Blocks of consecutive tokens over a memory-mapped file. `tokens` is [n] of uint16 or uint32."""
 
     tokens: np.ndarray
@@ -48,63 +89,85 @@ class TokenBlocks:
         return len(self.tokens) // self.sequence_length
 
     def block(self, i: int) -> np.ndarray:
-        """Block i, int64 [T]."""
         return self.tokens[i * self.sequence_length : (i + 1) * self.sequence_length].astype(np.int64)
 
     def first(self, count: int) -> np.ndarray:
-        """`count` blocks spread evenly over the corpus (all of them if there are fewer), int64 [count, T]."""
         count = min(count, len(self))
         return np.stack([self.block(int(i)) for i in np.linspace(0, len(self) - 1, count).round()])
 
     def numbers(self, seed: int, first: int, count: int) -> list[int]:
-        """The blocks at places first, first + 1, ... of the training order: each once an epoch, by (seed, epoch)."""
+        """Each block once an epoch, shuffled by (seed, epoch)."""
         places = [divmod(position, len(self)) for position in range(first, first + count)]
         return [int(_order(seed, epoch, len(self))[place]) for epoch, place in places]
-
-    def batch(self, seed: int, step: int, size: int) -> np.ndarray:
-        """The blocks of a training step, int64 [size, T]: a function of (seed, step)."""
-        return np.stack([self.block(i) for i in self.numbers(seed, step * size, size)])
-
-    def mask(self, ids: np.ndarray) -> np.ndarray:
-        """Whether the place's next token belongs to its own document: false where the document's end is read."""
-        return np.full(ids.shape, True) if self.end_token is None else ids != self.end_token
 
     @property
     def bytes_per_token(self) -> float:
         return self.num_bytes / len(self.tokens)
 
 
+_ORDERS = 8  # sources of a blend
 _orders: dict[tuple[int, int, int], np.ndarray] = {}
 
 
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     key = (seed, epoch, count)
     if key not in _orders:
-        _orders.clear()  # only the current epoch is worth remembering
+        if len(_orders) >= _ORDERS:  # only the current epochs are worth remembering
+            _orders.clear()
         _orders[key] = np.random.default_rng([seed, epoch]).permutation(count)
     return _orders[key]
 
 
 def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
-             progress: Callable[[int], None] = lambda done: None, also_held_out: str | None = None) -> None:
+             progress: Callable[[int], None] = lambda done: None, also_held_out: str | None = None,
+             enough: Mapping[str, int] | None = None) -> None:
     """Write `train.bin`, `held_out.bin` and, last, `tokens.json` into `folder`; do nothing if they are there.
 
-    `identity` (a hash of the tokenizer) is recorded; a cache made with another one is made again.
-    `progress` hears the number of documents done. In a small corpus the hash may choose no document: then the one
-    with the lowest hash is held out (`also_held_out`).
+    `identity` (a hash of the tokenizer) is recorded; a cache made with another one is made again. Stopped, it goes on
+    where it was, if the documents up to there are still the same (progress.json holds their hash). With `enough`
+    (split -> tokens; for sources without an end) it stops there. `progress` hears the number of documents done. In a
+    small corpus the hash may choose no document: then the one with the lowest hash is held out (`also_held_out`).
     """
-    manifest = folder / "tokens.json"
-    if manifest.is_file() and json.loads(manifest.read_text())["tokenizer"] == identity:
-        return
+    manifest, part = folder / "tokens.json", folder / "progress.json"
+    if manifest.is_file():
+        about = json.loads(manifest.read_text())
+        if about["tokenizer"] == identity and "end_token" in about and _reaches(about["stopped_at"], enough):
+            return
     folder.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    about_part = {"source": source, "tokenizer": identity, "also_held_out": also_held_out}
+    earlier = json.loads(part.read_text()) if part.is_file() else {}
+    tmp = {split: folder / f"{split}.bin.tmp" for split in SPLITS}
+    if {k: earlier.get(k) for k in about_part} != about_part or not all(path.is_file() for path in tmp.values()):
+        earlier = {}
     digest = hashlib.sha256()
     counts = dict.fromkeys(SPLITS, 0)
     sizes = dict.fromkeys(SPLITS, 0)
-    done, lowest = 0, ""
-    files = {split: (folder / f"{split}.bin.tmp").open("wb") for split in SPLITS}
+    done, lowest, saved = 0, "", time.monotonic()
+    files = {split: path.open("r+b" if earlier else "wb") for split, path in tmp.items()}
+
+    def save() -> None:
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        write_json(part, about_part | {"documents": done, "hash": digest.hexdigest(), "tokens": counts, "bytes": sizes,
+                                       "lowest": lowest})
+
     try:
         for chunk in _chunks(documents(source), _BATCH):
+            if done < earlier.get("documents", 0):
+                for name, text in chunk:
+                    digest.update(name.encode() + b"\0" + text.encode() + b"\0")
+                done += len(chunk)
+                if done >= earlier["documents"]:
+                    if digest.hexdigest() != earlier["hash"]:  # other documents than then: from the start
+                        part.unlink()
+                        return tokenize(source, tokenizer, folder, identity, progress, also_held_out, enough)
+                    counts, sizes, lowest = earlier["tokens"], earlier["bytes"], earlier["lowest"]
+                    for split, file in files.items():
+                        file.truncate(counts[split] * np.dtype(dtype).itemsize)
+                        file.seek(0, os.SEEK_END)
+                continue
             encoded = tokenizer([text for _, text in chunk], add_special_tokens=False, return_attention_mask=False)
             for (name, text), ids in zip(chunk, encoded["input_ids"], strict=True):
                 lowest = min(lowest or name, name, key=name_hash)
@@ -117,25 +180,46 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
                 counts[split] += len(ids)
                 sizes[split] += len(raw)
             done += len(chunk)
+            if time.monotonic() - saved > _SAVE_EVERY_S:
+                save()
+                saved = time.monotonic()
             progress(done)
+            if enough and all(counts[split] >= count for split, count in enough.items()):
+                break
+        if done < earlier.get("documents", 0):  # fewer documents than then
+            part.unlink()
+            return tokenize(source, tokenizer, folder, identity, progress, also_held_out, enough)
+    except (Interrupted, KeyboardInterrupt):
+        if done > earlier.get("documents", 0):
+            save()
+        raise
     except BaseException:
         for file in files.values():
             Path(file.name).unlink()
+        part.unlink(missing_ok=True)
         raise
     finally:
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
             file.close()
+    part.unlink(missing_ok=True)
     if counts["held_out"] == 0 and done > 1 and also_held_out is None:
-        return tokenize(source, tokenizer, folder, identity, progress, lowest)
+        return tokenize(source, tokenizer, folder, identity, progress, lowest, enough)
     for split in SPLITS:
-        os.replace(folder / f"{split}.bin.tmp", folder / f"{split}.bin")
+        os.replace(tmp[split], folder / f"{split}.bin")
     text = json.dumps({"source": source, "corpus_hash": digest.hexdigest(), "tokenizer": identity, "documents": done,
-                       "dtype": np.dtype(dtype).name, "tokens": counts, "bytes": sizes}, indent=1)
+                       "dtype": np.dtype(dtype).name, "end_token": tokenizer.eos_token_id, "tokens": counts,
+                       "bytes": sizes, "stopped_at": dict(enough) if enough else None}, indent=1)
     temporary = manifest.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, manifest)
+
+
+def _reaches(stopped_at: Mapping[str, int] | None, enough: Mapping[str, int] | None) -> bool:
+    """Whether tokens that were made up to a limit do for another limit. No limit is all there is."""
+    return stopped_at is None or (enough is not None and all(
+        stopped_at.get(split, 0) >= count for split, count in enough.items()))
 
 
 def load_blocks(folder: Path, split: str, sequence_length: int) -> TokenBlocks:
@@ -154,7 +238,8 @@ def load_blocks(folder: Path, split: str, sequence_length: int) -> TokenBlocks:
     if path.stat().st_size != count * np.dtype(about["dtype"]).itemsize:
         raise CorruptArtifact(f"{path}: {path.stat().st_size} bytes for {count} tokens; delete {folder} and run again")
     tokens = np.memmap(path, dtype=about["dtype"], mode="r")
-    return TokenBlocks(tokens, sequence_length, about["source"], about["corpus_hash"], about["bytes"][split])
+    return TokenBlocks(tokens, sequence_length, about["source"], about["corpus_hash"], about["bytes"][split],
+                       about.get("end_token"))
 
 
 def _chunks(items: Iterable[Document], size: int) -> Iterable[list[Document]]:

@@ -1,4 +1,5 @@
-"""Documents: the standard library's own source, or a text, JSONL or parquet file or folder, or a Hub data set.
+"""Documents: the standard library's own source, or a text, JSONL or parquet file or folder, or a Hub data set; or a
+blend of several, `stdlib=0.7,my/texts=0.3`, whose weights are shares of the tokens.
 
 A document is (name, text). One in `HELD_OUT_EVERY` documents, chosen by the hash of its name, is set apart for
 evaluation and is never calibrated on or trained on. A long text file counts as several documents, cut at line ends.
@@ -35,6 +36,28 @@ def is_held_out(name: str) -> bool:
     return name_hash(name) % HELD_OUT_EVERY == 0
 
 
+def parse_blend(source: str) -> dict[str, float]:
+    """Source -> weight, summing to one; a single source is {source: 1.0}.
+
+    Raises:
+        RecipeError: a weight that is not positive, or a source that is named twice.
+    """
+    parts = [part.rpartition("=") for part in source.split(",")]
+    if Path(source).exists() or not all(equals for _, equals, _ in parts):
+        return {source: 1.0}
+    out: dict[str, float] = {}
+    for name, _, text in parts:
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = 0.0
+        if not 0 < weight < float("inf") or name.strip() in out or not name.strip():
+            raise RecipeError(f"data {source!r}: write a blend as SOURCE=WEIGHT,SOURCE=WEIGHT, each source once, "
+                              "weights above 0")
+        out[name.strip()] = weight
+    return {name: weight / sum(out.values()) for name, weight in out.items()}
+
+
 def documents(source: str) -> Iterator[Document]:
     """The documents of `source` in a fixed order.
 
@@ -57,11 +80,19 @@ def documents(source: str) -> Iterator[Document]:
         yield from _hub(source)
 
 
+def has_end(source: str) -> bool:
+    """Whether all of the source is meant to be read: anything but a Hub data set."""
+    return source == "stdlib" or Path(source).exists()
+
+
 def identity(source: str) -> str:
     """What tells this state of the data from another: files with sizes and times, or the interpreter's version.
 
     For a Hub data set its name alone.
     """
+    blend = parse_blend(source)
+    if len(blend) > 1:
+        return ", ".join(f"{identity(name)}={weight:g}" for name, weight in blend.items())
     if source == "stdlib":
         return f"stdlib of Python {platform.python_version()}"
     path = Path(source)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.interrupt import Interrupted
-from minipuzzle.data.blocks import TokenBlocks
+from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill import state
 from minipuzzle.distill.loss import Target
 from minipuzzle.distill.precision import autocast, check_precision
@@ -50,7 +50,7 @@ class Trained:
     best_step: int | None = None
 
 
-def distill_model(student: HybridLM, teacher: Model | Teacher | None, blocks: TokenBlocks, settings: TrainSettings,
+def distill_model(student: HybridLM, teacher: Model | Teacher | None, blocks: Blocks, settings: TrainSettings,
                   folder: Path, stop_at_tokens: int | None = None,
                   evaluate: Callable[[HybridLM], dict[str, float]] | None = None, evaluate_every: int = 0,
                   progress: Callable[[int, float], None] = lambda tokens, loss: None, layers: Sequence[int] = (),
@@ -71,7 +71,7 @@ def distill_model(student: HybridLM, teacher: Model | Teacher | None, blocks: To
                             evaluate_every, progress, ranks, track)[0]
 
 
-def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, blocks: TokenBlocks,
+def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, blocks: Blocks,
                      settings: TrainSettings, stop_at_tokens: int | None = None,
                      evaluate: Callable[[HybridLM], dict[str, float]] | None = None, evaluate_every: int = 0,
                      progress: Callable[[int, float], None] = lambda tokens, loss: None, ranks: Ranks | None = None,
@@ -105,8 +105,7 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
         tokens, speed = (step + 1) * size * seq, (step + 1 - first) * size * seq / (time.perf_counter() - begin)
         losses = []
         for trainer in active:
-            row = trainer.end(tokens) | {"tokens_per_second": speed,
-                                         "eta_seconds": (last - step - 1) * size * seq / speed}
+            row = trainer.end(tokens) | {"tokens_per_second": speed}
             if evaluate is not None and (step + 1 == last or (evaluate_every and (step + 1) % evaluate_every == 0)):
                 trainer.evaluate(evaluate, row)
             trainer.write(row)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.rundir import write_json
-from minipuzzle.data.blocks import TokenBlocks
+from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loss import Target, chunk_tokens, top_words
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
@@ -87,7 +87,7 @@ class CachedTeacher:
         return Target(words_nK=words.long(), log_p_nK=log_p - total[:, None], log_rest_n=rest - total), {}
 
 
-def cache_teacher(folder: Path, teacher: Callable[[], Teacher], blocks: TokenBlocks, wanted: Sequence[int],
+def cache_teacher(folder: Path, teacher: Callable[[], Teacher], blocks: Blocks, wanted: Sequence[int],
                   key: dict[str, Any], ranks: Ranks, progress: Callable[[int], None] = lambda done: None) -> None:
     """Write what `teacher()` says of the blocks `wanted`, but for those in `folder`; continues where it stopped.
 
@@ -129,7 +129,7 @@ def cache_teacher(folder: Path, teacher: Callable[[], Teacher], blocks: TokenBlo
 
 
 @torch.no_grad()
-def _top(teacher: Teacher, blocks: TokenBlocks, number: int, temperature: float, top_k: int,
+def _top(teacher: Teacher, blocks: Blocks, number: int, temperature: float, top_k: int,
          device: torch.device) -> list[torch.Tensor]:
     """[words [T, K], log_p [T, K], log_rest [T]] of a block, as they are stored."""
     target, _ = teacher.look(torch.from_numpy(blocks.block(number))[None].to(device), [number], ())

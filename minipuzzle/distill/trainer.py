@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.data.blocks import TokenBlocks
+from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill import state
 from minipuzzle.distill.loss import NO_LABEL, Target, cosine_loss, distillation_loss, next_tokens
 from minipuzzle.distill.precision import autocast, use_fp8
@@ -52,7 +52,7 @@ class Batch:
     lm_count: int
 
     @classmethod
-    def make(cls, blocks: TokenBlocks, numbers: list[int], ranks: Ranks, labelled: bool) -> Batch:
+    def make(cls, blocks: Blocks, numbers: list[int], ranks: Ranks, labelled: bool) -> Batch:
         every = np.stack([blocks.block(n) for n in numbers])
         mask = torch.from_numpy(blocks.mask(every))
         labels = next_tokens(torch.from_numpy(every))

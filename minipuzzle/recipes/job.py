@@ -19,8 +19,9 @@ from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.partial import Partial
 from minipuzzle.core.rundir import RunDir, digest
 from minipuzzle.core.scores import WidthScores
-from minipuzzle.data.blocks import TokenBlocks, load_blocks
-from minipuzzle.data.corpus import identity
+from minipuzzle.data.blend import BlendedBlocks
+from minipuzzle.data.blocks import Blocks, load_blocks
+from minipuzzle.data.corpus import identity, parse_blend
 from minipuzzle.evaluate.quality import Reference
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.ranks import Ranks
@@ -128,8 +129,10 @@ class Job:
     def token_folder(self, source: str) -> Path:
         return self.run.path / "tokens" / digest([identity(source), self.tokenizer_hash])
 
-    def blocks(self, source: str, split: str, sequence_length: int) -> TokenBlocks:
-        return load_blocks(self.token_folder(source), split, sequence_length)
+    def blocks(self, source: str, split: str, sequence_length: int) -> Blocks:
+        blend = parse_blend(source)
+        parts = tuple(load_blocks(self.token_folder(name), split, sequence_length) for name in blend)
+        return parts[0] if len(parts) == 1 else BlendedBlocks(parts, tuple(blend.values()))
 
     @property
     def calibration_ids(self) -> torch.Tensor:
@@ -143,7 +146,7 @@ class Job:
         return self._ids(self.blocks(c.data, "train", c.sequence_length).first(self.plan.refit_samples))
 
     @property
-    def evaluation_blocks(self) -> TokenBlocks:
+    def evaluation_blocks(self) -> Blocks:
         return self.blocks(self.plan.recipe.evaluation.data, "held_out", self.plan.recipe.calibration.sequence_length)
 
     @property

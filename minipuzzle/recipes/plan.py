@@ -17,7 +17,7 @@ from minipuzzle.core.cost import Cost, block_parameters, cost
 from minipuzzle.core.errors import RecipeError, ResourceError
 from minipuzzle.core.rundir import digest
 from minipuzzle.core.scores import WIDTH_AXES
-from minipuzzle.data.corpus import identity
+from minipuzzle.data.corpus import has_end, identity, parse_blend
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.space import Space, resolve_space
@@ -77,6 +77,13 @@ class Plan:
         largest = max(sum(block_parameters(arch, kind, max(arch.ffn_sizes, default=0))) for kind in set(arch.pattern))
         return max(1, (memory_bytes or machine_memory()) // 2 - 3 * 4 * largest)
 
+    def enough(self, source: str) -> dict[str, int] | None:
+        """Tokens of each split that the recipe needs at most of a source without an end; None: read all of it."""
+        c, d, seq = self.recipe.calibration, self.recipe.distillation, self.recipe.calibration.sequence_length
+        return None if has_end(source) else {
+            "train": c.samples * seq + d.tokens + d.batch_tokens + d.sequence_length,
+            "held_out": self.recipe.evaluation.samples * seq}
+
     def stage_inputs(self, model: str, tokenizer: str, seed: int,
                      candidate: str | None = None) -> dict[str, dict[str, Any]]:
         """What each stage reads: how a finished stage is recognised. A later stage holds the earlier's hash."""
@@ -86,6 +93,9 @@ class Plan:
         out["tokenize"] = {"data": {name: identity(source) for name, source in (
             ("calibration", r.calibration.data), ("evaluation", r.evaluation.data),
             ("distillation", r.distillation.data))}, "tokenizer": tokenizer}
+        limits = {name: self.enough(name) for source in (r.calibration.data, r.evaluation.data, r.distillation.data)
+                  for name in parse_blend(source) if not has_end(name)}
+        out["tokenize"] |= {"enough": limits} if limits else {}
         s = r.scores
         how: dict[str, Any] = {"racing": s.racing, "iterative": s.iterative}
         if s.racing or s.iterative:  # only then does the search's question decide what is measured

@@ -15,7 +15,7 @@ import torch
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.rundir import RunDir, digest, write_json
 from minipuzzle.core.scores import LayerScores
-from minipuzzle.data.blocks import TokenBlocks
+from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loop import distill_model
 from minipuzzle.distill.precision import FP8_NOTE, autocast, check_precision
 from minipuzzle.distill.settings import TrainSettings
@@ -205,7 +205,7 @@ def _layer_map(small: ModelFolder, big: ModelFolder) -> tuple[int, ...]:
     return kept if fits else ()
 
 
-def _cached(job: Job, folder: Path, blocks: TokenBlocks, settings: TrainSettings) -> CachedTeacher:
+def _cached(job: Job, folder: Path, blocks: Blocks, settings: TrainSettings) -> CachedTeacher:
     """Write what is missing of the teacher's cache; open it."""
     steps, size = settings.steps(blocks.sequence_length), settings.batch(blocks.sequence_length)
     wanted = blocks.numbers(settings.seed, 0, steps * size)

@@ -16,7 +16,8 @@ from minipuzzle.core.candidate import Candidate
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.rundir import digest, write_atomic, write_json
 from minipuzzle.core.scores import LayerScores, WidthCurves
-from minipuzzle.data.blocks import TokenBlocks, tokenize
+from minipuzzle.data.blocks import Blocks, load_blocks, tokenize
+from minipuzzle.data.corpus import parse_blend
 from minipuzzle.distill.loop import distill_model, distill_together, load_student
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.trainer import Pupil
@@ -47,13 +48,15 @@ EVALUATION_BLOCKS = 16
 def tokenize_data(job: Job) -> None:
     """data -> RUN/tokens/"""
     recipe = job.plan.recipe
-    sources = sorted({recipe.calibration.data, recipe.evaluation.data, recipe.distillation.data})
+    sources = sorted({name for data in (recipe.calibration.data, recipe.evaluation.data, recipe.distillation.data)
+                      for name in parse_blend(data)})
 
     def make(update: Update) -> list[Path]:
         files = []
         for i, source in enumerate(sources):
             folder = job.token_folder(source)
-            tokenize(source, job.tokenizer, folder, job.tokenizer_hash, partial(_say_documents, update, i, source))
+            tokenize(source, job.tokenizer, folder, job.tokenizer_hash, partial(_say_documents, update, i, source),
+                     enough=job.plan.enough(source))
             files += [folder / "tokens.json", folder / "train.bin", folder / "held_out.bin"]
         _check_tokens(job)
         return files
@@ -72,9 +75,9 @@ def _check_tokens(job: Job) -> None:
               (recipe.evaluation.data, "held_out", recipe.calibration.sequence_length)]
     if d.tokens:
         wanted.append((d.data, "train", d.sequence_length))
-    for source, split, length in wanted:
+    for source, split, length in ((n, split, length) for data, split, length in wanted for n in parse_blend(data)):
         try:
-            largest = int(job.blocks(source, split, length).tokens.max())
+            largest = int(load_blocks(job.token_folder(source), split, length).tokens.max())
             if largest >= job.plan.parent.vocab_size:
                 raise RecipeError(f"the tokenizer of {job.folder.path} makes token {largest}, the model has "
                                   f"{job.plan.parent.vocab_size}; put the model's own tokenizer there")
@@ -211,7 +214,7 @@ def settings(job: Job) -> TrainSettings:
                          activation_checkpointing=d.activation_checkpointing, seed=job.seed)
 
 
-def training_blocks(job: Job) -> TokenBlocks:
+def training_blocks(job: Job) -> Blocks:
     d = job.plan.recipe.distillation
     return job.blocks(d.data, "train", d.sequence_length)
 

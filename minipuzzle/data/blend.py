@@ -1,0 +1,70 @@
+"""Blends: blocks of several sources, each with its share of the tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from minipuzzle.data.blocks import Blocks, TokenBlocks
+
+# Blocks of one round of the training order: each source has its exact share of a round, in random places.
+ROUND = 1000
+
+
+@dataclass(frozen=True)
+class BlendedBlocks(Blocks):
+    """Blocks of `parts`, numbered one part after the other; `weights` are their shares of the training tokens."""
+
+    parts: tuple[TokenBlocks, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        about = [f"{p.corpus_hash}={w:g}" for p, w in zip(self.parts, self.weights, strict=True)]
+        for name, value in (("sequence_length", self.parts[0].sequence_length), ("end_token", self.parts[0].end_token),
+                            ("corpus_hash", hashlib.sha256(",".join(about).encode()).hexdigest()),
+                            ("source", ",".join(f"{p.source}={w:g}" for p, w in zip(self.parts, self.weights,
+                                                                                    strict=True)))):
+            object.__setattr__(self, name, value)
+
+    @property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *(len(p) for p in self.parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def block(self, i: int) -> np.ndarray:
+        part = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return self.parts[part].block(i - int(self._starts[part]))
+
+    def first(self, count: int) -> np.ndarray:
+        return np.concatenate([p.first(n) for p, n in zip(self.parts, self._shares(count), strict=True) if n])
+
+    def numbers(self, seed: int, first: int, count: int) -> list[int]:
+        """In every round of 1000 blocks each source has its share; a source's own blocks come once an epoch."""
+        shares, starts, out = self._shares(ROUND), self._starts, []
+        for number in range(first // ROUND, (first + count - 1) // ROUND + 1):
+            order = np.random.default_rng([seed, number, ROUND]).permutation(np.repeat(np.arange(len(shares)), shares))
+            places = np.empty(ROUND, dtype=np.int64)
+            for part, share in enumerate(shares):
+                places[order == part] = number * share + np.arange(share)
+            for place in range(max(first, number * ROUND), min(first + count, (number + 1) * ROUND)):
+                part = int(order[place % ROUND])
+                own = self.parts[part].numbers(seed, int(places[place % ROUND]), 1)[0]
+                out.append(int(starts[part]) + own)
+        return out
+
+    def _shares(self, count: int) -> list[int]:
+        """`count` split by the weights, rounded so that it adds up; at least one for each source if it can be."""
+        exact = np.array(self.weights) * count
+        shares = np.maximum(np.floor(exact), 1 if count >= len(self.parts) else 0)
+        while shares.sum() != count:
+            step = 1 if shares.sum() < count else -1
+            shares[int(np.argmax(step * (exact - shares)))] += step
+        return [int(n) for n in shares]
+
+    @property
+    def bytes_per_token(self) -> float:
+        return float(sum(w * p.bytes_per_token for p, w in zip(self.parts, self.weights, strict=True)))
