@@ -1,0 +1,126 @@
+"""bf16, FP8 by its recipe, and activation checkpointing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_distill import SETTINGS, STEP_TOKENS, rows, student, train, weights
+from tiny import ARCH, FAMILY, tiny_model
+
+from minipuzzle.core.errors import RecipeError
+from minipuzzle.distill import precision
+from minipuzzle.distill.precision import Fp8Products, check_precision, quantise, use_fp8
+from minipuzzle.models.axes import Selection
+from minipuzzle.models.module import HybridLM
+
+SHORT = replace(SETTINGS, tokens=4 * STEP_TOKENS)
+
+
+def nearest(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Each value's nearest of all numbers that the dtype has."""
+    every = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    every = every[torch.isfinite(every)].unique()
+    return every[(values[..., None] - every).abs().argmin(-1)]
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float8_e4m3fn, 448.0), (torch.float8_e5m2, 57344.0)])
+def test_current_scaling(dtype: torch.dtype, largest: float) -> None:
+    t = torch.randn(40, 7, generator=torch.Generator().manual_seed(0)) * 1e-3
+    values, scale = quantise(t, dtype)
+    assert float(scale) == pytest.approx(largest / float(t.abs().max()))
+    assert float(values.float().abs().max()) == largest  # the largest value fills the range
+    assert torch.equal(values.float(), nearest(t * scale, dtype))
+    assert torch.equal(quantise(t * 2**20, dtype)[0], values)  # the scale is this tensor's own
+    zero, one = quantise(torch.zeros(3), dtype)
+    assert float(one) == 1
+    assert zero.tolist() == [0, 0, 0]
+    tiny, finite = quantise(torch.full((3,), 1e-44), dtype)
+    assert torch.isfinite(finite)
+    assert torch.isfinite(tiny).all()
+
+
+def test_products_and_gradients_are_of_the_rounded_values() -> None:
+    g = torch.Generator().manual_seed(1)
+    x, w = torch.randn(2, 5, 16, generator=g).requires_grad_(), torch.randn(24, 16, generator=g).requires_grad_()
+    out = torch.randn(2, 5, 24, generator=g)
+    with torch.autocast("cpu", dtype=torch.bfloat16), Fp8Products():
+        y = F.linear(x, w)
+    y.backward(out.bfloat16())
+
+    def rounded(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        scale = torch.finfo(dtype).max / t.detach().abs().max()
+        return nearest(t.detach() * scale, dtype).double() / scale
+
+    x8, w8 = rounded(x, torch.float8_e4m3fn), rounded(w, torch.float8_e4m3fn)
+    g8 = rounded(out.bfloat16().float(), torch.float8_e5m2)
+    assert x.grad is not None
+    assert w.grad is not None
+    for mine, exact in ((y, x8 @ w8.T), (x.grad, g8 @ w8), (w.grad, torch.einsum("bto,bti->oi", g8, x8))):
+        assert float((mine.detach().double() - exact).norm() / exact.norm()) < 5e-3  # bf16 sums
+    plain = x.detach() @ w.detach().T
+    assert float((y.detach().float() - plain).norm() / plain.norm()) > 0.01
+
+
+def test_the_first_and_last_two_layers_stay_out_of_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four matrix products at each end: of the M-M* and *-MM kind two layers have at most that."""
+    shapes: list[torch.Size] = []
+    real = precision._fp8_linear
+    monkeypatch.setattr(precision, "_fp8_linear", lambda x, w, bias=None: (shapes.append(w.shape), real(x, w, bias))[1])
+    pupil = student()
+    use_fp8(pupil)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pupil(torch.arange(16)[None])
+    inner = list(pupil.blocks)[2:-2]
+    expected = [w.shape for b in inner for n, w in b.weights().items() if n.endswith("proj.weight")]
+    assert sorted(shapes) == sorted(expected)
+    assert len(expected) >= 8
+    few = tiny_model().slice(ARCH.keep((0, 1, 2, 3)), Selection((0, 1, 2, 3)))
+    with pytest.raises(RecipeError, match="this student has 4"):
+        use_fp8(HybridLM(FAMILY, few.arch, few.by_name()))
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8"])
+def test_low_precision_trains_nearly_alike(tmp_path: Path, name: str) -> None:
+    longer = replace(SETTINGS, tokens=30 * STEP_TOKENS)
+    train(tmp_path / "fp32", settings=longer)
+    pupil = train(tmp_path / name, settings=replace(longer, precision=name))
+    assert all(p.dtype == torch.float32 for p in pupil.parameters())
+    exact, low = (sum(r["loss"] for r in rows(tmp_path / n)[-5:]) / 5 for n in ("fp32", name))
+    first = rows(tmp_path / "fp32")[0]["loss"]
+    assert low != exact
+    assert low < 0.7 * first
+    assert abs(low - exact) < 0.25 * (first - exact)
+
+
+def test_checkpointing_changes_nothing_but_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fp32", "fp8"):
+        settings = replace(SHORT, precision=name)
+        plain = weights(train(tmp_path / name, settings=settings))
+        less = weights(train(tmp_path / f"{name} less", settings=replace(settings, activation_checkpointing=True)))
+        assert all(torch.equal(plain[n], less[n]) for n in plain)
+        assert rows(tmp_path / name) == rows(tmp_path / f"{name} less")
+    kept: dict[bool, int] = {}
+    for recompute in (False, True):
+        pupil = student()
+        for block in pupil.blocks:
+            block.recompute = recompute  # type: ignore[assignment]
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t.numel()) or t, lambda t: t):
+            pupil(torch.arange(64)[None])
+        kept[recompute] = sum(saved)
+    assert kept[True] < 0.3 * kept[False]
+    # it may be switched when a run goes on
+    train(tmp_path / "switched", settings=SHORT, stop_at_tokens=2 * STEP_TOKENS)
+    on = weights(train(tmp_path / "switched", settings=replace(SHORT, activation_checkpointing=True)))
+    assert all(torch.equal(on[n], weights(train(tmp_path / "fp32", settings=SHORT))[n]) for n in on)
+
+
+def test_what_a_gpu_cannot_do_is_refused() -> None:
+    with pytest.raises(RecipeError, match="Transformer Engine"):
+        check_precision("fp8", torch.device("cuda"))
+    for name in ("fp32", "bf16", "fp8"):
+        check_precision(name, torch.device("cpu"))
