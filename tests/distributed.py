@@ -7,7 +7,10 @@ Writes FOLDER/weights.safetensors: the whole weights, and the gradients of the l
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from test_distill import KEPT, SETTINGS, STEP_TOKENS, blocks, student, tiny_model
 
+from minipuzzle.distill import loop, state
 from minipuzzle.distill.loop import distill_model
 from minipuzzle.distill.sharding import whole
 from minipuzzle.models.ranks import Ranks, open_ranks
@@ -33,10 +37,24 @@ def train(folder: Path, stop: int, options: dict[str, Any], ranks: Ranks) -> dic
     return out | {f"grad.{n}": whole(p.grad).clone() for n, p in named.items() if p.grad is not None}
 
 
+def kill_in_state(number: int) -> None:
+    """A state after every step; the main process is killed in the middle of writing this one."""
+    real, calls = state.write_json, itertools.count(1)
+
+    def killed(path: Path, data: Any) -> None:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(path, data)
+
+    state.write_json, loop.SAVE_EVERY_S = killed, 0.0
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder, stop, options = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
     ranks = open_ranks(torch.device("cpu"))
+    if "KILL_IN_STATE" in os.environ:
+        kill_in_state(int(os.environ["KILL_IN_STATE"]))
     found = train(folder, stop, options, ranks)
     if ranks.main:
         save_file(found, folder / "weights.safetensors")
