@@ -320,7 +320,8 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
 
     if output_dir is None:
         raise RecipeError("distill needs an output folder: -o FOLDER")
-    data = single.distill(student, teacher, recipe, output_dir, seed, device, reporter, _command(), cache_teacher, track)
+    data = single.distill(student, teacher, recipe, output_dir, seed, device, reporter, _command(), cache_teacher,
+                          track)
     if int(os.environ.get("RANK", 0)) == 0:
         than = "" if data["loss_teacher"] is None else f" (teacher {data['loss_teacher']:.3f})"
         _print(data, as_json, [f"loss        {data['loss_before']:.3f} -> {data['loss']:.3f}{than}",

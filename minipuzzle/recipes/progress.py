@@ -12,7 +12,6 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from minipuzzle.core import interrupt
 
 Update = Callable[[float, str], None]
-SAY_EVERY_S = 300.0  # where stderr is a file: a line about a long stage
 
 
 class Reporter:
@@ -91,7 +90,7 @@ class Terminal(Reporter):
                         TextColumn(f"then {left / 60:.1f} min more" if left > 3 else ""),
                         TextColumn("{task.fields[note]}"),
                         console=self.console, transient=True, disable=not self.console.is_terminal)
-        note, said = "", begin
+        note = ""
         with bars:
             task = bars.add_task(f"{place} {name}".replace("[", r"\["), total=total, note="")
 
@@ -99,10 +98,6 @@ class Terminal(Reporter):
                 nonlocal note, said
                 interrupt.check()
                 note = text or note
-                if not self.console.is_terminal and done and time.perf_counter() - said > SAY_EVERY_S:
-                    said = time.perf_counter()
-                    eta = (said - begin) * (total / done - 1)
-                    self.say(f"{place} {name}: {done / total:.1%}, ETA {eta / 60:.0f} min {note}".rstrip())
                 bars.update(task, completed=done, note=note)
                 if (now := time.perf_counter()) - said >= every:
                     said = now
