@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from test_distill import KEPT, SETTINGS, STEP_TOKENS, blocks, student, tiny_model
 
+from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.distill import loop, state
 from minipuzzle.distill.loop import distill_model
 from minipuzzle.distill.sharding import whole
@@ -27,11 +28,15 @@ from minipuzzle.models.ranks import Ranks, open_ranks
 
 
 def train(folder: Path, stop: int, options: dict[str, Any], ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Weights and last gradients, whole, after training up to a step."""
+    """Weights and last gradients, whole, after training up to a step. STOP_AT: a signal at this step, to one process."""
+    def progress(done: int, loss: float) -> None:
+        if ranks.rank == 1 and done == STEP_TOKENS * int(os.environ.get("STOP_AT", -1)):
+            raise Interrupted(signal.SIGTERM)
+
     pupil = student()
     # with ends of documents: the processes have different numbers of places with a loss
     distill_model(pupil, tiny_model(), replace(blocks(), end_token=3), replace(SETTINGS, **options), folder,
-                  stop * STEP_TOKENS, ranks=ranks, layers=KEPT)
+                  stop * STEP_TOKENS, ranks=ranks, layers=KEPT, progress=progress)
     named = pupil.parameters_by_name()
     out = {f"model.{n}": whole(p.detach()).clone() for n, p in named.items()}
     return out | {f"grad.{n}": whole(p.grad).clone() for n, p in named.items() if p.grad is not None}
@@ -55,7 +60,11 @@ def main() -> None:
     ranks = open_ranks(torch.device("cpu"))
     if "KILL_IN_STATE" in os.environ:
         kill_in_state(int(os.environ["KILL_IN_STATE"]))
-    found = train(folder, stop, options, ranks)
+    try:
+        found = train(folder, stop, options, ranks)
+    except Interrupted as error:
+        ranks.close()
+        sys.exit(error.exit_code)
     if ranks.main:
         save_file(found, folder / "weights.safetensors")
     ranks.barrier()

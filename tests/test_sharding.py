@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_distill import STEP_TOKENS, blocks, rows, student, tiny_model
 
 from minipuzzle.core.errors import RecipeError
+from minipuzzle.distill import state
 from minipuzzle.distill.loop import distill_model, load_student
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.models.ranks import Ranks
@@ -77,6 +78,18 @@ def test_stop_and_go_on_with_another_number_of_processes(tmp_path: Path) -> None
             assert torch.equal(p.detach(), weights[f"model.{key}"])
             moved = (straight[f"model.{key}"] - before[key].detach()).abs().max()
             assert (p.detach() - straight[f"model.{key}"]).abs().max() <= 0.05 * moved + 1e-6
+
+
+def test_a_signal_to_one_process_stops_all_with_a_whole_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOP_AT", "3")
+    with pytest.raises(AssertionError, match="exitcode  : 143"):
+        run(2, tmp_path, 8)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+    found = state.find(tmp_path)
+    assert found is not None
+    assert found[0].name == "state-3"
+    assert found[1]["step"] == 3
+    load_student(tmp_path, student())
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:

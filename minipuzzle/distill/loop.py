@@ -79,6 +79,8 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
     """`distill_model` for several students on the same batches: each learns what it would learn alone."""
     ranks = ranks or Ranks(pupils[0].student.head.device)
     check_precision(settings.precision, ranks.device)
+    if ranks.device.type == "cuda" and settings.precision != "fp32":
+        torch.set_float32_matmul_precision("high")  # TF32 for the LM heads, which stay float32
     seq, size = blocks.sequence_length, settings.batch(blocks.sequence_length)
     if size % ranks.size:
         raise RecipeError(f"a step has {size} sequences (distillation.batch_tokens / sequence_length), which "
