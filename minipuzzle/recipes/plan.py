@@ -207,7 +207,7 @@ def check_disk(plan: Plan, folder: Path) -> None:
     there = next(p for p in (folder, *folder.resolve().parents) if p.exists())
     free = shutil.disk_usage(there).free
     states = plan.recipe.search.finalists + 1 if plan.recipe.distillation.tokens else 0
-    needed = plan.largest.parameters * (12 * states + 4)
+    needed = plan.largest.parameters * (12 * states + 8)
     if free < needed:
         raise ResourceError(f"{there} has {human_bytes(free)} free, the run needs about {human_bytes(needed)}; "
                             "choose another disk with -o, or fewer search.finalists")
