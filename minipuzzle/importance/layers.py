@@ -72,8 +72,9 @@ def score(run: Pass, race: Race | None = None, confidence: Race | None = None) -
         if stop <= spent:
             continue
         chosen = tuple(active)
-        found = run.run(spent, stop, size, partial(_ablate, run.source, chosen))
-        forwards += (stop - spent) * layer_forwards(_paths(Whole(run.source), chosen))
+        found = run.run(spent, stop, size, partial(_ablate, run.source, chosen, run.variants() - 1))
+        forwards += (stop - spent) * sum(layer_forwards(_paths(Whole(run.source), group))
+                                         for group in _groups(chosen, run.variants() - 1))
         parts += found
         spent = stop
         if race and stop < total:
@@ -88,6 +89,8 @@ def score(run: Pass, race: Race | None = None, confidence: Race | None = None) -
     counted = sum(p["values"].shape[-1] for p in every)
     # a race has them from the samples on which all layers were ablated
     pairs = {metric: sum(p[f"gram_{metric}"] for p in every) / counted for metric in ("mse", "kl")}
+    if np.isnan(pairs["kl"]).any():  # more variants than memory for them
+        pairs = {}
     return Scored(
         replace(layer_table(arch.pattern, values), interactions=pairs), width_scores(arch, parts, spent),
         spent, total, forwards,
@@ -137,8 +140,15 @@ def _paths(whole: Whole, chosen: Sequence[int], removed: frozenset[int] = frozen
     return [whole.path(removed), *(whole.path(removed | {i}) for i in chosen)]
 
 
-def _ablate(source: Source, chosen: Sequence[int], first: int, ids_BT: torch.Tensor) -> Arrays:
-    """values [metric, L, B], NaN for layers that were not chosen; sums over samples of the rest."""
+def _groups(chosen: Sequence[int], together: int) -> list[list[int]]:
+    return [list(chosen[i : i + together]) for i in range(0, len(chosen), together)]
+
+
+def _ablate(source: Source, chosen: Sequence[int], together: int, first: int, ids_BT: torch.Tensor) -> Arrays:
+    """values [metric, L, B], NaN for layers that were not chosen; sums over samples of the rest.
+
+    More than `together` ablations go in several walks: then pairs of them are not compared, and G and K are NaN.
+    """
     arch, bsz = source.arch, len(ids_BT)
     sums: dict[str, torch.Tensor] = {}
     values = np.full((len(METRICS), arch.num_layers, bsz), np.nan)
@@ -148,14 +158,18 @@ def _ablate(source: Source, chosen: Sequence[int], first: int, ids_BT: torch.Ten
         cosine[layer] = 1 - F.cosine_similarity(before, after, dim=-1).double().mean(-1)
 
     whole = Whole(source)
-    full, *without = walk(whole, _paths(whole, chosen), ids_BT, gather_widths(sums), watch)
-    found, gram_mse, gram_kl = damage(whole, full, without, [None] * (len(chosen) + 1), ids_BT, gram=True)
-    values[:4, list(chosen)] = found
+    groups = _groups(chosen, together)
+    for place, group in enumerate(groups):
+        looks_in = (gather_widths(sums), watch) if place == 0 else (None, None)
+        full, *without = walk(whole, _paths(whole, group), ids_BT, *looks_in)
+        values[:4, group], gram_mse, gram_kl = damage(whole, full, without, [None] * (len(group) + 1), ids_BT,
+                                                      gram=len(groups) == 1)
     values[4] = torch.stack([cosine[i] for i in range(arch.num_layers)]).numpy(force=True)
     out = {name: tensor.numpy(force=True) for name, tensor in sums.items()} | {"values": values}
     for name, gram in (("gram_mse", gram_mse), ("gram_kl", gram_kl)):
         out[name] = np.full((arch.num_layers,) * 2, np.nan)
-        out[name][np.ix_(chosen, chosen)] = gram
+        if len(groups) == 1:
+            out[name][np.ix_(chosen, chosen)] = gram
     return out
 
 

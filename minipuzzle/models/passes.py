@@ -26,10 +26,19 @@ class Pass:
     memory_bytes: int | None = None
     progress: Callable[[float], None] = lambda samples: None
 
+    @property
+    def _memory(self) -> int:
+        return self.memory_bytes or STREAM_BYTES.get(self.source.device.type, 2**28)
+
     def size(self, variants: int) -> int:
         """Samples of a batch with so many variants."""
-        memory = self.memory_bytes or STREAM_BYTES.get(self.source.device.type, 2**28)
-        return samples_per_walk(self.source.arch, self.ids_NT.shape[1], variants, memory)
+        return samples_per_walk(self.source.arch, self.ids_NT.shape[1], variants, self._memory)
+
+    def variants(self) -> int:
+        """Variants of one sample that are walked together, at least two: more go in several walks."""
+        if self.memory_bytes is None:
+            return 2**31
+        return max(2, self.memory_bytes // (8 * self.ids_NT.shape[1] * self.source.arch.hidden_size) - 1)
 
     def run(self, first: int, stop: int, size: int, make: Callable[[int, torch.Tensor], Arrays]) -> list[Arrays]:
         """`make(first sample, ids)` of each batch of the samples [first, stop), in order. Every process gets all."""

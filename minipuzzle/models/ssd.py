@@ -12,11 +12,32 @@ repeated per head, which is where the time goes in the straightforward version.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 # Small chunks make the [l, s] decay matrices cheap; larger ones make fewer state hand-overs.
 CHUNK = 32
+
+
+def kernel(device: torch.device) -> str:
+    """Which code computes the scan there, in words."""
+    if device.type == "cuda" and _triton() is not None:
+        return "mamba-ssm's Triton kernels"
+    return "plain torch, in chunks (models/ssd.py)"
+
+
+@functools.cache
+def _triton() -> Callable[..., torch.Tensor] | None:
+    """mamba-ssm's scan, or None where the package is not installed or does not import."""
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError:
+        return None
+    found: Callable[..., torch.Tensor] = mamba_chunk_scan_combined
+    return found
 
 
 def ssd(
@@ -29,6 +50,10 @@ def ssd(
     chunk: int = CHUNK,
 ) -> torch.Tensor:
     """y_BTHP of the scan. `dt` is already softplus'ed, `a` negative. Computes in float32 or better."""
+    triton = _triton() if x_BTHP.is_cuda else None
+    if triton is not None:  # its chunks are the kernel's own; not run yet on a GPU
+        y: torch.Tensor = triton(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, chunk_size=256, D=d_H)
+        return y
     bsz, seq, heads, chan = x_BTHP.shape
     groups, state = b_BTGN.shape[2:]
     per = heads // groups

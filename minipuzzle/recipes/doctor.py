@@ -20,8 +20,8 @@ from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.errors import MinipuzzleError, ResourceError
 from minipuzzle.models import check_prunable
 from minipuzzle.models.nemotron_h import NemotronH
-from minipuzzle.models.ssd import ssd
-from minipuzzle.models.walk import Model, final_hidden, samples_per_walk
+from minipuzzle.models.ssd import kernel, ssd
+from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
 from minipuzzle.recipes.plan import Plan, check_memory, make_plan
 from minipuzzle.recipes.results import versions
@@ -37,7 +37,7 @@ def examine(model: str | None = None) -> list[dict[str, Any]]:
     checks.append(_check("transformers at least 5.18", metadata.version("transformers"),
                          tuple(int(p) for p in metadata.version("transformers").split(".")[:2]) >= (5, 18)))
     checks += [_check("torch build", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only", True),
-               *_memory(), _check("scan of the SSM", _kernel(), True)]
+               *_memory(), *(_check(f"scan of the SSM on {d}", kernel(d), True) for d in devices())]
     for package, use in (("mamba_ssm", "Triton scan"), ("causal_conv1d", "CUDA convolution"),
                          ("transformer_engine", "fp8"), ("modelopt", "quantisation"), ("lm_eval", "tasks"),
                          ("tensorboard", "tracking"), ("wandb", "tracking"), ("trackio", "tracking")):
@@ -69,11 +69,6 @@ def _memory() -> list[dict[str, Any]]:
                           "free", True))
     disk = shutil.disk_usage(".")
     return [*out, _check("disk here", f"{human_bytes(disk.free)} of {human_bytes(disk.total)} free", True)]
-
-
-def _kernel() -> str:
-    """Which code computes the SSM here."""
-    return "plain torch, in chunks (models/ssd.py)"
 
 
 def _bf16(device: torch.device) -> dict[str, Any]:
@@ -113,18 +108,7 @@ def _model(model: str) -> list[dict[str, Any]]:
         return [*checks, _check("the default recipe", str(error), False)]
     fits = [_fits(plan, device) for device in devices()]
     enough = any(check["ok"] for check in fits)  # one device that it fits on
-    return [*checks, _passes(plan), *(check | {"ok": enough} for check in fits)]
-
-
-def _passes(plan: Plan) -> dict[str, Any]:
-    """How often the weights are read to score the layers, in the memory of this machine."""
-    samples, tokens = plan.recipe.calibration.samples, plan.recipe.calibration.sequence_length
-    weights, streams = human_bytes(4 * plan.parent_cost.parameters), plan.stream_bytes(None)
-    if streams is None:
-        return _check("scoring here", f"in 1 pass, with the parent ({weights} in float32) in memory", True)
-    batch = samples_per_walk(plan.parent, tokens, plan.parent.num_layers, streams)
-    return _check("scoring here", f"in {-(-samples // batch)} passes over the weights ({weights} in float32), layer by "
-                  f"layer from disk, {samples} samples of {tokens} tokens", True)
+    return [*checks, _check("scoring here", plan.passes(), True), *(check | {"ok": enough} for check in fits)]
 
 
 def _fits(plan: Plan, device: torch.device) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.rundir import RunDir, write_atomic, write_json
 from minipuzzle.distill.precision import check_precision
 from minipuzzle.models.ranks import Ranks
+from minipuzzle.models.ssd import kernel
 from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.recipes import stages
 from minipuzzle.recipes.job import Job
@@ -190,4 +191,5 @@ def run_about(job: Job) -> dict[str, Any]:
     """run.json: what the run is, for people and for `search RUN`."""
     return {"schema": 1, "model": str(job.folder.path), "recipe": job.plan.recipe.model_dump(), "seed": job.seed,
             "command": job.command, "versions": versions(), "stages": stage_list(job),
+            "device": str(job.device), "ssm_kernel": kernel(job.device),
             "hashes": {"model": job.folder.fingerprint, "tokenizer": job.tokenizer_hash}}

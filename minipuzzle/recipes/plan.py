@@ -18,6 +18,8 @@ from minipuzzle.core.errors import RecipeError, ResourceError
 from minipuzzle.core.rundir import digest
 from minipuzzle.core.scores import WIDTH_AXES
 from minipuzzle.data.corpus import has_end, identity, parse_blend
+from minipuzzle.models.passes import STREAM_BYTES
+from minipuzzle.models.walk import samples_per_walk
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.space import Space, resolve_space
@@ -83,6 +85,15 @@ class Plan:
         return None if has_end(source) else {
             "train": c.samples * seq + d.tokens + d.batch_tokens + d.sequence_length,
             "held_out": self.recipe.evaluation.samples * seq}
+
+    def passes(self, memory_bytes: int | None = None) -> str:
+        """How often scoring goes through the weights, and from where, in words."""
+        c, arch = self.recipe.calibration, self.parent
+        streams = self.stream_bytes(memory_bytes) or STREAM_BYTES["cpu"]
+        size = min(c.samples, samples_per_walk(arch, c.sequence_length, arch.num_layers + 1, streams))
+        where = "in memory" if self.resident(memory_bytes) else "read from disk layer by layer"
+        return (f"{c.samples} samples of {c.sequence_length} tokens, {size} at a time: {-(-c.samples // size)} passes "
+                f"over the weights, {where} ({human_bytes(memory_bytes or machine_memory())} to use)")
 
     def stage_inputs(self, model: str, tokenizer: str, seed: int,
                      candidate: str | None = None) -> dict[str, dict[str, Any]]:
@@ -154,6 +165,7 @@ class Plan:
             f"then       measure {min(self.recipe.search.measure, self.feasible)}, tournament of "
             f"{min(self.recipe.search.finalists, self.feasible)}, distill the winner on "
             f"{human_count(self.recipe.distillation.tokens)} tokens",
+            f"scoring    {self.passes()}",
             "stages     " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in estimates.items()),
             f"time       about {sum(estimates.values()) / 60:.1f} min on this machine (a rough estimate)",
         ]

@@ -66,7 +66,8 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
             write_json(job.run.path / "run.json", run_about(job))
         job.ranks.barrier()
         estimates = job.plan.estimates()
-        reporter.start({name: estimates[name] for name in ("tokenize", "score", "curves")})
+        job.reporter.start({name: estimates[name] for name in ("tokenize", "score", "curves")})
+        job.reporter.say(job.plan.passes(memory_bytes))
         for stage in (stages.tokenize_data, stages.score, stages.curves):
             stage(job)
     finally:
