@@ -143,4 +143,5 @@ def test_quiet_says_nothing_and_json_is_alone(model_folder: Path, texts: Path, t
     assert result.stderr == ""
     assert len(json.loads(result.stdout)["layers"]) > 0
     lines = invoke(*request, tmp_path / "plain").stderr.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["[1/3] tokenize", "[2/3] score", "[3/3] curves"]
+    assert [line.split(":")[0] for line in lines] == [lines[0], "[1/3] tokenize", "[2/3] score", "[3/3] curves"]
+    assert "over the weights" in lines[0]

@@ -91,9 +91,11 @@ class Plan:
         c, arch = self.recipe.calibration, self.parent
         streams = self.stream_bytes(memory_bytes) or STREAM_BYTES["cpu"]
         size = min(c.samples, samples_per_walk(arch, c.sequence_length, arch.num_layers + 1, streams))
-        where = "in memory" if self.resident(memory_bytes) else "read from disk layer by layer"
-        return (f"{c.samples} samples of {c.sequence_length} tokens, {size} at a time: {-(-c.samples // size)} passes "
-                f"over the weights, {where} ({human_bytes(memory_bytes or machine_memory())} to use)")
+        where = "in memory" if self.resident(memory_bytes) else "layer by layer from disk"
+        count = -(-c.samples // size)
+        return (f"{c.samples} samples of {c.sequence_length} tokens, {size} at a time, in {count} "
+                f"pass{'es' if count > 1 else ''} over the weights ({human_bytes(4 * self.parent_cost.parameters)} in "
+                f"float32), {where}; {human_bytes(memory_bytes or machine_memory())} to use")
 
     def stage_inputs(self, model: str, tokenizer: str, seed: int,
                      candidate: str | None = None) -> dict[str, dict[str, Any]]:
