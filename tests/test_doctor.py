@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from minipuzzle.cli import main
-from minipuzzle.recipes import doctor
+from minipuzzle.recipes import doctor, plan
 
 
 def invoke(*arguments: str, code: int = 0) -> Result:
@@ -40,6 +40,7 @@ def test_a_right_installation(model_folder: Path) -> None:
     ("no-such-model", "can be pruned", "no such folder or file"), ("minitron-8b", "can be pruned", "cannot be pruned yet")])
 def test_a_model_that_cannot_be_pruned_here(model: str, name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_transformers", list)  # a second each time, and the same
+    monkeypatch.setattr(plan, "machine_memory", lambda: 16 * 2**30)
     result = invoke("doctor", model, code=1)
     bad = [line for line in result.stdout.splitlines() if line.startswith("BAD ")]
     assert len(bad) == 1
@@ -84,3 +85,22 @@ def test_inspect_is_a_table_with_the_layers_in_colour(monkeypatch: pytest.Monkey
     monkeypatch.setenv("FORCE_COLOR", "1")
     coloured = invoke("inspect", "nemotron-h-8b").stdout.splitlines()[1]
     assert len({code for code in coloured.split("\x1b[") if code.endswith(("M", "*", "-"))}) == 3
+
+
+def test_memory_is_asked_for_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotation needs the parent twice, training the student four times."""
+    from minipuzzle.core.architecture import Architecture
+    from minipuzzle.core.errors import ResourceError
+    from minipuzzle.core.published import published
+    from minipuzzle.recipes.schema import Recipe
+
+    monkeypatch.setattr(plan, "machine_memory", lambda: 16 * 2**30)
+    arch, asked = Architecture.from_config(published("nemotron-h-56b")), []
+    for hidden, tokens in (("rotate", 1000), ("select", 1000), ("rotate", 0), ("select", 0)):
+        made = plan.make_plan(arch, Recipe().with_overrides(settings={"surgery.hidden": hidden, "distillation.tokens": tokens}))
+        with pytest.raises(ResourceError) as error:
+            plan.check_memory(made, torch.device("cpu"))
+        asked.append(float(re.search(r"needs about ([\d.]+) GiB", str(error.value))[1]))
+    parent, student = (4 * n / 2**30 for n in (made.parent_cost.parameters, made.largest.parameters))
+    assert asked == pytest.approx([2 * parent + 4 * student, parent + 4 * student, 2 * parent + student, parent + student],
+                                  rel=1e-3)

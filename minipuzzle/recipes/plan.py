@@ -256,13 +256,14 @@ def machine_memory() -> int:
 
 
 def check_memory(plan: Plan, device: torch.device) -> None:
-    """Room for the parent twice (as it is and rotated), a student with gradient and two moments, all float32, and for
-    a refit: the streams, and the Gram matrix of one block with its eigenvectors in float64.
+    """Room for the parent (twice where it is rotated) and a student, with gradient and two moments where it is
+    trained, all float32; and for a refit: the streams, and the Gram matrix of one block, eigenvectors in float64.
 
     Raises:
         ResourceError: too little.
     """
-    needed = 4 * (2 * plan.parent_cost.parameters + 4 * plan.largest.parameters)
+    parents, students = 1 + (plan.recipe.surgery.hidden == "rotate"), 4 if plan.recipe.distillation.tokens else 1
+    needed = 4 * (parents * plan.parent_cost.parameters + students * plan.largest.parameters)
     tokens = plan.refit_samples * plan.recipe.calibration.sequence_length
     needed += (refit := refit_bytes(plan.parent, tokens) if tokens else 0)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine_memory()
