@@ -390,3 +390,11 @@ def test_engine_agrees_with_the_plain_forward_pass() -> None:
     from minipuzzle.models.walk import final_hidden
 
     assert relative(walk(Whole(model), [Whole(model).path()], ids)[0], final_hidden(model, ids)) < 1e-6
+
+
+def test_a_pass_answers_each_question_anew() -> None:
+    model, ids = tiny_model(), tokens(3, 20)
+    whole, run = Whole(model), Pass(model, ids)
+    one, other = (measure_paths(whole, whole.path(), [whole.path({i})], run)[0] for i in (1, 4))
+    assert one["kl"] != pytest.approx(other["kl"], rel=1e-3)
+    assert other == measure_paths(whole, whole.path(), [whole.path({4})], Pass(model, ids))[0]

@@ -17,27 +17,25 @@ Arrays = dict[str, np.ndarray]
 
 
 class Partial:
-    """A folder of batches `FIRST-STOP.npz`; with no folder, a dict."""
+    """A folder of batches `FIRST-STOP.npz`, of one piece of work; with no folder nothing is kept."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
-        self._found: dict[tuple[int, int], Arrays] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, first: int, stop: int) -> Arrays | None:
         """What was kept of the samples [first, stop), if just these were a batch."""
-        if (first, stop) not in self._found and self.folder is not None:
-            try:
-                with np.load(self.folder / f"{first}-{stop}.npz", allow_pickle=False) as file:
-                    self._found[first, stop] = dict(file)
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # absent, or not whole: it is made again
-                return None
-        return self._found.get((first, stop))
+        if self.folder is None:
+            return None
+        try:
+            with np.load(self.folder / f"{first}-{stop}.npz", allow_pickle=False) as file:
+                return dict(file)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # absent, or not whole: it is made again
+            return None
 
     def put(self, first: int, stop: int, arrays: Arrays) -> None:
         """Keep a batch."""
-        self._found[first, stop] = arrays
         if self.folder is not None:
             temporary = self.folder / f"{first}-{stop}.{os.getpid()}.tmp"
             with temporary.open("wb") as file:
