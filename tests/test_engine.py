@@ -20,7 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_importance import by_hand, without
-from tiny import ARCH, FAMILY, PARENT_CONFIG, relative, tiny_model, tokens, trained_like, without_dt_limit, write_folder
+from tiny import (
+    ARCH,
+    FAMILY,
+    PARENT_CONFIG,
+    relative,
+    tiny_model,
+    tokens,
+    trained_like,
+    transformers_model,
+    without_dt_limit,
+    write_folder,
+)
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.partial import Partial
@@ -398,3 +409,31 @@ def test_a_pass_answers_each_question_anew() -> None:
     one, other = (measure_paths(whole, whole.path(), [whole.path({i})], run)[0] for i in (1, 4))
     assert one["kl"] != pytest.approx(other["kl"], rel=1e-3)
     assert other == measure_paths(whole, whole.path(), [whole.path({4})], Pass(model, ids))[0]
+
+
+def test_all_metrics_are_those_of_hooks_on_transformers() -> None:
+    weights, ids = trained_like(ARCH), tokens(3, 45)
+    theirs = transformers_model(ARCH, weights)
+    head = weights["lm_head.weight"]
+
+    def hidden() -> torch.Tensor:
+        with torch.no_grad():
+            out: torch.Tensor = theirs.model(ids, use_cache=False).last_hidden_state
+        return out
+
+    full, table = hidden(), score(Pass(tiny_model(), ids)).layers.table
+    for i, layer in enumerate(theirs.model.layers):
+        seen: list[torch.Tensor] = []
+
+        def skip(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor, seen: list[torch.Tensor] = seen) -> Any:
+            seen.extend((inputs[0], output))
+            return inputs[0]
+
+        hook = layer.register_forward_hook(skip)
+        expected = by_hand(full, hidden(), head, head, ids)
+        hook.remove()
+        before, after = (x.double() for x in seen)
+        expected["cosine"] = (1 - torch.cosine_similarity(before, after, dim=-1).mean(-1)).numpy()
+        assert set(expected) == {"mse", "nmse", "kl", "loss_delta", "cosine"}
+        for metric, values in expected.items():
+            assert table.loc[i, metric] == pytest.approx(values.mean(), rel=1e-5, abs=1e-5), (i, metric)
