@@ -82,7 +82,8 @@ def _scores(job: Job, chosen: Candidate) -> dict[str, Any]:
     folder = job.run.path / "scores"
     layers, curves = LayerScores.read(folder / "layers.csv"), WidthCurves.read(folder / "width_curves.csv")
     return {"metric": job.plan.recipe.scores.layer_metric, "layers": _records(layers.table),
-            "curves": _records(curves.table)} | width_shares(job.cutter.turned, job.plan.parent, chosen)
+            "curves": _records(curves.table), "scoring": json.loads((folder / "scoring.json").read_text())
+            } | width_shares(job.cutter.turned, job.plan.parent, chosen)
 
 
 def width_shares(scores: WidthScores, parent: Architecture, chosen: Candidate) -> dict[str, Any]:
@@ -137,6 +138,13 @@ def _warnings(job: Job, gap: float) -> list[str]:
         if got < asked:
             out.append(f"{what}.samples is {asked}, the data has {got} blocks of {recipe.calibration.sequence_length} "
                        "tokens: all were used")
+    scoring = json.loads((job.run.path / "scores" / "scoring.json").read_text())
+    if scoring["samples"] < scoring["available"]:
+        out.append(f"scores.racing: {scoring['samples']} of {scoring['available']} samples were enough")
+    if scoring["toss_ups"]:
+        cuts = ", ".join(f"{t['kind']} {t['drop']} (layer {t['goes']} or {t['stays']})" for t in scoring["toss_ups"])
+        out.append(f"noise decides which layers go, at {scoring['confidence']:.0%} confidence, where of a kind so many "
+                   f"go: {cuts}; more calibration.samples decide")
     if job.plan.refit_samples > recipe.calibration.samples:
         out.append(f"surgery.refit took {len(job.refit_ids)} samples, more than calibration.samples "
                    f"({recipe.calibration.samples}): the widest writer needs them")
