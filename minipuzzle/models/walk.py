@@ -270,7 +270,7 @@ def _apply(family: Family, arch: Architecture, kind: str, weights: Weights, x_BT
 # Memory ----------------------------------------------------------------------------------------------------------
 
 # Activations inside a block, held at once. A CPU is fastest when they stay near its cache; a GPU when they fill it.
-BLOCK_BYTES = {"cpu": 2**24, "cuda": 2**32}
+BLOCK_BYTES = {"cpu": 2**25, "cuda": 2**32}
 
 
 def floats_per_sample(arch: Architecture, tokens: int) -> int:
