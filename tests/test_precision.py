@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +15,11 @@ from tiny import ARCH, FAMILY, tiny_model
 
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.distill import precision
-from minipuzzle.distill.precision import Fp8Products, check_precision, quantise, use_fp8
+from minipuzzle.distill.precision import Products, check_precision, fp8_note, quantise, use_fp8
 from minipuzzle.models.axes import Selection
 from minipuzzle.models.module import HybridLM
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHORT = replace(SETTINGS, tokens=4 * STEP_TOKENS)
 
 
@@ -47,7 +50,7 @@ def test_products_and_gradients_are_of_the_rounded_values() -> None:
     g = torch.Generator().manual_seed(1)
     x, w = torch.randn(2, 5, 16, generator=g).requires_grad_(), torch.randn(24, 16, generator=g).requires_grad_()
     out = torch.randn(2, 5, 24, generator=g)
-    with torch.autocast("cpu", dtype=torch.bfloat16), Fp8Products():
+    with torch.autocast("cpu", dtype=torch.bfloat16), Products(precision._emulated):
         y = F.linear(x, w)
     y.backward(out.bfloat16())
 
@@ -68,10 +71,10 @@ def test_products_and_gradients_are_of_the_rounded_values() -> None:
 def test_the_first_and_last_two_layers_stay_out_of_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four matrix products at each end: of the M-M* and *-MM kind two layers have at most that."""
     shapes: list[torch.Size] = []
-    real = precision._fp8_linear
-    monkeypatch.setattr(precision, "_fp8_linear", lambda x, w, bias=None: (shapes.append(w.shape), real(x, w, bias))[1])
+    real = precision._emulated
+    monkeypatch.setattr(precision, "_emulated", lambda x, w: (shapes.append(w.shape), real(x, w))[1])
     pupil = student()
-    use_fp8(pupil)
+    use_fp8(pupil, CPU)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         pupil(torch.arange(16)[None])
     inner = list(pupil.blocks)[2:-2]
@@ -80,7 +83,7 @@ def test_the_first_and_last_two_layers_stay_out_of_fp8(tmp_path: Path, monkeypat
     assert len(expected) >= 8
     few = tiny_model().slice(ARCH.keep((0, 1, 2, 3)), Selection((0, 1, 2, 3)))
     with pytest.raises(RecipeError, match="this student has 4"):
-        use_fp8(HybridLM(FAMILY, few.arch, few.by_name()))
+        use_fp8(HybridLM(FAMILY, few.arch, few.by_name()), CPU)
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp8"])
@@ -119,8 +122,81 @@ def test_checkpointing_changes_nothing_but_memory(tmp_path: Path, monkeypatch: p
     assert all(torch.equal(on[n], weights(train(tmp_path / "fp32", settings=SHORT))[n]) for n in on)
 
 
-def test_what_a_gpu_cannot_do_is_refused() -> None:
-    with pytest.raises(RecipeError, match="Transformer Engine"):
-        check_precision("fp8", torch.device("cuda"))
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The interface of Transformer Engine that is used, with the emulation's products; the shapes it multiplied."""
+    inside: list[object] = []
+    shapes: list[torch.Size] = []
+
+    class Autocast:
+        def __init__(self, enabled: bool, recipe: object) -> None:
+            assert enabled
+            self.recipe = recipe
+
+        def __enter__(self) -> None:
+            inside.append(self.recipe)
+
+        def __exit__(self, *_: object) -> None:
+            inside.pop()
+
+    class Linear(torch.nn.Linear):
+        def __init__(self, columns: int, rows: int, bias: bool, device: str, params_dtype: torch.dtype) -> None:
+            super().__init__(columns, rows, bias, device, params_dtype)
+            assert self.weight.is_meta
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert inside == [("current", "hybrid")]
+            shapes.append(self.weight.shape)
+            return precision._emulated(x, self.weight)
+
+    engine, modules, recipes = (types.ModuleType(n) for n in ("te", "te.pytorch", "te.recipe"))
+    engine.__version__ = "2.20"  # type: ignore[attr-defined]
+    modules.__dict__.update(autocast=Autocast, Linear=Linear)
+    recipes.__dict__.update(Format=types.SimpleNamespace(HYBRID="hybrid"),
+                            Float8CurrentScaling=lambda fp8_format: ("current", fp8_format))
+    monkeypatch.setitem(sys.modules, "transformer_engine", engine)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", modules)
+    monkeypatch.setitem(sys.modules, "transformer_engine.common", types.ModuleType("te.common"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", recipes)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return shapes
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_transformer_engine_gets_the_students_own_weights(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
+    """With the emulation's products behind its interface, the gradients are the emulation's."""
+    shapes = stand_in(monkeypatch)
+    check_precision("fp8", CUDA)
+    assert "Transformer Engine 2.20" in fp8_note(CUDA)
+    monkeypatch.setattr(precision, "FP8_MULTIPLE", 2)  # the small model's widths
+    gradients = []
+    for device in (CPU, CUDA):
+        pupil = student()
+        use_fp8(pupil, device)
+        for block in pupil.blocks:
+            block.recompute = recompute  # type: ignore[assignment]
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                out = pupil(torch.arange(16)[None])
+            out.square().sum().backward()
+        gradients.append({n: p.grad for n, p in pupil.parameters_by_name().items() if n != "lm_head.weight"})
+    emulated, engine = gradients
+    for name, gradient in emulated.items():
+        torch.testing.assert_close(engine[name], gradient, rtol=0, atol=0)
+    products = sum(n.endswith("proj.weight") for b in list(student().blocks)[2:-2] for n in b.weights())
+    assert len(shapes) == products * 2 * (1 + recompute)
+    monkeypatch.setattr(precision, "FP8_MULTIPLE", 1024)
+    with pytest.raises(RecipeError, match=r"proj.weight is \(.*need multiples of 1024"):
+        use_fp8(student(), CUDA)
+
+
+def test_what_a_gpu_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    with pytest.raises(RecipeError, match=r"Transformer Engine.*minipuzzle\[fp8\]"):
+        check_precision("fp8", CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(RecipeError, match=r"a GPU has none .*8\.9"):
+        check_precision("fp8", CUDA)
     for name in ("fp32", "bf16", "fp8"):
         check_precision(name, torch.device("cpu"))

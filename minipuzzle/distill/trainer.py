@@ -83,7 +83,7 @@ class Trainer:
             assert isinstance(block, Block)
             block.recompute = settings.activation_checkpointing
         if settings.precision == "fp8":
-            use_fp8(student)
+            use_fp8(student, ranks.device)
         if ranks.size > 1:
             shard(student, ranks)
         self.parameters = student.parameters_by_name()

@@ -18,6 +18,7 @@ import torch
 from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.errors import MinipuzzleError, ResourceError
+from minipuzzle.distill.precision import FP8_CAPABILITY
 from minipuzzle.models import check_prunable
 from minipuzzle.models.nemotron_h import NemotronH
 from minipuzzle.models.ssd import kernel, ssd
@@ -85,8 +86,8 @@ def _bf16(device: torch.device) -> dict[str, Any]:
 
 
 def _fp8() -> dict[str, Any]:
-    able = [str(d) for d in devices() if d.type == "cuda" and torch.cuda.get_device_capability(d) >= (8, 9)]
-    return _check("fp8", ", ".join(able) or "no device for it (needs compute capability 8.9; optional)", True)
+    able = [str(d) for d in devices() if d.type == "cuda" and torch.cuda.get_device_capability(d) >= FP8_CAPABILITY]
+    return _check("fp8", ", ".join(able) or "no device for it (needs a GPU of compute capability 8.9; optional)", True)
 
 
 def _model(model: str) -> list[dict[str, Any]]:

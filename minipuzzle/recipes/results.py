@@ -17,7 +17,7 @@ from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.candidate import Candidate
 from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores, mamba_selection
 from minipuzzle.distill.loop import read_metrics
-from minipuzzle.distill.precision import FP8_NOTE
+from minipuzzle.distill.precision import fp8_note
 from minipuzzle.recipes.job import STAGES, Job
 from minipuzzle.recipes.source import licence_of
 from minipuzzle.report.card import model_card
@@ -149,7 +149,7 @@ def _warnings(job: Job, gap: float) -> list[str]:
         out.append(f"surgery.refit took {len(job.refit_ids)} samples, more than calibration.samples "
                    f"({recipe.calibration.samples}): the widest writer needs them")
     if recipe.distillation.precision == "fp8":
-        out.append(FP8_NOTE)
+        out.append(fp8_note(job.device))
     workload = job.plan.workload
     if workload.precision != "bf16":
         out.append(f"memory is counted for {workload.precision}; the folder stays in {job.folder.dtype} and must be "

@@ -17,7 +17,7 @@ from minipuzzle.core.rundir import RunDir, digest, write_json
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loop import distill_model
-from minipuzzle.distill.precision import FP8_NOTE, autocast, check_precision
+from minipuzzle.distill.precision import autocast, check_precision, fp8_note
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import reshard, whole
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher
@@ -146,7 +146,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
         stages.tokenize_data(job)
         blocks, settings = stages.training_blocks(job), stages.settings(job)
         if d.precision == "fp8":
-            job.reporter.say(FP8_NOTE)
+            job.reporter.say(fp8_note(job.device))
         source: Model | CachedTeacher
         if cache_teacher is not None:
             source = _cached(job, cache_teacher, blocks, settings)
