@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 from minipuzzle._version import __version__
 from minipuzzle.core import interrupt
-from minipuzzle.core.budget import human_bytes, human_count
+from minipuzzle.core.budget import human_bytes, human_count, parse_quantity
 from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError
 
 if TYPE_CHECKING:
@@ -71,7 +71,14 @@ def _settings(values: tuple[str, ...]) -> dict[str, Any]:
     return out
 
 
+def _memory(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    return None if text is None else parse_quantity(text, "bytes")
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+memory_option = click.option("--memory", "memory_bytes", metavar="SIZE", callback=_memory,
+                             help="What may be used, 8GiB; a parent that does not fit is read from the disk layer by "
+                                  "layer. Default: the device's.")
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,12 +139,14 @@ def _command() -> str:
 @click.argument("model", required=False)
 @recipe_options
 @run_options
+@memory_option
 @click.option("--candidate", help="With a finished run as MODEL: distil this candidate in place of the winner.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; touch no weight.")
 @click.option("--redo", is_flag=True, help="Make the stages again that a changed recipe invalidates.")
 @click.option("--fresh", is_flag=True, help="Forget what the run directory holds.")
 def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool,
-          reporter: Reporter, candidate: str | None, dry_run: bool, redo: bool, fresh: bool) -> None:
+          reporter: Reporter, memory_bytes: int | None, candidate: str | None, dry_run: bool, redo: bool,
+          fresh: bool) -> None:
     """The whole pipeline: score, search, measure, distill, export, report.
 
     MODEL is a Hugging Face folder or a Hub id; left out: the bundled model.
@@ -153,11 +162,11 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
         model, recipe, output_dir, seed = pipeline.reopen(model, _given("name", "budgets", "data", "settings", "seed",
                                                                         "output_dir"))
     if dry_run:
-        _, plan = pipeline.prepare(model, recipe)
+        _, plan = pipeline.prepare(model, recipe, memory_bytes)
         _print(plan.to_json(), as_json, plan.lines())
         return
     run = pipeline.prune(model, recipe, output_dir, seed=seed, device=device, redo=redo, fresh=fresh,
-                         candidate=candidate, reporter=reporter, command=_command())
+                         candidate=candidate, reporter=reporter, command=_command(), memory_bytes=memory_bytes)
     parent, result = run.report["parent"], run.report["result"]
     recovered = "" if result["recovery"] is None else f" ({result['recovery']:.0%} of the gap recovered)"
     _print(run.report, as_json, [
@@ -189,7 +198,7 @@ def inspect(model: str, precision: str, kv_precision: str, state_precision: str,
     minipuzzle inspect nemotron-h-56b --precision nvfp4 --kv-precision nvfp4 --context 1M
     """
     from minipuzzle.core.architecture import Architecture
-    from minipuzzle.core.budget import Workload, parse_quantity
+    from minipuzzle.core.budget import Workload
     from minipuzzle.core.cost import inspect as inspect_architecture
     from minipuzzle.core.published import find_config
 
@@ -208,20 +217,18 @@ def inspect(model: str, precision: str, kv_precision: str, state_precision: str,
 @click.argument("model")
 @recipe_options
 @run_options
-@click.option("--memory", help="What scoring may use, 8GiB; a larger model is streamed from disk. Default: all.")
+@memory_option
 def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool,
-          reporter: Reporter, memory: str | None) -> None:
+          reporter: Reporter, memory_bytes: int | None) -> None:
     """Importance only: layers by ablation, widths by activations -> OUTPUT_DIR/scores/.
 
     \b
     minipuzzle score my-model --data texts/ -o scored
     torchrun --nproc-per-node 4 -m minipuzzle score my-model --memory 24GiB
     """
-    from minipuzzle.core.budget import parse_quantity
     from minipuzzle.recipes import single
 
-    path, table = single.score(model, recipe, output_dir, seed, device, reporter, _command(),
-                               parse_quantity(memory, "bytes") if memory else None)
+    path, table = single.score(model, recipe, output_dir, seed, device, reporter, _command(), memory_bytes)
     if os.environ.get("RANK", "0") != "0":
         return
     _print({"path": str(path), "layers": json.loads(table.to_json(orient="records"))}, as_json,

@@ -29,7 +29,7 @@ def test_a_right_installation(model_folder: Path) -> None:
                  "scan: chunks of 16 and of 64 agree", f"{model_folder} can be pruned", "default recipe on cpu"):
         assert part in names
     assert sum("(limit" in check["value"] for check in checks) == 4  # what was run, with its error
-    told = next(c["value"] for c in checks if c["name"] == "scoring here")
+    told = next(c["value"] for c in checks if c["name"] == "scoring on cpu")
     assert re.search(r"in \d+ pass(es)? over the weights \(.* in float32\), in memory", told)
     fit = next(check["value"] for check in checks if check["name"] == "default recipe on cpu")
     assert fit.startswith("fits, about")
@@ -40,14 +40,14 @@ def test_a_right_installation(model_folder: Path) -> None:
     ("no-such-model", "can be pruned", "no such folder or file"), ("minitron-8b", "can be pruned", "cannot be pruned yet")])
 def test_a_model_that_cannot_be_pruned_here(model: str, name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_transformers", list)  # a second each time, and the same
-    monkeypatch.setattr(plan, "machine_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(doctor, "machine_memory", lambda device=None: 16 * 2**30)
     result = invoke("doctor", model, code=1)
     bad = [line for line in result.stdout.splitlines() if line.startswith("BAD ")]
     assert len(bad) == 1
     assert name in bad[0]
     assert message in bad[0]
     if model == "nemotron-h-56b":
-        passes = next(line for line in result.stdout.splitlines() if "scoring here" in line)
+        passes = next(line for line in result.stdout.splitlines() if "scoring on cpu" in line)
         assert re.search(r"in \d+ passes over the weights \(209\.8 GiB in float32\), layer by layer from disk", passes)
 
 
@@ -88,13 +88,13 @@ def test_inspect_is_a_table_with_the_layers_in_colour(monkeypatch: pytest.Monkey
 
 
 def test_memory_is_asked_for_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rotation needs the parent twice, training the student four times."""
+    """Training needs the parent and the student four times; else the parent is read from the disk."""
     from minipuzzle.core.architecture import Architecture
     from minipuzzle.core.errors import ResourceError
     from minipuzzle.core.published import published
     from minipuzzle.recipes.schema import Recipe
 
-    monkeypatch.setattr(plan, "machine_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(plan, "machine_memory", lambda device=None: 16 * 2**30)
     arch, asked = Architecture.from_config(published("nemotron-h-56b")), []
     for hidden, tokens in (("rotate", 1000), ("select", 1000), ("rotate", 0), ("select", 0)):
         made = plan.make_plan(arch, Recipe().with_overrides(settings={"surgery.hidden": hidden, "distillation.tokens": tokens}))
@@ -102,5 +102,13 @@ def test_memory_is_asked_for_what_is_done(monkeypatch: pytest.MonkeyPatch) -> No
             plan.check_memory(made, torch.device("cpu"))
         asked.append(float(re.search(r"needs about ([\d.]+) GiB", str(error.value))[1]))
     parent, student = (4 * n / 2**30 for n in (made.parent_cost.parameters, made.largest.parameters))
-    assert asked == pytest.approx([2 * parent + 4 * student, parent + 4 * student, 2 * parent + student, parent + student],
-                                  rel=1e-3)
+    layers = made.layers_bytes / 2**30
+    assert layers < parent / 10
+    assert asked == pytest.approx(2 * [parent + 4 * student] + 2 * [layers + 3 * student], rel=1e-3)
+    # held in memory, and for how long, is decided by the same numbers
+    whole = 8 * made.parent_cost.parameters + 12 * made.largest.parameters
+    for room, resident in ((plan.SPARE_BYTES, True), (plan.SPARE_BYTES - 1, False)):
+        found = plan.make_plan(arch, Recipe().with_overrides(settings={"distillation.tokens": 0}),
+                               memory_bytes=whole + room)
+        assert found.resident is resident
+        assert (found.stream_bytes is None) is resident

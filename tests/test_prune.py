@@ -28,7 +28,7 @@ from minipuzzle.core import interrupt
 from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.cost import cost
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.errors import CorruptArtifact, RecipeError, ResourceError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blocks import load_blocks
@@ -223,6 +223,35 @@ def test_the_numbers_are_those_of_the_written_folder(finished: Run, model_folder
         Architecture.from_json(report["result"]["architecture"]), tuple(report["result"]["kept_layers"]))
     rounded = Model.build(plain.family, plain.arch, ((n, t.bfloat16().float()) for n, t in plain.by_name().items()))
     assert measure(rounded, reference)["loss"] == pytest.approx(report["result"]["loss_sliced"], rel=1e-6)
+
+
+def test_a_parent_larger_than_the_memory(finished: Run, model_folder: Path, texts: Path, tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read layer by layer for all but the training, the result is the same; and without training never loaded."""
+    small = prune(model_folder, recipe_for(texts), tmp_path / "trained", memory_bytes=2**27)
+    loads: list[Path] = []
+    real = Model.load
+    monkeypatch.setattr(Model, "load", lambda folder, *rest: (loads.append(folder.path), real(folder, *rest))[1])
+    recipe = recipe_for(texts).with_overrides(settings={"distillation.tokens": 0})
+    pruned = prune(model_folder, recipe, tmp_path / "pruned", memory_bytes=2**27)
+    assert set(loads) == {pruned.path / "model-unchecked"}
+    assert (pruned.path / "scores" / "rotation.safetensors").is_file()
+    assert pruned.report["samples"].keys() == {"prompt", "pruned", "distilled"}
+    assert small.report["result"]["architecture"] == finished.report["result"]["architecture"]
+    for run, keys in ((small, ("loss_sliced", "loss_pruned", "kl_pruned", "loss_distilled", "kl_distilled")),
+                      (pruned, ("loss_sliced", "loss_pruned"))):
+        assert run.report["parent"]["loss"] == pytest.approx(finished.report["parent"]["loss"], rel=1e-6)
+        if run.report["result"]["kept_layers"] == finished.report["result"]["kept_layers"]:
+            assert [run.report["result"][k] for k in keys] == pytest.approx(
+                [finished.report["result"][k] for k in keys], rel=1e-4)
+        theirs = finished.candidates.set_index("name")["measured_kl"].dropna()
+        assert len(theirs) >= 4
+        mine = run.candidates.set_index("name")["measured_kl"].dropna()
+        assert mine.to_dict() == pytest.approx(theirs.to_dict(), rel=1e-5)
+    with pytest.raises(ResourceError, match=r"layer by layer") as error:
+        prune(model_folder, recipe_for(texts), tmp_path / "no", memory_bytes=2**16)
+    assert "cpu has 64 KiB to use" in str(error.value)
+    assert not (tmp_path / "no").exists()
 
 
 def test_candidates(finished: Run) -> None:

@@ -2,37 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.partial import Arrays
 from minipuzzle.models.logits import TokenMetrics, compare, token_metrics
 from minipuzzle.models.passes import Pass
-from minipuzzle.models.walk import Model, Parts, Path, batches, final_hidden, floats_per_sample, heads_of, walk
+from minipuzzle.models.walk import (
+    Model,
+    Parts,
+    Path,
+    Source,
+    Whole,
+    batches,
+    final_hidden,
+    floats_per_sample,
+    heads_of,
+    walk,
+)
 
 _VALUES = ("loss", "kl", "accuracy", "agreement")
 
 
 class Reference:
-    """The parent's final activations on the evaluation blocks, computed once for all that are measured one by one."""
+    """The parent's final activations on the evaluation blocks, computed once for all that are measured one by one.
 
-    def __init__(self, model: Model, ids_NT: torch.Tensor) -> None:
-        self.ids = ids_NT.to(model.device)
-        self.head = model.head
-        self.hidden = torch.cat([final_hidden(model, ids) for ids in _batches(model, self.ids)])
+    `stream_bytes`: memory for the streams of a parent that is read from the disk; left out: what is fastest.
+    """
+
+    def __init__(self, source: Source, ids_NT: torch.Tensor, stream_bytes: int | None = None) -> None:
+        self.ids, self.arch = ids_NT.to(source.device), source.arch
+        self.head = source.head_rows(0, source.arch.vocab_size)
+        whole, run = Whole(source), Pass(source, self.ids, memory_bytes=stream_bytes)
+        self.hidden = torch.cat([walk(whole, [whole.path()], ids)[0] for ids in torch.split(self.ids, run.size(1))])
+
+    def quality(self) -> dict[str, float]:
+        """The parent's own, as `measure` gives it."""
+        return self.compare(self.arch, self.head, lambda first, ids: self.hidden[first : first + len(ids)])
+
+    def compare(self, arch: Architecture, head: torch.Tensor,
+                hidden: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """`hidden` gives what enters `head` for (first sample, ids)."""
+        parts: list[TokenMetrics] = []
+        done = 0
+        for ids in batches(self.ids, floats_per_sample(arch, self.ids.shape[1])):
+            known = self.hidden[done : done + len(ids)]
+            parts += token_metrics([hidden(done, ids)], head, ids, known, self.head)
+            done += len(ids)
+        return summary(np.concatenate([_values([p]) for p in parts], -1)[:, 0])
 
 
 def measure(model: Model, reference: Reference) -> dict[str, float]:
     """loss (nats per token), accuracy, kl to the reference (nats per token), agreement; loss and kl with stderr."""
-    parts: list[TokenMetrics] = []
-    done = 0
-    for ids in _batches(model, reference.ids):
-        hidden = final_hidden(model, ids)
-        parts += token_metrics([hidden], model.head, ids, reference.hidden[done : done + len(ids)], reference.head)
-        done += len(ids)
-    return summary(np.concatenate([_values([p]) for p in parts], -1)[:, 0])
+    return reference.compare(model.arch, model.head, lambda first, ids: final_hidden(model, ids))
 
 
 def measure_paths(parts: Parts, full: Path, paths: Sequence[Path], run: Pass) -> list[dict[str, float]]:
@@ -65,6 +90,3 @@ def summary(values: np.ndarray) -> dict[str, float]:
             out[f"{name}_stderr"] = float(row.std(ddof=1) / np.sqrt(len(row)))
     return out
 
-
-def _batches(model: Model, ids_NT: torch.Tensor) -> list[torch.Tensor]:
-    return list(batches(ids_NT, floats_per_sample(model.arch, ids_NT.shape[1])))

@@ -24,7 +24,7 @@ from minipuzzle.models.nemotron_h import NemotronH
 from minipuzzle.models.ssd import kernel, ssd
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
-from minipuzzle.recipes.plan import Plan, check_memory, make_plan
+from minipuzzle.recipes.plan import Plan, check_memory, machine_memory, make_plan
 from minipuzzle.recipes.results import versions
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.recipes.source import config_of
@@ -104,12 +104,13 @@ def _model(model: str) -> list[dict[str, Any]]:
     what = "the weights' names and shapes are right" if there else "by its configuration; no weights were looked at"
     checks = [_check(f"{model} can be pruned", f"{arch}; {what}", True)]
     try:
-        plan = make_plan(arch, Recipe())
+        plans = {device: make_plan(arch, Recipe(), memory_bytes=machine_memory(device)) for device in devices()}
     except MinipuzzleError as error:
         return [*checks, _check("the default recipe", str(error), False)]
-    fits = [_fits(plan, device) for device in devices()]
+    checks += [_check(f"scoring on {device}", plan.passes(), True) for device, plan in plans.items()]
+    fits = [_fits(plan, device) for device, plan in plans.items()]
     enough = any(check["ok"] for check in fits)  # one device that it fits on
-    return [*checks, _check("scoring here", plan.passes(), True), *(check | {"ok": enough} for check in fits)]
+    return [*checks, *(check | {"ok": enough} for check in fits)]
 
 
 def _fits(plan: Plan, device: torch.device) -> dict[str, Any]:

@@ -49,7 +49,6 @@ class Job:
     reporter: Reporter
     command: str = ""
     candidate: str | None = None
-    memory_bytes: int | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -79,26 +78,25 @@ class Job:
 
     @cached_property
     def model(self) -> Model:
-        """The parent in memory, in float32."""
+        """The parent in memory, in float32: what teaches."""
         return Model.load(self.folder, self.device)
 
     @cached_property
     def source(self) -> Source:
         """The parent as a pass reads it: from memory, or from the disk where it does not fit."""
-        if self.plan.resident(self.memory_bytes):
+        if self.plan.resident:
             return self.model
         return StreamedModel.open(self.folder, self.device)
 
     def passes(self, stage: str, ids_NT: torch.Tensor, progress: Callable[[float], None]) -> Pass:
         """A pass over samples whose finished batches outlive an interruption."""
         partial = Partial(self.run.path / "partial" / f"{stage}-{digest(self.inputs[stage])}")
-        streams = self.plan.stream_bytes(self.memory_bytes)
-        return Pass(self.source, ids_NT, partial, self.ranks, streams, progress)
+        return Pass(self.source, ids_NT, partial, self.ranks, self.plan.stream_bytes, progress)
 
     @cached_property
     def reference(self) -> Reference:
         """The parent on the held-out blocks."""
-        return Reference(self.model, self.evaluation_ids)
+        return Reference(self.source, self.evaluation_ids, self.plan.stream_bytes)
 
     @cached_property
     def cutter(self) -> Cutter:

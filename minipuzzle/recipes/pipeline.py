@@ -27,7 +27,7 @@ from minipuzzle.models.ssd import kernel
 from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.recipes import stages
 from minipuzzle.recipes.job import Job
-from minipuzzle.recipes.plan import Plan, check_disk, check_memory, find_device, make_plan
+from minipuzzle.recipes.plan import Plan, check_disk, check_memory, find_device, machine_memory, make_plan
 from minipuzzle.recipes.progress import Reporter
 from minipuzzle.recipes.research import candidates_document
 from minipuzzle.recipes.results import make_report, model_card_files, stage_list, versions
@@ -92,10 +92,12 @@ class Run:
 
 def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_dir: str | Path | None = None, *,
           seed: int = 0, device: str = "cpu", redo: bool = False, fresh: bool = False, candidate: str | None = None,
-          reporter: Reporter | None = None, command: str = "") -> Run:
+          reporter: Reporter | None = None, command: str = "", memory_bytes: int | None = None) -> Run:
     """Make a model smaller: the whole pipeline. Left out: the bundled model, the default recipe, their own folder.
 
-    `candidate`: distil this one in place of the tournament's winner, in a run that has candidates.
+    `candidate`: distil this one in place of the tournament's winner, in a run that has candidates. `memory_bytes`: what
+    may be used (left out: the machine's); a parent that does not fit is read from the disk layer by layer, by all
+    stages but distillation.
 
     Raises:
         MinipuzzleError: one of its kinds, each with its exit code (core/errors.py).
@@ -104,7 +106,7 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
     where = find_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RecipeError("prune runs in one process; score and distill are the verbs for torchrun")
-    folder, plan = prepare(model, recipe)
+    folder, plan = prepare(model, recipe, memory_bytes or machine_memory(where))
     path = Path(output_dir) if output_dir else default_output(folder, recipe, seed)
     check_disk(plan, path)
     check_memory(plan, where)
@@ -156,11 +158,11 @@ def _check_candidate(job: Job, name: str) -> None:
             job.run.drop(stage)
 
 
-def prepare(model: str | Path | None, recipe: Recipe) -> tuple[ModelFolder, Plan]:
+def prepare(model: str | Path | None, recipe: Recipe, memory_bytes: int | None = None) -> tuple[ModelFolder, Plan]:
     """Find the model, check its headers, and plan; reads no weight."""
     path = find_model(model) if model is not None else bundled_model()
     folder = open_model(path)
-    return folder, make_plan(folder.arch, recipe)
+    return folder, make_plan(folder.arch, recipe, memory_bytes=memory_bytes)
 
 
 def _run(job: Job) -> Run:

@@ -31,11 +31,13 @@ CURVE_POINTS = 3  # measured widths per axis; between them the search interpolat
 # of a large matrix product's speed: what the whole forward pass of a hybrid reaches on CPU, from
 # benchmarks/results/main_job.json; only the estimates of time depend on it
 EFFICIENCY = 0.3
+SPARE_BYTES = 2**30  # for activations, libraries, and what else a process holds
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved request. `points` and `feasible` count architectures of the space and those within the budget."""
+    """The resolved request. `points` and `feasible` count architectures of the space and those within the budget;
+    `memory_bytes` is what may be used."""
 
     parent: Architecture
     recipe: Recipe
@@ -46,6 +48,7 @@ class Plan:
     points: int
     feasible: int
     largest: Cost
+    memory_bytes: int
 
     @property
     def curve_widths(self) -> dict[str, tuple[int, ...]]:
@@ -66,18 +69,35 @@ class Plan:
             return 0
         return max(c.samples, samples_needed(self.parent, c.sequence_length))
 
-    def resident(self, memory_bytes: int | None) -> bool:
-        """Whether a scoring pass holds the parent in memory: in float32, twice if it is rotated."""
-        copies = 2 if self.recipe.surgery.hidden == "rotate" else 1
-        return 4 * self.parent_cost.parameters * copies + 2**30 <= (memory_bytes or machine_memory())
+    @property
+    def students_bytes(self) -> int:
+        """Of the largest student in float32: with gradient and two moments where it is trained, else as it was cut, as
+        it was written, and plainly sliced. Nothing where none is made."""
+        return 4 * (4 if self.recipe.distillation.tokens else 3) * self.largest.parameters if self.feasible else 0
 
-    def stream_bytes(self, memory_bytes: int | None) -> int | None:
-        """Memory for the streams of a scoring pass; None: what is fastest."""
-        if self.resident(memory_bytes):
-            return None
+    @property
+    def refit_bytes(self) -> int:
+        """The streams of a refit, and the Gram matrix of one block."""
+        tokens = self.refit_samples * self.recipe.calibration.sequence_length
+        return refit_bytes(self.parent, tokens) if tokens else 0
+
+    @property
+    def resident(self) -> bool:
+        """Whether the parent is held in memory from the first stage to the last: in float32, twice if it is rotated."""
+        copies = 2 if self.recipe.surgery.hidden == "rotate" else 1
+        needed = 4 * self.parent_cost.parameters * copies + self.students_bytes + self.refit_bytes
+        return needed + SPARE_BYTES <= self.memory_bytes
+
+    @property
+    def layers_bytes(self) -> int:
+        """Of the layers that a pass from the disk holds, in float32: two that are read, one that is cut."""
         arch = self.parent
-        largest = max(sum(block_parameters(arch, kind, max(arch.ffn_sizes, default=0))) for kind in set(arch.pattern))
-        return max(1, (memory_bytes or machine_memory()) // 2 - 3 * 4 * largest)
+        return 12 * max(sum(block_parameters(arch, kind, max(arch.ffn_sizes, default=0))) for kind in set(arch.pattern))
+
+    @property
+    def stream_bytes(self) -> int | None:
+        """Memory for the streams of a pass; None: what is fastest."""
+        return None if self.resident else max(1, self.memory_bytes // 2 - self.layers_bytes)
 
     def enough(self, source: str) -> dict[str, int] | None:
         """Tokens of each split that the recipe needs at most of a source without an end; None: read all of it."""
@@ -86,16 +106,16 @@ class Plan:
             "train": c.samples * seq + d.tokens + d.batch_tokens + d.sequence_length,
             "held_out": self.recipe.evaluation.samples * seq}
 
-    def passes(self, memory_bytes: int | None = None) -> str:
+    def passes(self) -> str:
         """How often scoring goes through the weights, and from where, in words."""
         c, arch = self.recipe.calibration, self.parent
-        streams = self.stream_bytes(memory_bytes) or STREAM_BYTES["cpu"]
+        streams = self.stream_bytes or STREAM_BYTES["cpu"]
         size = min(c.samples, samples_per_walk(arch, c.sequence_length, arch.num_layers + 1, streams))
-        where = "in memory" if self.resident(memory_bytes) else "layer by layer from disk"
+        where = "in memory" if self.resident else "layer by layer from disk"
         count = -(-c.samples // size)
         return (f"{c.samples} samples of {c.sequence_length} tokens, {size} at a time, in {count} "
                 f"pass{'es' if count > 1 else ''} over the weights ({human_bytes(4 * self.parent_cost.parameters)} in "
-                f"float32), {where}; {human_bytes(memory_bytes or machine_memory())} to use")
+                f"float32), {where}; {human_bytes(self.memory_bytes)} to use")
 
     def stage_inputs(self, model: str, tokenizer: str, seed: int,
                      candidate: str | None = None) -> dict[str, dict[str, Any]]:
@@ -179,8 +199,10 @@ class Plan:
                 "recipe": self.recipe.model_dump()}
 
 
-def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True) -> Plan:
-    """Resolve a recipe for a parent. Scoring alone does not need the budget to be met.
+def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
+              memory_bytes: int | None = None) -> Plan:
+    """Resolve a recipe for a parent. Scoring alone does not need the budget to be met. `memory_bytes`: what may be
+    used, the machine's if left out.
 
     Raises:
         RecipeError: a setting that is wrong, does not fit the parent, or is not built yet.
@@ -204,12 +226,13 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True) ->
     if d.hidden_loss_weight and space.hidden_size != (parent.hidden_size,) and need_budget:
         raise RecipeError("distillation.hidden_loss_weight compares streams of the same size: keep the parent's with "
                           f"space.hidden_size = {parent.hidden_size}, or set it to 0")
+    memory = memory_bytes or machine_memory()
     if not need_budget:
-        return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost)
+        return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost, memory)
     # without scores the search only enumerates and prices, largest first
     found = search_architectures(parent, space, budget, workload, keep=1)
     return Plan(parent, recipe, workload, budget, parent_cost, space, found.points, found.feasible,
-                found.candidates[0].cost)
+                found.candidates[0].cost, memory)
 
 
 def check_disk(plan: Plan, folder: Path) -> None:
@@ -244,34 +267,34 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def students_in_memory(plan: Plan, device: torch.device) -> int:
+def students_in_memory(plan: Plan) -> int:
     """How many students (weights, gradients, two moments, float32) may be trained at once: in half of the memory."""
-    total = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine_memory()
-    return max(1, int((total / 2 - 8 * plan.parent_cost.parameters) // (16 * plan.largest.parameters)))
+    return max(1, int((plan.memory_bytes / 2 - 8 * plan.parent_cost.parameters) // (16 * plan.largest.parameters)))
 
 
-def machine_memory() -> int:
-    """Bytes of this machine's memory."""
+def machine_memory(device: torch.device | None = None) -> int:
+    """Bytes of this machine's memory, or of a GPU's that are free."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_memory(plan: Plan, device: torch.device) -> None:
-    """Room for the parent (twice where it is rotated) and a student, with gradient and two moments where it is
-    trained, all float32; and for a refit: the streams, and the Gram matrix of one block, eigenvectors in float64.
+    """Room for what cannot be read layer by layer: a student, the teacher where it is trained, a refit.
 
     Raises:
         ResourceError: too little.
     """
-    parents, students = 1 + (plan.recipe.surgery.hidden == "rotate"), 4 if plan.recipe.distillation.tokens else 1
-    needed = 4 * (parents * plan.parent_cost.parameters + students * plan.largest.parameters)
-    tokens = plan.refit_samples * plan.recipe.calibration.sequence_length
-    needed += (refit := refit_bytes(plan.parent, tokens) if tokens else 0)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine_memory()
-    if free < needed:
-        raise ResourceError(f"{device} has {human_bytes(free)}, the run needs about {human_bytes(needed)} for the "
-                            f"parent and a student in float32"
-                            f"{f', {human_bytes(refit)} of it to refit' if refit else ''}; use a machine "
-                            "with more memory")
+    trains = plan.recipe.distillation.tokens > 0
+    teacher = 4 * plan.parent_cost.parameters if trains else plan.layers_bytes
+    needed = plan.students_bytes + teacher + plan.refit_bytes
+    if plan.resident or plan.memory_bytes >= needed:
+        return
+    what = "the parent, and a student with its gradient and moments, in float32" if trains else "a student in float32"
+    refit = f", {human_bytes(plan.refit_bytes)} of it to refit" if plan.refit_bytes else ""
+    less = "; --set distillation.tokens=0 prunes only, and reads the parent layer by layer" if trains else ""
+    raise ResourceError(f"{device} has {human_bytes(plan.memory_bytes)} to use, the run needs about "
+                        f"{human_bytes(needed)} for {what}{refit}; use a machine with more memory{less}")
 
 
 def _matmul_flops_per_second(arch: Architecture) -> float:

@@ -33,7 +33,7 @@ from minipuzzle.models.weights import ModelFolder, open_model, write_model
 from minipuzzle.recipes import stages
 from minipuzzle.recipes.job import Job
 from minipuzzle.recipes.pipeline import run_about
-from minipuzzle.recipes.plan import find_device, make_plan
+from minipuzzle.recipes.plan import find_device, machine_memory, make_plan
 from minipuzzle.recipes.progress import Reporter
 from minipuzzle.recipes.schema import Recipe, SpaceSection
 from minipuzzle.recipes.source import default_output, find_model
@@ -42,12 +42,13 @@ from minipuzzle.surgery.gate import reload_gate
 
 def _job(folder: ModelFolder, recipe: Recipe, output: Path, seed: int, device: str, reporter: Reporter,
          command: str, memory_bytes: int | None = None) -> Job:
-    plan = make_plan(folder.arch, recipe, need_budget=False)
-    ranks = open_ranks(find_device(device))
+    where = find_device(device)
+    plan = make_plan(folder.arch, recipe, need_budget=False, memory_bytes=memory_bytes or machine_memory(where))
+    ranks = open_ranks(where)
     run = RunDir(output) if ranks.main else None
     ranks.barrier()  # the folder is there
     return Job(plan, folder, run or RunDir(output, hold=False), seed, ranks, reporter if ranks.main else Reporter(),
-               command, memory_bytes=memory_bytes)
+               command)
 
 
 def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int, device: str, reporter: Reporter,
@@ -67,7 +68,7 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
         job.ranks.barrier()
         estimates = job.plan.estimates()
         job.reporter.start({name: estimates[name] for name in ("tokenize", "score", "curves")})
-        job.reporter.say(job.plan.passes(memory_bytes))
+        job.reporter.say(job.plan.passes())
         for stage in (stages.tokenize_data, stages.score, stages.curves):
             stage(job)
     finally:
@@ -94,8 +95,12 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
         job = _job(folder, spaceless, Path(scratch) / "run", 0, device, Reporter(), "")
         try:
             stages.tokenize_data(job)
-            reference = Reference(Model.load(other, device), job.evaluation_ids)
-            found = measure(job.model, reference)
+            if teacher is None:
+                reference = job.reference
+                found = reference.quality()
+            else:
+                reference = Reference(Model.load(other, device), job.evaluation_ids)
+                found = measure(job.model, reference)
             bytes_per_token = job.evaluation_blocks.bytes_per_token
         finally:
             job.run.close()
@@ -181,7 +186,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
             write_model(unchecked, small.arch.to_config(small.config), weights.items(), small.path)
             reload_gate(unchecked, job.evaluation_ids[:2])
             after = _measure(Model.load(open_model(unchecked), ranks.device), reference, job)
-            teacher_loss = None if reference is None else measure(job.model, reference)["loss"]
+            teacher_loss = None if reference is None else reference.quality()["loss"]
             shutil.rmtree(final, ignore_errors=True)
             unchecked.replace(final)
             shutil.copyfile(state / "metrics.jsonl", job.run.path / "metrics.jsonl")

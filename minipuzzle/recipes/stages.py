@@ -186,7 +186,7 @@ def tournament(job: Job) -> None:
         if share == 0 or len(finalists) == 1:
             finalists = []
         results: dict[str, dict[str, float]] = {}
-        together = students_in_memory(job.plan, job.device)
+        together = students_in_memory(job.plan)
         for i in range(0, len(finalists), together):
             # in lock-step: the teacher reads each batch once for all of them
             group = finalists[i : i + together]
@@ -271,7 +271,7 @@ def distill(job: Job) -> None:
             return [metrics]
         candidate = winner(job)
         student, state = _student(job, candidate), job.state_folder(candidate)
-        some = Reference(job.model, job.evaluation_ids[:EVALUATION_BLOCKS])
+        some = Reference(job.source, job.evaluation_ids[:EVALUATION_BLOCKS], job.plan.stream_bytes)
         steps = settings(job).steps(d.sequence_length)
         distill_model(student, job.model, training_blocks(job), settings(job), state,
                       evaluate=lambda s: measure(_as_written(job, candidate, s), some),
@@ -307,11 +307,14 @@ def export(job: Job) -> None:
             raise AssertionError(f"{result['parameters']} parameters written, {candidate.cost.parameters} priced")
         model = Model.load(written, job.device)
         result["distilled"] = measure(model, job.reference)
-        result["parent"] = measure(job.model, job.reference)
+        result["parent"] = job.reference.quality()
         update(0.7, "writing samples")
         if job.refits:
             result["refit"] = [fit.to_json() for fit in _refitted(job, candidate)[1]]
-        result["samples"] = _samples(job, {"parent": job.model, "pruned": _pruned(job, candidate), "distilled": model})
+        samples = {"pruned": _pruned(job, candidate), "distilled": model}
+        if isinstance(job.source, Model):  # from the disk every token would be a pass over the weights
+            samples["parent"] = job.source
+        result["samples"] = _samples(job, samples)
         shutil.rmtree(final, ignore_errors=True)
         unchecked.replace(final)
         path = job.run.path / "search" / "result.json"
