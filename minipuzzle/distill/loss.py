@@ -58,10 +58,15 @@ def top_words(log_p_nV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     return words, log_p, log_p_nV.scatter(-1, words, -torch.inf).logsumexp(-1)
 
 
-def chunk_tokens(head_VD: torch.Tensor) -> int:
+def chunk_tokens(vocab_size: int, device: torch.device) -> int:
     """Tokens of a chunk: logits of about 2 MB on CPU, which stay in the cache, 1 GB elsewhere. At least 64, since the
     head and its gradient are read once a chunk."""
-    return max(64, (2**19 if head_VD.device.type == "cpu" else 2**28) // len(head_VD))
+    return max(64, (2**19 if device.type == "cpu" else 2**28) // vocab_size)
+
+
+def loss_kernel(vocab_size: int, device: torch.device) -> str:
+    """What computes the loss, for run.json. Liger's was slower on CPU (docs/results.md) and was not tried on a GPU."""
+    return f"minipuzzle, {chunk_tokens(vocab_size, device)} tokens at a time"
 
 
 def _kl_chunk(log_q: torch.Tensor, target: Target, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,7 +148,7 @@ def distillation_loss(hidden_nD: torch.Tensor, head_VD: torch.Tensor, target: Ta
     scale is 0 is not computed: its sum is 0.
     """
     loss, sums = _ChunkedLoss.apply(hidden_nD, head_VD, target, labels_n, temperature, kl_scale,  # type: ignore[no-untyped-call]
-                                    lm_scale, chunk or chunk_tokens(head_VD))
+                                    lm_scale, chunk or chunk_tokens(len(head_VD), head_VD.device))
     return loss, sums
 
 

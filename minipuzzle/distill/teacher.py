@@ -136,7 +136,7 @@ def _top(teacher: Teacher, blocks: Blocks, number: int, temperature: float, top_
     assert target.hidden_nD is not None
     assert target.head_VD is not None
     parts: list[list[torch.Tensor]] = []
-    size = chunk_tokens(target.head_VD)
+    size = chunk_tokens(len(target.head_VD), target.head_VD.device)
     for i in range(0, len(target.hidden_nD), size):
         log_p = target[i : i + size].log_probs(temperature, torch.float32)
         assert log_p is not None

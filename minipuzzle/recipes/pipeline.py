@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from minipuzzle.core.candidate import to_frame
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.rundir import RunDir, write_atomic, write_json
+from minipuzzle.distill.loss import loss_kernel
 from minipuzzle.distill.precision import check_precision
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.ssd import kernel
@@ -194,4 +195,5 @@ def run_about(job: Job) -> dict[str, Any]:
     return {"schema": 1, "model": str(job.folder.path), "recipe": job.plan.recipe.model_dump(), "seed": job.seed,
             "command": job.command, "versions": versions(), "stages": stage_list(job),
             "device": str(job.device), "ssm_kernel": kernel(job.device),
+            "loss_kernel": loss_kernel(job.plan.parent.vocab_size, job.device),
             "hashes": {"model": job.folder.fingerprint, "tokenizer": job.tokenizer_hash}}
