@@ -239,6 +239,7 @@ def test_a_parent_larger_than_the_memory(finished: Run, model_folder: Path, text
     assert set(loads) == {pruned.path / "model-unchecked"}
     assert (pruned.path / "scores" / "rotation.safetensors").is_file()
     assert pruned.report["samples"].keys() == {"prompt", "pruned", "distilled"}
+    assert any("does not fit into 128 MiB" in warning for warning in pruned.report["warnings"])
     assert small.report["result"]["architecture"] == finished.report["result"]["architecture"]
     for run, keys in ((small, ("loss_sliced", "loss_pruned", "kl_pruned", "loss_distilled", "kl_distilled")),
                       (pruned, ("loss_sliced", "loss_pruned"))):

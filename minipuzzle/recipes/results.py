@@ -14,6 +14,7 @@ import numpy as np
 
 from minipuzzle._version import __version__
 from minipuzzle.core.architecture import Architecture
+from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.candidate import Candidate
 from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores, mamba_selection
 from minipuzzle.distill.loop import read_metrics
@@ -133,6 +134,9 @@ def _warnings(job: Job, gap: float) -> list[str]:
     if gap <= 0:
         out.append("slicing did not raise the loss: the share recovered by distillation is not defined")
     recipe = job.plan.recipe
+    if not job.plan.resident:
+        out.append(f"the parent does not fit into {human_bytes(job.plan.memory_bytes)}: it was read from the disk "
+                   "layer by layer, and wrote no sample")
     for what, asked, got in (("calibration", recipe.calibration.samples, len(job.calibration_ids)),
                              ("evaluation", recipe.evaluation.samples, len(job.evaluation_ids))):
         if got < asked:
