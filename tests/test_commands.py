@@ -77,6 +77,21 @@ def invoke(*arguments: object, code: int = 0) -> Result:
     return result
 
 
+@pytest.mark.parametrize(("arguments", "text"), [
+    (["prun"], "No such command 'prun'"), (["inspect"], "Missing argument 'MODEL'"),
+    (["inspect", "nemotron-h-8b", "--batch", "two"], "'two' is not a valid integer"),
+    (["search", "--budgets", "memory=1GiB"], "No such option '--budgets'"),
+    (["distill", "small"], "Missing option '--teacher'"),
+    (["search", "--model", "nemotron-h-8b", "--budget", "memory=0.5x", "--budget", "memory=0.7x"], "memory is given twice"),
+    (["search", "--model", "nemotron-h-8b", "--budget", "memory=,"], "has no value")])
+def test_wrong_usage_is_one_line(arguments: list[str], text: str) -> None:
+    result = invoke(*arguments, code=2)
+    assert result.stderr.startswith("minipuzzle: ")
+    assert result.stderr.count("\n") == 1
+    assert text in result.stderr
+    assert result.stdout == ""
+
+
 SMALL = ("--set", "calibration.sequence_length=32", "--set", "calibration.samples=4", "--set", "evaluation.samples=4")
 
 
