@@ -109,6 +109,15 @@ def test_evaluate(model_folder: Path, texts: Path) -> None:
     assert "--limit is for --tasks" in invoke(*request, "--limit", 3, code=2).stderr
 
 
+@pytest.mark.parametrize("verb", [["score"], ["distill", "--teacher"]])
+def test_a_refused_request_leaves_nothing_behind(verb: list[str], model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    result = invoke(verb[0], model_folder, *([*verb[1:], model_folder] if verb[1:] else []), "--data", tmp_path / "short.txt",
+                    "-o", tmp_path / "out", *SMALL, code=2)
+    assert "less than one block" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluate_latency(model_folder: Path, texts: Path) -> None:
     request = ("evaluate", model_folder, "--data", texts, *SMALL, "--latency", "--set", "workload.context=16",
                "--set", "workload.batch=2")
