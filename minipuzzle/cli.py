@@ -31,6 +31,12 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            if isinstance(error, click.exceptions.NoArgsIsHelpError):
+                raise
+            click.echo(f"minipuzzle: {' '.join(error.format_message().split())} See "
+                       f"'{(error.ctx or ctx).command_path} --help'.", err=True)
+            sys.exit(error.exit_code)
         except MinipuzzleError as error:
             click.echo(f"minipuzzle: {' '.join(str(error).split())}", err=True)
             sys.exit(error.exit_code)
@@ -52,11 +58,13 @@ def main() -> None:
 
 
 def _pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
-    out = {}
+    out: dict[str, str] = {}
     for value in values:
         key, equals, right = value.partition("=")
         if not equals or not key or not right:
             raise RecipeError(f"{option} {value!r}: write KEY=VALUE")
+        if key.strip() in out:
+            raise RecipeError(f"{option} {key.strip()} is given twice, as {out[key.strip()]} and {right.strip()}")
         out[key.strip()] = right.strip()
     return out
 

@@ -77,6 +77,21 @@ def invoke(*arguments: object, code: int = 0) -> Result:
     return result
 
 
+@pytest.mark.parametrize(("arguments", "text"), [
+    (["prun"], "No such command 'prun'"), (["inspect"], "Missing argument 'MODEL'"),
+    (["inspect", "nemotron-h-8b", "--batch", "two"], "'two' is not a valid integer"),
+    (["search", "--budgets", "memory=1GiB"], "No such option '--budgets'"),
+    (["distill", "small"], "Missing option '--teacher'"),
+    (["search", "--model", "nemotron-h-8b", "--budget", "memory=0.5x", "--budget", "memory=0.7x"], "memory is given twice"),
+    (["search", "--model", "nemotron-h-8b", "--budget", "memory=,"], "has no value")])
+def test_wrong_usage_is_one_line(arguments: list[str], text: str) -> None:
+    result = invoke(*arguments, code=2)
+    assert result.stderr.startswith("minipuzzle: ")
+    assert result.stderr.count("\n") == 1
+    assert text in result.stderr
+    assert result.stdout == ""
+
+
 SMALL = ("--set", "calibration.sequence_length=32", "--set", "calibration.samples=4", "--set", "evaluation.samples=4")
 
 
@@ -92,6 +107,15 @@ def test_evaluate(model_folder: Path, texts: Path) -> None:
     assert "kl " not in text
     assert "exclude" in invoke("score", model_folder, "-v", "-q", code=2).stderr
     assert "--limit is for --tasks" in invoke(*request, "--limit", 3, code=2).stderr
+
+
+@pytest.mark.parametrize("verb", [["score"], ["distill", "--teacher"]])
+def test_a_refused_request_leaves_nothing_behind(verb: list[str], model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    result = invoke(verb[0], model_folder, *([*verb[1:], model_folder] if verb[1:] else []), "--data", tmp_path / "short.txt",
+                    "-o", tmp_path / "out", *SMALL, code=2)
+    assert "less than one block" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_evaluate_latency(model_folder: Path, texts: Path) -> None:

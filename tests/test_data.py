@@ -80,8 +80,20 @@ def test_a_long_text_is_several_documents(tmp_path: Path) -> None:
     assert len({name for name, _ in found}) == len(found)
     assert all(piece.endswith("\n") for _, piece in found)
     assert all(len(piece) <= 2 * corpus.PIECE + 300 for _, piece in found)
-    (tmp_path / "one-line.txt").write_text("y" * 100_000)
-    assert "".join(piece for _, piece in documents(str(tmp_path / "one-line.txt"))) == "y" * 100_000
+
+
+@pytest.mark.parametrize("text", ["a line\n" * 1000, "words " * 1000, "words " * 20_000, "y" * 100_000])
+def test_a_text_that_is_all_there_is_has_a_part_to_hold_out(tmp_path: Path, text: str) -> None:
+    """Also on one line, and also where it is short; beside other files a short one stays whole."""
+    (tmp_path / "text.txt").write_text(text)
+    for source in (tmp_path / "text.txt", tmp_path):
+        found = list(documents(str(source)))
+        assert "".join(piece for _, piece in found) == text
+        assert len({name for name, _ in found}) == len(found) >= 3
+        assert max(len(piece) for _, piece in found) <= 2 * corpus.PIECE
+        assert all(piece[-1] in " \ny" for _, piece in found)
+    (tmp_path / "more.txt").write_text("another")
+    assert (len(list(documents(str(tmp_path)))) == 2) == (len(text) < 2 * corpus.PIECE)
 
 
 def test_the_standard_library() -> None:

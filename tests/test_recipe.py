@@ -108,6 +108,12 @@ def test_unknown_keys(line: str, text: str) -> None:
     ("distillation: {temperature: 0}", "distillation.temperature"),
     ("scores: {layer_metric: mean}", "scores.layer_metric = 'mean'"), ("scores: {confidence: 2}", "scores.confidence"),
     ("workload: {precision: fp3}", "workload.precision = 'fp3'"), ("workload: {keep_16bit: [norms]}", "keep_16bit"),
+    ("distillation: {learning_rate: .inf}", "distillation.learning_rate = inf"),
+    ("budget: {memory: -3}", "'-3' is not a size"), ("budget: {params: '1B,many'}", "'many' is not a size"),
+    ("budget: {memory: 1.5x}", "at most 1x"), ("budget: {memory: ','}", "has no value"),
+    ("space: {drop_ffn: [3, 1]}", "low 3 is above high 1"), ("space: {ffn_size: [1x, 0.5x]}", "low 1x is above high 0.5x"),
+    ("space: {drop_ffn: [0, 4, 0]}", "the step 0 must be"), ("space: {drop_ffn: [-1, 4]}", "-1 is below the least"),
+    ("space: {drop_ffn: []}", "write a number, [low, high]"), ("space: {drop_ffn: some}", "'some' is neither an integer"),
     ("workload: {batch: 0}", "workload.batch"), ("recipe: 2", "recipe"), ("space: {hidden_size: {a: 1}}", "space.hidden_size"),
 ])
 def test_bad_values(line: str, text: str) -> None:

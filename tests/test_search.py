@@ -285,6 +285,31 @@ def test_round_up_reads_back_as_at_least_as_much(key, value):
     assert value <= limit <= value * 1.0011 + 1
 
 
+@pytest.mark.parametrize(("column", "change"), [
+    ("kl", ""), ("kl", "none"), ("order", 9), ("order", "first"), ("mse_stderr", "none"), ("note", "a word")])
+def test_a_column_that_is_not_asked_for_is_ignored(tmp_path, column, change):
+    """Another's `order` too, which is not the one that iterative scoring writes."""
+    rows = [{"layer": i, "kind": kind, "mse": i + 0.5} for i, kind in enumerate(PARENT.pattern)]
+    space, limits = resolve_space({"drop_ffn": [0, 2]}, PARENT), budget(params="1x")
+    found = []
+    for extra in ({}, {column: change}):
+        pd.DataFrame([row | extra for row in rows[:1]] + [row | dict.fromkeys(extra, 1) for row in rows[1:]]).to_csv(
+            tmp_path / "given.csv", index=False)
+        found.append(search_architectures(PARENT, space, limits, Workload(), LayerScores.read(tmp_path / "given.csv")))
+    assert [c.kept_layers for c in found[0].candidates] == [c.kept_layers for c in found[1].candidates]
+    assert len(found[1].candidates) == 3
+
+
+@pytest.mark.parametrize(("line", "match"), [("0,,1", "layer 0 has no kind"), ("0,M,", "1 values of mse are not finite"),
+                                             ("0,M,high", "1 values of mse are not finite")])
+def test_a_damaged_score_file(tmp_path, line, match):
+    text = "\n".join(["layer,kind,mse", line, *(f"{i},{kind},1" for i, kind in enumerate(PARENT.pattern) if i)])
+    (tmp_path / "given.csv").write_text(text)
+    with pytest.raises(CorruptArtifact, match=match):
+        search_architectures(PARENT, resolve_space({}, PARENT), budget(params="1x"), Workload(),
+                             LayerScores.read(tmp_path / "given.csv"))
+
+
 def test_wrong_requests():
     space, limits = resolve_space({"hidden_size": [16, 48]}, PARENT), budget(params="1x")
     good = layer_scores(PARENT.pattern, [1.0] * 9)

@@ -424,6 +424,13 @@ def test_a_weight_that_is_not_a_number_is_corrupt(tmp_path: Path, value: float) 
         Model.load(folder)
 
 
+def test_quantised_weights_are_told_before_they_are_read(tmp_path: Path) -> None:
+    weights = trained_like(ARCH)
+    weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.float8_e4m3fn)
+    with pytest.raises(UnsupportedModel, match=r"lm_head\.weight is F8_E4M3"):
+        open_model(write_folder(tmp_path / "model", weights=weights))
+
+
 def test_no_weights_or_no_config(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

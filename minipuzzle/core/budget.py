@@ -117,6 +117,18 @@ class Budget:
         return {key: {"limit": limit, "asked": dict(self.texts)[key]} for key, limit in self.limits}
 
 
+def split_sweep(text: str) -> list[str]:
+    """The values of a budget, each once: "0.5x, 0.6x" -> ["0.5x", "0.6x"].
+
+    Raises:
+        RecipeError: there is none.
+    """
+    values = [value for value in dict.fromkeys(part.strip() for part in text.split(",")) if value]
+    if not values:
+        raise RecipeError(f"budget {text!r} has no value; write for example 0.5x, or 0.5x,0.6x for a sweep")
+    return values
+
+
 def human_bytes(count: float) -> str:
     """1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

@@ -90,7 +90,7 @@ class RunDir:
 
     def discard_unused(self) -> None:
         """Remove the run if no stage of it was ever finished: a refused request leaves nothing behind."""
-        if not any((self.path / "stages").iterdir()):
+        if self._lock is not None and not any((self.path / "stages").iterdir()):
             shutil.rmtree(self.path)
 
     def clear(self) -> None:

@@ -32,7 +32,7 @@ class LayerScores:
     interactions: dict[str, np.ndarray] = field(default_factory=dict)
 
     def metric(self, name: str) -> np.ndarray:
-        """[layers] of a metric; larger is more important.
+        """[layers] of a metric; larger is more important. NaN where the table holds no number.
 
         Raises:
             RecipeError: the table has no such column.
@@ -41,14 +41,20 @@ class LayerScores:
             have = [c for c in self.table.columns if c in LAYER_METRICS]
             raise RecipeError(f"scores {self.source or 'given'} have no column {name!r}; they have "
                               f"{', '.join(have) or 'no metric'}; choose one with --set scores.layer_metric=NAME")
-        return self.table[name].to_numpy(float)
+        return _numbers(self.table[name])
 
     def stderr(self, name: str) -> np.ndarray:
         """[layers] of the metric's standard error; NaN where it was not measured."""
         column = f"{name}_stderr"
         if column in self.table.columns:
-            return self.table[column].to_numpy(float)
+            return _numbers(self.table[column])
         return np.full(len(self.table), np.nan)
+
+    @property
+    def order(self) -> np.ndarray | None:
+        """[layers] the place in which iterative scoring let each go. It also writes `added`: another's `order` is an
+        extra column."""
+        return _numbers(self.table["order"]) if {"order", "added"} <= set(self.table.columns) else None
 
     @property
     def pattern(self) -> str:
@@ -67,7 +73,7 @@ class LayerScores:
 
         Raises:
             RecipeError: no such file or no such columns.
-            CorruptArtifact: layers that repeat or are missing, or values that are not numbers.
+            CorruptArtifact: layers that repeat or are missing, or have no kind.
         """
         if path.is_dir():
             path = path / "scores" if (path / "scores").is_dir() else path
@@ -84,9 +90,8 @@ class LayerScores:
         table = table.sort_values("layer", kind="stable").reset_index(drop=True)
         if list(table["layer"]) != list(range(len(table))):
             raise CorruptArtifact(f"{path}: layers must be 0 to {len(table) - 1}, each once")
-        for metric in set(LAYER_METRICS) & set(table.columns):
-            if not pd.api.types.is_numeric_dtype(table[metric]) or not np.isfinite(table[metric]).all():
-                raise CorruptArtifact(f"{path}: column {metric} holds something that is not a finite number")
+        if table["kind"].isna().any():
+            raise CorruptArtifact(f"{path}: layer {int(table['kind'].isna().argmax())} has no kind")
         beside = path.parent / INTERACTIONS
         if path.name != "layers.csv" or not beside.is_file():
             return cls(table, str(path))
@@ -97,6 +102,10 @@ class LayerScores:
             return cls(table, str(path), load_file(beside))
         except (SafetensorError, OSError) as error:
             raise CorruptArtifact(f"{beside} cannot be read ({error}); delete it and score again") from None
+
+
+def _numbers(column: pd.Series) -> np.ndarray:
+    return np.asarray(pd.to_numeric(column, errors="coerce"), float)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 blend of several, `stdlib=0.7,my/texts=0.3`, whose weights are shares of the tokens.
 
 A document is (name, text). One in `HELD_OUT_EVERY` documents, chosen by the hash of its name, is set apart for
-evaluation and is never calibrated on or trained on. A long text file counts as several documents, cut at line ends.
+evaluation and is never calibrated on or trained on. A long text file counts as several documents, cut at line ends;
+so does a short one that is all there is, for a part of it must be held out.
 """
 
 from __future__ import annotations
@@ -68,16 +69,15 @@ def documents(source: str) -> Iterator[Document]:
         yield from _stdlib()
         return
     path = Path(source)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _READERS)
-        if not files:
-            raise RecipeError(f"data folder {source} holds no {', '.join(_READERS)} file; name a folder that does")
-        for file in files:
-            yield from _READERS[file.suffix](file, str(file.relative_to(path)))
-    elif path.is_file():
-        yield from _READERS.get(path.suffix, _text)(path, path.name)
-    else:
+    if not path.exists():
         yield from _hub(source)
+        return
+    files = sorted(p for p in path.rglob("*") if p.suffix in _READERS) if path.is_dir() else [path]
+    if not files:
+        raise RecipeError(f"data folder {source} holds no {', '.join(_READERS)} file; name a folder that does")
+    for file in files:
+        name, reader = str(file.relative_to(path)) if path.is_dir() else file.name, _READERS.get(file.suffix, _text)
+        yield from _text(file, name, least=4) if reader is _text and len(files) == 1 else reader(file, name)
 
 
 def has_end(source: str) -> bool:
@@ -111,15 +111,17 @@ def _stdlib() -> Iterator[Document]:
                 yield str(path.relative_to(root).as_posix()), path.read_text(encoding="utf-8", errors="replace")
 
 
-def _text(path: Path, name: str) -> Iterator[Document]:
+def _text(path: Path, name: str, least: int = 1) -> Iterator[Document]:
+    """In pieces of PIECE to 2 PIECE characters; shorter ones where there would be fewer than about `least`."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); data files are .txt, .md, .py, "
                           ".jsonl or .parquet") from None
-    start = 0
-    while len(text) - start > 2 * PIECE:
-        end = text.find("\n", start + PIECE) + 1 or len(text)
+    start, piece = 0, PIECE if least == 1 else min(PIECE, max(1, len(text) // least))
+    while len(text) - start > 2 * piece:
+        first, last = start + piece, start + 2 * piece
+        end = text.find("\n", first, last) + 1 or text.find(" ", first, last) + 1 or last
         yield f"{name}#{start}", text[start:end]
         start = end
     if start < len(text):

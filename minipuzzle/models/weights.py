@@ -31,6 +31,7 @@ SHARD_BYTES = 5 * 10**9
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
               "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json",
               "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+_DTYPES = ("F64", "F32", "F16", "BF16")
 _TYPOS = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # transformers 5.14 wrote this
 
 
@@ -140,7 +141,11 @@ def open_model(path: Path) -> ModelFolder:
                     if name.startswith("mtp."):
                         continue  # multi-token prediction: not part of the model, as in transformers
                     found[name] = (shard, stored)
-                    shapes[name] = tuple(file.get_slice(stored).get_shape())
+                    weight = file.get_slice(stored)
+                    shapes[name] = tuple(weight.get_shape())
+                    if weight.get_dtype() not in _DTYPES:
+                        raise UnsupportedModel(f"{shard}: {name} is {weight.get_dtype()}, not one of "
+                                               f"{', '.join(_DTYPES)}; prune the model before it is quantised")
         except (SafetensorError, OSError) as error:
             raise CorruptArtifact(f"{shard} cannot be read ({error}); fetch the file again") from None
     wanted = family.shapes(arch)

@@ -190,7 +190,7 @@ class Job:
         if not changed:
             return
         if not redo:
-            lines = [line for found in changed.values() for line in found if not line.startswith("after:")]
+            lines = dict.fromkeys(line for found in changed.values() for line in found if not line.startswith("after:"))
             raise RecipeError(f"{self.run.path} was made with other settings ({'; '.join(lines)}); stages to make "
                               f"again: {', '.join(changed)}. Use --redo for these, --fresh for all, or another -o")
         for name in changed:

@@ -20,7 +20,7 @@ import pandas as pd
 
 from minipuzzle._version import __version__
 from minipuzzle.core.architecture import Architecture
-from minipuzzle.core.budget import Budget, Workload
+from minipuzzle.core.budget import Budget, Workload, split_sweep
 from minipuzzle.core.candidate import Candidate, to_frame
 from minipuzzle.core.config import read_config
 from minipuzzle.core.cost import cost
@@ -154,13 +154,11 @@ def sweep(budget: Mapping[str, str]) -> list[dict[str, str]]:
     Raises:
         RecipeError: two keys list several.
     """
-    several = [key for key, text in budget.items() if "," in text]
+    several = [key for key, text in budget.items() if len(split_sweep(text)) > 1]
     if len(several) > 1:
         raise RecipeError(f"budgets {' and '.join(several)} list several values each; sweep one at a time")
-    if not several:
-        return [dict(budget)]
-    values = dict.fromkeys(text.strip() for text in budget[several[0]].split(","))
-    return [dict(budget) | {several[0]: value} for value in values if value]
+    single = {key: split_sweep(text)[0] for key, text in budget.items()}
+    return [single | {several[0]: value} for value in split_sweep(budget[several[0]])] if several else [single]
 
 
 def _read(path: Path, missing: str) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from minipuzzle.core.budget import BUDGET_KEYS, Workload, parse_quantity
+from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload, parse_quantity, split_sweep
 from minipuzzle.core.errors import RecipeError
+from minipuzzle.search.space import check_range
 
 
 def _quantity(value: Any, units: str) -> int:
@@ -43,7 +44,7 @@ Text = Annotated[str, BeforeValidator(str), PlainSerializer(str), _WRITTEN]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class WorkloadSection(_Section):
@@ -219,14 +220,23 @@ def _validate(data: dict[str, Any], origin: str, lines: dict[tuple[Any, ...], in
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(_explain(error, origin, lines)) from None
-    try:
-        recipe.workload.build()
-    except RecipeError as error:
-        raise RecipeError(f"{_where(origin, lines, ('workload', 'keep_16bit'))}: {error}") from None
     unknown = [key for key in recipe.budget if key not in BUDGET_KEYS]
     if unknown:
         raise RecipeError(f"{_where(origin, lines, ('budget', unknown[0]))}: unknown budget {unknown[0]!r}"
                           f"{_suggest(unknown[0], list(BUDGET_KEYS))}; known: {', '.join(BUDGET_KEYS)}")
+    # what is wrong for every parent
+    path: tuple[str, ...] = ("workload", "keep_16bit")
+    try:
+        recipe.workload.build()
+        for axis, value in recipe.space.model_dump(exclude_none=True).items():
+            path = ("space", axis)
+            check_range(axis, value)
+        for key, text in recipe.budget.items():
+            path = ("budget", key)
+            for value in split_sweep(text):
+                Budget.parse({key: value}, dict.fromkeys((cost for cost, _ in BUDGET_KEYS.values()), 1))
+    except RecipeError as error:
+        raise RecipeError(f"{_where(origin, lines, path)}: {error}") from None
     return recipe
 
 

@@ -71,6 +71,9 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
         job.reporter.say(job.plan.passes())
         for stage in (stages.tokenize_data, stages.score, stages.curves):
             stage(job)
+    except RecipeError:
+        job.run.discard_unused()
+        raise
     finally:
         job.run.close()
         job.ranks.close()
@@ -191,6 +194,9 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
             unchecked.replace(final)
             shutil.copyfile(state / "metrics.jsonl", job.run.path / "metrics.jsonl")
         before, after, teacher_loss = ranks.broadcast((before, after, teacher_loss))
+    except RecipeError:
+        job.run.discard_unused()
+        raise
     finally:
         job.run.close()
         ranks.close()

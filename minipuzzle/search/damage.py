@@ -75,7 +75,7 @@ def predict(parent: Architecture, space: Space, scores: LayerScores | None, curv
                               f"{scores.pattern}, the parent has {parent.num_layers} {parent.pattern}")
         values_L, stderr_L = scores.metric(metric), scores.stderr(metric)
         _check_finite(values_L, f"scores {scores.source or 'given'}", metric)
-        order_L = scores.table["order"].to_numpy(float) if "order" in scores.table else None
+        order_L = scores.order
     if damage != "additive":
         pairs_LL = _interactions(scores, metric, damage == "quadratic")
     orders = tuple(drop_order(parent, kind, values_L, order_L) for kind in KINDS)

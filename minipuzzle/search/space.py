@@ -135,21 +135,36 @@ def resolve_space(spec: Mapping[str, Sequence[int | str] | int | str | None], pa
     return Space(**points)
 
 
+def check_range(name: str, value: Any) -> list[int | Fraction]:
+    """[low, high] or [low, high, step] of a range as a recipe writes it: integers, and Fractions of the parent.
+
+    Raises:
+        RecipeError: something that is no range of any parent.
+    """
+    entries = list(value) if isinstance(value, list | tuple) else [value, value]
+    if len(entries) not in (2, 3):
+        raise RecipeError(f"space.{name} {value!r}: write a number, [low, high] or [low, high, step]")
+    found = [_entry(name, entry) for entry in entries]
+    low, high = found[:2]
+    if type(low) is type(high) and low > high:
+        raise RecipeError(f"space.{name} {value!r}: low {entries[0]} is above high {entries[1]}")
+    if min(low, high) < 0:
+        raise RecipeError(f"space.{name} {value!r}: {min(low, high)} is below the least, 0")
+    if len(found) == 3 and found[2] <= 0:
+        raise RecipeError(f"space.{name} {value!r}: the step {entries[2]} must be at least 1")
+    return found
+
+
 def _points(axis: Axis, value: Any) -> tuple[int, ...]:
     """All values of one axis, ascending."""
     if value is None:
         return (0,) if axis.is_drop else (axis.whole,)
-    entries = list(value) if isinstance(value, list | tuple) else [value, value]
-    if len(entries) not in (2, 3):
-        raise RecipeError(f"space.{axis.name} {value!r}: write a number, [low, high] or [low, high, step]")
-    low, high = (_number(axis, entry) for entry in entries[:2])
-    step = _number(axis, entries[2]) if len(entries) == 3 else 1 if axis.is_drop else axis.relative(Fraction(1, 8))
-    if len(entries) == 3 and axis.is_drop and isinstance(entries[2], str):
-        step = max(1, step)  # "0.1x" of 4 layers is a step of one, not of none
+    found = check_range(axis.name, value)
+    low, high, *steps = (axis.relative(entry) if isinstance(entry, Fraction) else entry for entry in found)
     if low > high:
         raise RecipeError(f"space.{axis.name} {value!r}: low {low} is above high {high}")
-    if step < 1:
-        raise RecipeError(f"space.{axis.name} {value!r}: the step {step} must be at least 1")
+    # "0.1x" of 4 layers is a step of one, not of none
+    step = max(1, *steps) if steps else 1 if axis.is_drop else axis.relative(Fraction(1, 8))
     high = _within(axis, low, high)
     points = sorted({*range(low, high + 1, step), high})
     wrong = [point for point in points if point % axis.divisor]
@@ -174,15 +189,15 @@ def _within(axis: Axis, low: int, high: int) -> int:
     return min(high, axis.most)
 
 
-def _number(axis: Axis, entry: Any) -> int:
+def _entry(name: str, entry: Any) -> int | Fraction:
     """One end or step: an integer as it is, or "0.5x" of the parent."""
     match = _RELATIVE.fullmatch(entry) if isinstance(entry, str) else None
     if match:
-        return axis.relative(Fraction(match[1]))
+        return Fraction(match[1])
     try:
         if isinstance(entry, bool | float):
             raise ValueError
         return int(entry)
     except (TypeError, ValueError):
-        raise RecipeError(f"space.{axis.name}: {entry!r} is neither an integer nor a part of the parent "
+        raise RecipeError(f"space.{name}: {entry!r} is neither an integer nor a part of the parent "
                           "such as 0.5x") from None
