@@ -69,15 +69,23 @@ class Plan:
     def resident(self, memory_bytes: int | None) -> bool:
         """Whether a scoring pass holds the parent in memory: in float32, twice if it is rotated."""
         copies = 2 if self.recipe.surgery.hidden == "rotate" else 1
-        return 4 * self.parent_cost.parameters * copies + 2**30 <= (memory_bytes or machine_memory())
+        return 4 * self.parent_cost.parameters * copies + 2**30 <= _given(memory_bytes)
 
     def stream_bytes(self, memory_bytes: int | None) -> int | None:
-        """Memory for the streams of a scoring pass; None: what is fastest."""
+        """Memory for the streams of a scoring pass; None: what is fastest.
+
+        Raises:
+            ResourceError: less memory than the layers take that are held at once.
+        """
         if self.resident(memory_bytes):
             return None
-        arch = self.parent
+        arch, given = self.parent, _given(memory_bytes)
         largest = max(sum(block_parameters(arch, kind, max(arch.ffn_sizes, default=0))) for kind in set(arch.pattern))
-        return max(1, (memory_bytes or machine_memory()) // 2 - 3 * 4 * largest)
+        layers = 3 * 4 * largest
+        if given < layers:
+            raise ResourceError(f"scoring holds up to three layers in float32, {human_bytes(layers)} of this model; "
+                                f"there is {human_bytes(given)} to use: give more with --memory")
+        return max(1, given // 2 - layers)
 
     def enough(self, source: str) -> dict[str, int] | None:
         """Tokens of each split that the recipe needs at most of a source without an end; None: read all of it."""
@@ -95,7 +103,7 @@ class Plan:
         count = -(-c.samples // size)
         return (f"{c.samples} samples of {c.sequence_length} tokens, {size} at a time, in {count} "
                 f"pass{'es' if count > 1 else ''} over the weights ({human_bytes(4 * self.parent_cost.parameters)} in "
-                f"float32), {where}; {human_bytes(memory_bytes or machine_memory())} to use")
+                f"float32), {where}; {human_bytes(_given(memory_bytes))} to use")
 
     def stage_inputs(self, model: str, tokenizer: str, seed: int,
                      candidate: str | None = None) -> dict[str, dict[str, Any]]:
@@ -197,6 +205,9 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True) ->
     if d.batch_tokens < d.sequence_length:
         raise RecipeError(f"distillation.batch_tokens {d.batch_tokens} is less than one sequence of "
                           f"{d.sequence_length} tokens; raise it or lower distillation.sequence_length")
+    if d.top_k > parent.vocab_size:
+        raise RecipeError(f"distillation.top_k {d.top_k} is more than the model's {parent.vocab_size} words; 0 takes "
+                          "all")
     workload = recipe.workload.build()
     parent_cost = cost(parent, workload)
     budget = Budget.parse(recipe.budget, parent_cost.to_json())
@@ -255,6 +266,10 @@ def machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def _given(memory_bytes: int | None) -> int:
+    return machine_memory() if memory_bytes is None else memory_bytes
+
+
 def check_memory(plan: Plan, device: torch.device) -> None:
     """Room for the parent (twice where it is rotated) and a student, with gradient and two moments where it is
     trained, all float32; and for a refit: the streams, and the Gram matrix of one block, eigenvectors in float64.
@@ -276,7 +291,7 @@ def check_memory(plan: Plan, device: torch.device) -> None:
 
 def _matmul_flops_per_second(arch: Architecture) -> float:
     """The fastest of some matrix products of the model's own shape: what another process takes does not count."""
-    tokens, hidden, wide = 2048, arch.hidden_size, max(*arch.ffn_sizes, arch.mamba_inner)
+    tokens, hidden, wide = 2048, arch.hidden_size, writer_inputs(arch)
     x, w = torch.randn(tokens, hidden), torch.randn(wide, hidden)
     x @ w.T
     best, end = float("inf"), time.perf_counter() + 0.3
