@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -43,6 +45,7 @@ from minipuzzle.surgery.gate import reload_gate
 def _job(folder: ModelFolder, recipe: Recipe, output: Path, seed: int, device: str, reporter: Reporter,
          command: str, memory_bytes: int | None = None) -> Job:
     plan = make_plan(folder.arch, recipe, need_budget=False)
+    plan.stream_bytes(memory_bytes)  # refused before anything is written
     ranks = open_ranks(find_device(device))
     run = RunDir(output) if ranks.main else None
     ranks.barrier()  # the folder is there
@@ -83,6 +86,8 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
 
     With `speed` also latency, at the recipe's context and batch; with `task_names` also lm-eval's results.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RecipeError("evaluate runs in one process; start it without torchrun")
     if task_names:
         check_tasks(list(task_names))
     folder = open_model(find_model(model))
@@ -103,12 +108,20 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
                            "tokens": reference.ids.numel()}
     alone = ("loss", "loss_stderr", "accuracy")
     out |= {k: v for k, v in found.items() if teacher is not None or k in alone}
-    out |= {"loss_per_byte": found["loss"] / bytes_per_token, "perplexity": float(torch.tensor(found["loss"]).exp())}
+    out |= {"loss_per_byte": found["loss"] / bytes_per_token, "perplexity": _perplexity(found["loss"])}
     if speed:
         out["latency"] = latency(folder.path, device, recipe.workload.context, recipe.workload.batch)
     if task_names:
         out["tasks"] = tasks(folder.path, list(task_names), device, limit)
     return out
+
+
+def _perplexity(loss: float) -> float | None:
+    """None where no float holds it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None
 
 
 def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir: Path, seed: int, device: str,
