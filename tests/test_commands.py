@@ -176,6 +176,9 @@ def test_progress_line_by_line_without_a_terminal(monkeypatch: pytest.MonkeyPatc
     slow = spoken(monkeypatch, False, 30)
     assert len(slow) == 6
     assert slow[0].startswith("[1/2] score: 20% after 60 s layer 2")
+    # the first update came after 30 s; 1/10 takes 30 s
+    assert slow[0].endswith("ETA 240 s")
+    assert slow[3].endswith("after 240 s layer 8, ETA 60 s")
     assert len(spoken(monkeypatch, True, 3)) == 6
 
 

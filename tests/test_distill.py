@@ -280,5 +280,5 @@ def test_a_state_of_another_student_is_corrupt(tmp_path: Path) -> None:
 
 def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
     train(tmp_path, stop_at_tokens=4 * STEP_TOKENS)
-    with pytest.raises(RecipeError, match="other settings"):
+    with pytest.raises(RecipeError, match=r"other settings \(learning_rate: 0.003 -> 0.001\); go on with those"):
         train(tmp_path, settings=TrainSettings(tokens=STEPS * STEP_TOKENS, batch_tokens=STEP_TOKENS, learning_rate=1e-3, seed=5))

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.rundir import changes
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill import state
 from minipuzzle.distill.loss import NO_LABEL, Target, cosine_loss, distillation_loss, next_tokens
@@ -189,8 +190,9 @@ class Trainer:
         if found is None:
             return
         path, about = found
-        if about["settings"] != self.settings.resumable():
-            raise RecipeError(f"{path} was trained with other settings; delete it to train again from the start")
+        if different := changes(about["settings"], self.settings.resumable()):
+            raise RecipeError(f"{path} was trained with other settings ({'; '.join(different)}); go on with those, or "
+                              "delete it to train again from the start")
         moments = self._moments()
         state.load(path, self._weights() | moments)
         self.pupil.step, self.pupil.skipped, self.pupil.best = about["step"], about["skipped"], about["best"]

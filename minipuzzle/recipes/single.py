@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.rundir import RunDir, digest, write_json
+from minipuzzle.core.rundir import RunDir, digest, write_atomic, write_json
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loop import distill_model
@@ -152,9 +152,17 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
     tracker = open_tracker(track, output_dir)
     job = _job(big, recipe, output_dir, seed, device, reporter, command)
     ranks = job.ranks
+    # what decides the numbers: another student, teacher, data or setting is another run of training
+    what = {"student": small.fingerprint, "teacher": big.fingerprint, "tokens": job.inputs["tokenize"], "seed": seed,
+            "distillation": d.model_dump(exclude={"activation_checkpointing", "tournament_tokens"})}
+    state = job.run.path / "distillation" / digest(what)
     try:
         if ranks.main:
+            if different := job.run.differences("distill", what):
+                raise RecipeError(f"{output_dir} distils with other settings ({'; '.join(different)}); with those the "
+                                  "same command continues, with another -o it starts anew")
             write_json(job.run.path / "run.json", run_about(job) | {"student": small.fingerprint})
+            job.run.commit("distill", what, [], 0.0)  # from its first step on it is this and no other
         job.reporter.start({"tokenize": 5.0, "cache": 30.0 if cache_teacher else 0.0, "distill": 100.0})
         stages.tokenize_data(job)
         blocks, settings = stages.training_blocks(job), stages.settings(job)
@@ -178,14 +186,13 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
             written = ((n, p.detach().to(dtypes[n]).float()) for n, p in s.parameters_by_name().items())
             return _measure(Model.build(s.family, s.arch, written), reference, job)
 
-        # another student, teacher, data or setting is another run of training
-        key = digest([small.fingerprint, job.inputs["tokenize"], big.fingerprint, d.model_dump(), seed])
-        state = job.run.path / "distillation" / key
+        if ranks.main:
+            stages.show_metrics(job, state)
         with job.reporter.stage("distill", d.tokens) as update:
             done = distill_model(pupil, source, blocks, settings, state, layers=layers, ranks=ranks,
                                  evaluate=evaluate, track=tracker if ranks.main else lambda row: None,
                                  evaluate_every=max(1, settings.steps(d.sequence_length) // stages.EVALUATIONS),
-                                 progress=lambda tokens, loss: update(tokens, f"loss {loss:.3f}"))
+                                 progress=lambda tokens, loss: update(tokens, f"{tokens:,} tokens, loss {loss:.3f}"))
         weights = {n: whole(p.detach()).to(dtypes[n]) for n, p in pupil.parameters_by_name().items()}
         after = teacher_loss = None
         final = job.run.path / "model"
@@ -197,7 +204,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
             teacher_loss = None if reference is None else measure(job.model, reference)["loss"]
             shutil.rmtree(final, ignore_errors=True)
             unchecked.replace(final)
-            shutil.copyfile(state / "metrics.jsonl", job.run.path / "metrics.jsonl")
+            write_atomic(job.run.path / "metrics.jsonl", (state / "metrics.jsonl").read_text())
         before, after, teacher_loss = ranks.broadcast((before, after, teacher_loss))
     finally:
         job.run.close()
