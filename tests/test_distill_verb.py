@@ -198,6 +198,9 @@ def test_from_a_cache_the_teacher_stays_on_disk(small: Path, model_folder: Path,
         distill(small, model_folder, texts, tmp_path / "third", cache_teacher=cache)
     with pytest.raises(RecipeError, match=r"cache of something else .*top_k 300, not 8"):
         distill(small, model_folder, texts, tmp_path / "fourth", "distillation.top_k=8", cache_teacher=cache)
+    # what was refused before its first step binds nobody
+    fourth = distill(small, model_folder, texts, tmp_path / "fourth", "distillation.top_k=300", cache_teacher=cache)
+    assert fourth["loss"] == first["loss"]
 
 
 def test_streams_need_to_know_the_layers(small: Path, model_folder: Path, texts: Path, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ class Trainer:
     def evaluate(self, evaluate: Callable[[HybridLM], dict[str, float]], row: Row) -> None:
         """Add what `evaluate` finds to the row; keep the weights if they are the best so far."""
         found = evaluate(self.pupil.student)
-        row |= {f"eval_{k}": v for k, v in found.items()}
+        row |= {f"eval_{k}": _number(v) for k, v in found.items()}
         grade = found.get("kl", found.get("loss", math.nan))
         if grade < self.pupil.best.get("grade", math.inf):
             self.pupil.best = {"step": self.pupil.step, "grade": grade}

@@ -162,7 +162,6 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
                 raise RecipeError(f"{output_dir} distils with other settings ({'; '.join(different)}); with those the "
                                   "same command continues, with another -o it starts anew")
             write_json(job.run.path / "run.json", run_about(job) | {"student": small.fingerprint})
-            job.run.commit("distill", what, [], 0.0)  # from its first step on it is this and no other
         job.reporter.start({"tokenize": 5.0, "cache": 30.0 if cache_teacher else 0.0, "distill": 100.0})
         stages.tokenize_data(job)
         blocks, settings = stages.training_blocks(job), stages.settings(job)
@@ -187,6 +186,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
             return _measure(Model.build(s.family, s.arch, written), reference, job)
 
         if ranks.main:
+            job.run.commit("distill", what, [], 0.0)  # from its first step on it is this training and no other
             stages.show_metrics(job, state)
         with job.reporter.stage("distill", d.tokens) as update:
             done = distill_model(pupil, source, blocks, settings, state, layers=layers, ranks=ranks,
