@@ -21,6 +21,8 @@ from minipuzzle.core.budget import human_bytes, human_count, parse_quantity
 from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from minipuzzle.recipes.progress import Reporter
     from minipuzzle.recipes.schema import Recipe
 
@@ -54,7 +56,7 @@ def main() -> None:
     minipuzzle prune                                  the bundled model to half its memory
     minipuzzle prune FOLDER --budget memory=8GiB      your own
     """
-    interrupt.install()
+    interrupt.install(keeps=False)
 
 
 def _pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
@@ -114,6 +116,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
         if verbose and quiet:
             raise RecipeError("-v and -q exclude each other")
+        interrupt.install(keeps=True)
         return command(reporter=Reporter() if quiet else Terminal(verbose=verbose), **rest)
 
     for option in (
@@ -131,6 +134,11 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _print(data: Any, as_json: bool, lines: list[str]) -> None:
     click.echo(json.dumps(data, indent=1, allow_nan=False) if as_json else "\n".join(lines))
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows with all their digits; a number that is not there is null."""
+    return [{str(k): None if v != v else v for k, v in row.items()} for row in table.to_dict("records")]
 
 
 def _given(*names: str) -> list[str]:
@@ -239,7 +247,7 @@ def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device
     path, table = single.score(model, recipe, output_dir, seed, device, reporter, _command(), memory_bytes)
     if os.environ.get("RANK", "0") != "0":
         return
-    _print({"path": str(path), "layers": json.loads(table.to_json(orient="records"))}, as_json,
+    _print({"path": str(path), "layers": _records(table)}, as_json,
            [table.to_string(index=False), f"scores      {path}"])
 
 

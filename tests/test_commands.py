@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import click
+import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from minipuzzle.cli import main
 from minipuzzle.recipes import progress
@@ -118,6 +122,45 @@ def test_a_refused_request_leaves_nothing_behind(verb: list[str], model_folder: 
     assert not (tmp_path / "out").exists()
 
 
+def test_numbers_of_any_size(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    """A perplexity that no float holds is null; scores keep their digits."""
+    odd = shutil.copytree(model_folder, tmp_path / "odd")
+    weights = load_file(model_folder / "model.safetensors")
+    weights["lm_head.weight"] *= 500
+    weights["backbone.layers.8.mixer.down_proj.weight"] *= 1e-6
+    save_file(weights, odd / "model.safetensors", metadata={"format": "pt"})
+    data = json.loads(invoke("evaluate", odd, "--data", texts, *SMALL, "--json").stdout)
+    assert data["loss"] > 710
+    assert data["perplexity"] is None
+    found = json.loads(invoke("score", odd, "--data", texts, *SMALL, "-o", tmp_path / "scored", "--json").stdout)["layers"]
+    table = pd.read_csv(tmp_path / "scored" / "scores" / "layers.csv")
+    assert 0 < table.mse[8] < 1e-11
+    assert [row["mse"] for row in found] == list(table.mse)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_evaluate_keeps_nothing_and_stops_at_once(model_folder: Path, texts: Path, signum: int, code: int) -> None:
+    """The signal comes while the model is measured, where nobody reports progress."""
+    script = ("import os, sys\nfrom minipuzzle.evaluate import quality\nfrom minipuzzle.cli import main\n"
+              f"quality.walk = lambda *a: os.kill(os.getpid(), {int(signum)}) or 1 / 0\nmain(sys.argv[1:])")
+    done = subprocess.run([sys.executable, "-c", script, "evaluate", str(model_folder), "--data", str(texts), *SMALL],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "minipuzzle: interrupted\n")
+
+
+def test_evaluate_is_one_process(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in invoke("evaluate", model_folder, code=2).stderr
+
+
+def test_memory_that_no_layer_fits_into_is_refused(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    for memory in ("0", "10KiB"):
+        result = invoke("score", model_folder, "--data", texts, *SMALL, "-o", tmp_path / "out", "--memory", memory, code=6)
+        assert result.stderr.startswith("minipuzzle: scoring holds up to three layers")
+        assert result.stderr.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
 def test_evaluate_latency(model_folder: Path, texts: Path) -> None:
     request = ("evaluate", model_folder, "--data", texts, *SMALL, "--latency", "--set", "workload.context=16",
                "--set", "workload.batch=2")
@@ -157,6 +200,9 @@ def test_progress_line_by_line_without_a_terminal(monkeypatch: pytest.MonkeyPatc
     slow = spoken(monkeypatch, False, 30)
     assert len(slow) == 6
     assert slow[0].startswith("[1/2] score: 20% after 60 s layer 2")
+    # the first update came after 30 s; 1/10 takes 30 s
+    assert slow[0].endswith("ETA 240 s")
+    assert slow[3].endswith("after 240 s layer 8, ETA 60 s")
     assert len(spoken(monkeypatch, True, 3)) == 6
 
 

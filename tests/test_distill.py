@@ -213,9 +213,10 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(trainer, "distillation_loss", poisoned({4, 9}))
     pupil = student()
     seen: list[dict[str, torch.Tensor]] = []
-    done = distill_model(pupil, tiny_model(), blocks(), SETTINGS, tmp_path,
-                         progress=lambda tokens, loss: seen.append(weights(pupil)))
+    done = distill_model(pupil, tiny_model(), blocks(), SETTINGS, tmp_path, evaluate=lambda s: {"loss": math.nan},
+                         evaluate_every=7, progress=lambda tokens, loss: seen.append(weights(pupil)))
     assert done.skipped == 2
+    assert done.best_step is None
     assert done.tokens == STEPS * STEP_TOKENS
     for step in range(1, STEPS):
         same = all(torch.equal(seen[step][n], seen[step - 1][n]) for n in seen[0])
@@ -225,6 +226,7 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path, monkeypatch: pytes
     found = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
              for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in found if row["loss"] is None] == [5, 10]
+    assert [row["step"] for row in found if "eval_loss" in row and row["eval_loss"] is None] == [7, 14, 20]
     assert all(math.isfinite(row["loss"]) for row in found if row["step"] not in (5, 10))
 
 
@@ -280,5 +282,5 @@ def test_a_state_of_another_student_is_corrupt(tmp_path: Path) -> None:
 
 def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
     train(tmp_path, stop_at_tokens=4 * STEP_TOKENS)
-    with pytest.raises(RecipeError, match="other settings"):
+    with pytest.raises(RecipeError, match=r"other settings \(learning_rate: 0.003 -> 0.001\); go on with those"):
         train(tmp_path, settings=TrainSettings(tokens=STEPS * STEP_TOKENS, batch_tokens=STEP_TOKENS, learning_rate=1e-3, seed=5))

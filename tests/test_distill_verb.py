@@ -144,10 +144,27 @@ def test_sigterm_saves_and_the_same_command_goes_on(alone: tuple[Path, dict[str,
     (state,) = tmp_path.glob("out/distillation/*/state.safetensors")
     stopped = read_metrics(state.parent)[-1]["step"]
     assert stopped < 32
+    assert read_metrics(tmp_path / "out") == read_metrics(state.parent)  # there to be watched
     found = distill(small, model_folder, texts, tmp_path / "out")
     assert {k: v for k, v in found.items() if k not in ("path", "seconds")} == {
         k: v for k, v in alone[1].items() if k not in ("path", "seconds")}
     assert (Path(found["path"]) / "model.safetensors").read_bytes() == (alone[0] / "model" / "model.safetensors").read_bytes()
+
+
+def test_other_settings_are_named_and_refused(alone: tuple[Path, dict[str, Any]], small: Path, model_folder: Path,
+                                              texts: Path) -> None:
+    out, first = alone
+    before = (out / "model" / "model.safetensors").read_bytes(), sorted(out.glob("distillation/*"))
+    for more, named in (("learning_rate=0.001", "0.002 -> 0.001"), ("tokens=4k", "2000 -> 4000")):
+        key = more.split("=")[0]
+        with pytest.raises(RecipeError, match=rf"other settings \(distillation.{key}: {named}\); .* another -o"):
+            distill(small, model_folder, texts, out, f"distillation.{more}")
+    with pytest.raises(RecipeError, match="student: "):
+        distill(model_folder, model_folder, texts, out)
+    assert ((out / "model" / "model.safetensors").read_bytes(), sorted(out.glob("distillation/*"))) == before
+    # changes no number
+    again = distill(small, model_folder, texts, out, "distillation.activation_checkpointing=true")
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
 
 
 def test_torchrun(alone: tuple[Path, dict[str, Any]], small: Path, model_folder: Path, texts: Path, tmp_path: Path) -> None:
@@ -181,6 +198,9 @@ def test_from_a_cache_the_teacher_stays_on_disk(small: Path, model_folder: Path,
         distill(small, model_folder, texts, tmp_path / "third", cache_teacher=cache)
     with pytest.raises(RecipeError, match=r"cache of something else .*top_k 300, not 8"):
         distill(small, model_folder, texts, tmp_path / "fourth", "distillation.top_k=8", cache_teacher=cache)
+    # what was refused before its first step binds nobody
+    fourth = distill(small, model_folder, texts, tmp_path / "fourth", "distillation.top_k=300", cache_teacher=cache)
+    assert fourth["loss"] == first["loss"]
 
 
 def test_streams_need_to_know_the_layers(small: Path, model_folder: Path, texts: Path, tmp_path: Path) -> None:

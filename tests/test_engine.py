@@ -37,6 +37,7 @@ from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.partial import Partial
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.evaluate.quality import measure_paths
+from minipuzzle.importance import layers
 from minipuzzle.importance.layers import Scored, score, score_iteratively
 from minipuzzle.importance.racing import Race, looks, toss_ups, undecided
 from minipuzzle.importance.widths import score_widths
@@ -306,6 +307,19 @@ def test_a_walk_starts_where_something_changed(monkeypatch: pytest.MonkeyPatch) 
     score_iteratively(Pass(model, ids), race)
     assert calls.total() == lazy.forwards
     assert lazy.forwards < score_iteratively(Pass(model, ids), race, 0).forwards
+
+
+def test_iterative_keeps_to_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little memory: few variants at a time and no memo; the same order."""
+    model, ids, race = tiny_model(), tokens(4, 25), Race(DROPS, metric="kl")
+    expected = score_iteratively(Pass(model, ids), race).layers.table
+    seen: list[tuple[int, bool]] = []
+    monkeypatch.setattr(layers, "walk", lambda parts, paths, ids, *looks, memo=None: (
+        seen.append((len(paths), memo is None)), walk(parts, paths, ids, *looks, memo=memo))[1])
+    found = score_iteratively(Pass(model, ids, memory_bytes=1), race).layers.table
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-4, atol=1e-6)
+    assert len(seen) > 50
+    assert set(seen) == {(2, True)}  # the full model and one other
 
 
 # stopping, and several processes ---------------------------------------------------------------------------------

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
 
 from minipuzzle import Recipe
 from minipuzzle.cli import main
-from minipuzzle.core.errors import RecipeError
-from minipuzzle.recipes.plan import make_plan
+from minipuzzle.core.errors import RecipeError, ResourceError
+from minipuzzle.recipes.plan import check_memory, make_plan
 from minipuzzle.recipes.schema import json_schema, recipe_text, shipped_recipes
 
 CONTRACT = {
@@ -209,12 +211,34 @@ def test_a_recipe_does_not_change() -> None:
     ({"scores.iterative": True, "scores.racing": True}, "exclude"),
     ({"distillation.hidden_loss_weight": 1.0}, "same size"),
     ({"distillation.batch_tokens": 16, "distillation.sequence_length": 32}, "batch_tokens 16"),
+    ({"distillation.top_k": 98}, "top_k 98 is more than the model's 97 words"),
     ({"space.hidden_size": [8, 64]}, "above the parent's 32"), ({"space.drop_attention": [3, 3]}, "cannot drop 3")])
 def test_a_plan_refuses_what_it_cannot_do(settings: dict[str, Any], message: str) -> None:
     from tiny import ARCH
 
     with pytest.raises(RecipeError, match=message):
         make_plan(ARCH, Recipe().with_overrides(settings=settings))
+
+
+@pytest.mark.parametrize("pattern", ["MM*M", "M-M-", "*-*-", "M", "-", "*"])
+def test_a_plan_of_a_model_without_some_kind_of_layer(pattern: str) -> None:
+    from tiny import ARCH
+
+    plan = make_plan(replace(ARCH, pattern=pattern), Recipe(), need_budget=False)
+    assert all(seconds >= 0 for seconds in plan.estimates().values())
+    assert "in 1 pass over the weights" in plan.passes()
+
+
+def test_memory_for_scoring_is_a_limit() -> None:
+    from tiny import ARCH
+
+    for too_little in (0, 1, 50_000):
+        with pytest.raises(ResourceError, match=r"three layers in float32, [0-9.]+ KiB .* raise --memory"):
+            check_memory(make_plan(ARCH, Recipe(), False, too_little), torch.device("cpu"))
+    little, much = (make_plan(ARCH, Recipe(), False, enough) for enough in (2**20, 2**31))
+    check_memory(little, torch.device("cpu"))
+    assert "layer by layer from disk" in little.passes()
+    assert much.stream_bytes is None
 
 
 def test_the_json_schema_is_as_strict(tmp_path: Path) -> None:

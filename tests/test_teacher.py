@@ -100,6 +100,16 @@ def test_the_cache_is_made_once_and_grows(tmp_path: Path, monkeypatch: pytest.Mo
             cache_teacher(tmp_path, never, blocks(), [0], KEY | change, ALONE)
 
 
+def test_a_folder_with_something_else_is_not_a_cache(tmp_path: Path) -> None:
+    (tmp_path / "teacher.json.tmp").write_text("{")  # killed before the first shard
+    cache_teacher(tmp_path, Asked, blocks(), [0], KEY, ALONE)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    with pytest.raises(RecipeError, match="not empty and not a teacher's cache"):
+        cache_teacher(tmp_path / "mine", Asked, blocks(), [0], KEY, ALONE)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
 def test_a_cache_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teachers, "SHARD_BLOCKS", 4)
 

@@ -1,6 +1,7 @@
 """Stopping cleanly: a signal sets a flag, and the next report of progress raises.
 
-Work stops between two steps, never inside one, so what is saved is whole. A second signal stops at once.
+Work that is kept stops between two steps, never inside one, so what is saved is whole; a second signal stops it at
+once, as the first one does where nothing is kept.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ from minipuzzle.core.errors import MinipuzzleError
 class Interrupted(MinipuzzleError):
     """SIGINT or SIGTERM was received; exit code 130 or 143."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__("interrupted; what is finished is kept, the same command continues")
+    def __init__(self, signum: int, kept: bool = True) -> None:
+        super().__init__("interrupted" + ("; what is finished is kept, the same command continues" if kept else ""))
         self.exit_code = 128 + signum
 
 
 _received: int | None = None
 
 
-def install() -> None:
-    """Take over SIGINT and SIGTERM. Only the command line does this."""
+def install(keeps: bool) -> None:
+    """Take over SIGINT and SIGTERM, for work that is kept or not. Only the command line does this."""
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _remember)
+        signal.signal(signum, _remember if keeps else _stop)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise Interrupted(signum, kept=False)
 
 
 def _remember(signum: int, frame: FrameType | None) -> None:

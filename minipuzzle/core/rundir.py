@@ -149,15 +149,20 @@ class RunDir:
         manifest = self.manifest(stage)
         if manifest is None:
             return []
-        old, new = _flat(manifest["inputs"]), _flat(_plain(inputs))
-        return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys())
-                if old.get(key) != new.get(key)]
+        return changes(manifest["inputs"], _plain(inputs))
 
 
 def _just_begun(path: Path) -> bool:
     """Whether the folder holds nothing but what is there before run.json is."""
     return all(p.name == ".lock" or (p.name == "stages" and p.is_dir() and not any(p.iterdir()))
                for p in path.iterdir())
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`key: old -> new` for each key whose value differs."""
+    old, new = _flat(old), _flat(new)
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)]
 
 
 def digest(inputs: Any) -> str:

@@ -94,11 +94,13 @@ def cache_teacher(folder: Path, teacher: Callable[[], Teacher], blocks: Blocks, 
     `key` says of what the cache is (teacher, data, top_k, temperature); the teacher is made only if a shard is missing.
 
     Raises:
-        RecipeError: the folder is the cache of something else.
+        RecipeError: the folder is the cache of something else, or no cache.
     """
     path = folder / "teacher.json"
     if ranks.main:
         folder.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() and {p.name for p in folder.iterdir()} - {"teacher.json.tmp"}:
+            raise RecipeError(f"{folder} is not empty and not a teacher's cache; name another folder")
         about: dict[str, Any] = _manifest(folder) if path.is_file() else {"key": key, "shards": []}
         other = [f"{k} {about['key'].get(k)}, not {v}" for k, v in key.items() if about["key"].get(k) != v]
         if other:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.rundir import changes
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill import state
 from minipuzzle.distill.loss import NO_LABEL, Target, cosine_loss, distillation_loss, next_tokens
@@ -157,7 +158,7 @@ class Trainer:
     def evaluate(self, evaluate: Callable[[HybridLM], dict[str, float]], row: Row) -> None:
         """Add what `evaluate` finds to the row; keep the weights if they are the best so far."""
         found = evaluate(self.pupil.student)
-        row |= {f"eval_{k}": v for k, v in found.items()}
+        row |= {f"eval_{k}": _number(v) for k, v in found.items()}
         grade = found.get("kl", found.get("loss", math.nan))
         if grade < self.pupil.best.get("grade", math.inf):
             self.pupil.best = {"step": self.pupil.step, "grade": grade}
@@ -189,8 +190,9 @@ class Trainer:
         if found is None:
             return
         path, about = found
-        if about["settings"] != self.settings.resumable():
-            raise RecipeError(f"{path} was trained with other settings; delete it to train again from the start")
+        if different := changes(about["settings"], self.settings.resumable()):
+            raise RecipeError(f"{path} was trained with other settings ({'; '.join(different)}); go on with those, or "
+                              "delete it to train again from the start")
         moments = self._moments()
         state.load(path, self._weights() | moments)
         self.pupil.step, self.pupil.skipped, self.pupil.best = about["step"], about["skipped"], about["best"]

@@ -108,7 +108,9 @@ def score_iteratively(run: Pass, race: Race, memo_bytes: int = MEMO_BYTES) -> Sc
     whole, size = Whole(run.source), run.size(arch.num_layers + 1)
     total, seq = run.ids_NT.shape
     memos: dict[int, dict[int, dict[Prefix, torch.Tensor]]] = {}
+    memo_bytes = min(memo_bytes, run.memory_bytes or memo_bytes)
     fits = 2 * total * seq * arch.hidden_size * arch.num_layers * (arch.num_layers + 1) <= memo_bytes
+    together = run.variants() - 1
     order, added = np.full(arch.num_layers, np.nan), np.full(arch.num_layers, np.nan)
     gone: list[int] = []
     before, forwards = 0.0, scored.forwards
@@ -116,12 +118,15 @@ def score_iteratively(run: Pass, race: Race, memo_bytes: int = MEMO_BYTES) -> Sc
     while len(gone) < min(wanted, arch.num_layers - 1):
         left = [i for i, kind in enumerate(arch.pattern) if i not in gone
                 and sum(arch.pattern[j] == kind for j in gone) < race.drops.get(kind, (0, 0))[1]]
-        paths = _paths(whole, left, frozenset(gone))
+        walks = [[whole.path(), *_paths(whole, group, frozenset(gone))[1:]] for group in _groups(left, together)]
 
-        def make(first: int, ids_BT: torch.Tensor, paths: list[Path] = paths) -> Arrays:
+        def make(first: int, ids_BT: torch.Tensor, walks: list[list[Path]] = walks) -> Arrays:
             memo = memos.setdefault(first, {}) if fits else None
-            full, *without = walk(whole, [whole.path(), *paths[1:]], ids_BT, memo=memo)
-            return {"values": damage(whole, full, without, [None] * len(paths), ids_BT)[0]}
+            found = []
+            for paths in walks:
+                full, *without = walk(whole, paths, ids_BT, memo=memo)
+                found.append(damage(whole, full, without, [None] * len(paths), ids_BT)[0])
+            return {"values": np.concatenate(found, 1)}
 
         part = replace(run, partial=run.partial.part(f"without-{'-'.join(map(str, gone))}"),
                        progress=lambda done: run.progress(total * (len(gone) + done / total) / wanted))
@@ -130,7 +135,7 @@ def score_iteratively(run: Pass, race: Race, memo_bytes: int = MEMO_BYTES) -> Sc
         best = min(range(len(left)), key=lambda v: (means_V[v], -left[v]))
         order[left[best]], added[left[best]] = len(gone) + 1, means_V[best] - before
         before = means_V[best]
-        forwards += total * layer_forwards([whole.path(), *paths[1:]], gone[-1] if fits and gone else 0)
+        forwards += total * sum(layer_forwards(paths, gone[-1] if fits and gone else 0) for paths in walks)
         gone.append(left[best])
     table = scored.layers.table.assign(order=order, added=added)
     return replace(scored, layers=replace(scored.layers, table=table), forwards=forwards)

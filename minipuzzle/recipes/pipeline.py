@@ -28,7 +28,7 @@ from minipuzzle.models.ssd import kernel
 from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.recipes import stages
 from minipuzzle.recipes.job import Job
-from minipuzzle.recipes.plan import Plan, check_disk, check_memory, find_device, machine_memory, make_plan
+from minipuzzle.recipes.plan import Plan, check_disk, check_memory, find_device, make_plan, memory_to_use
 from minipuzzle.recipes.progress import Reporter
 from minipuzzle.recipes.research import candidates_document
 from minipuzzle.recipes.results import make_report, model_card_files, stage_list, versions
@@ -107,7 +107,7 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
     where = find_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RecipeError("prune runs in one process; score and distill are the verbs for torchrun")
-    folder, plan = prepare(model, recipe, memory_bytes or machine_memory(where))
+    folder, plan = prepare(model, recipe, memory_to_use(memory_bytes, where))
     path = Path(output_dir) if output_dir else default_output(folder, recipe, seed)
     check_disk(plan, path)
     check_memory(plan, where)

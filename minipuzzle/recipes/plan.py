@@ -219,6 +219,9 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
     if d.batch_tokens < d.sequence_length:
         raise RecipeError(f"distillation.batch_tokens {d.batch_tokens} is less than one sequence of "
                           f"{d.sequence_length} tokens; raise it or lower distillation.sequence_length")
+    if d.top_k > parent.vocab_size:
+        raise RecipeError(f"distillation.top_k {d.top_k} is more than the model's {parent.vocab_size} words; 0 takes "
+                          "all")
     workload = recipe.workload.build()
     parent_cost = cost(parent, workload)
     budget = Budget.parse(recipe.budget, parent_cost.to_json())
@@ -226,7 +229,7 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
     if d.hidden_loss_weight and space.hidden_size != (parent.hidden_size,) and need_budget:
         raise RecipeError("distillation.hidden_loss_weight compares streams of the same size: keep the parent's with "
                           f"space.hidden_size = {parent.hidden_size}, or set it to 0")
-    memory = memory_bytes or machine_memory()
+    memory = machine_memory() if memory_bytes is None else memory_bytes
     if not need_budget:
         return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost, memory)
     # without scores the search only enumerates and prices, largest first
@@ -272,6 +275,11 @@ def students_in_memory(plan: Plan) -> int:
     return max(1, int((plan.memory_bytes / 2 - 8 * plan.parent_cost.parameters) // (16 * plan.largest.parameters)))
 
 
+def memory_to_use(given: int | None, device: torch.device) -> int:
+    """Bytes: those given, or the device's."""
+    return machine_memory(device) if given is None else given
+
+
 def machine_memory(device: torch.device | None = None) -> int:
     """Bytes of this machine's memory, or of a GPU's that are free."""
     if device is not None and device.type == "cuda":
@@ -280,11 +288,17 @@ def machine_memory(device: torch.device | None = None) -> int:
 
 
 def check_memory(plan: Plan, device: torch.device) -> None:
-    """Room for what cannot be read layer by layer: a student, the teacher where it is trained, a refit.
+    """Room for what cannot be read layer by layer: a student, the teacher where it is trained, a refit; for scoring
+    alone the layers themselves.
 
     Raises:
         ResourceError: too little.
     """
+    if not plan.feasible:
+        if plan.memory_bytes < plan.layers_bytes:
+            raise ResourceError(f"scoring holds up to three layers in float32, {human_bytes(plan.layers_bytes)} of "
+                                f"this model; there is {human_bytes(plan.memory_bytes)} to use: raise --memory")
+        return
     trains = plan.recipe.distillation.tokens > 0
     teacher = 4 * plan.parent_cost.parameters if trains else plan.layers_bytes
     needed = plan.students_bytes + teacher + plan.refit_bytes
@@ -299,7 +313,7 @@ def check_memory(plan: Plan, device: torch.device) -> None:
 
 def _matmul_flops_per_second(arch: Architecture) -> float:
     """The fastest of some matrix products of the model's own shape: what another process takes does not count."""
-    tokens, hidden, wide = 2048, arch.hidden_size, max(*arch.ffn_sizes, arch.mamba_inner)
+    tokens, hidden, wide = 2048, arch.hidden_size, writer_inputs(arch)
     x, w = torch.randn(tokens, hidden), torch.randn(wide, hidden)
     x @ w.T
     best, end = float("inf"), time.perf_counter() + 0.3

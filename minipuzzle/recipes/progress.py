@@ -91,17 +91,21 @@ class Terminal(Reporter):
                         TextColumn("{task.fields[note]}"),
                         console=self.console, transient=True, disable=not self.console.is_terminal)
         note = ""
+        since: tuple[float, float] | None = None
         with bars:
             task = bars.add_task(f"{place} {name}".replace("[", r"\["), total=total, note="")
 
             def update(done: float, text: str = "") -> None:
-                nonlocal note, said
+                nonlocal note, said, since
                 interrupt.check()
-                note = text or note
+                note, now = text or note, time.perf_counter()
+                since = since or (done, now)  # a run that goes on does not begin at 0
                 bars.update(task, completed=done, note=note)
-                if (now := time.perf_counter()) - said >= every:
+                if now - said >= every:
                     said = now
-                    self.say(f"{place} {name}: {done / total:.0%} after {now - begin:.0f} s {note}".rstrip())
+                    pace = (now - since[1]) / (done - since[0]) if done > since[0] else 0.0
+                    eta = f", ETA {max(0.0, total - done) * pace:.0f} s" if pace else ""
+                    self.say(f"{place} {name}: {done / total:.0%} after {now - begin:.0f} s {note}".rstrip() + eta)
 
             yield update
         self.say(f"{place} {name}: {time.perf_counter() - begin:.1f} s {note}".rstrip())

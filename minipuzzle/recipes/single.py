@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ import pandas as pd
 import torch
 
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.rundir import RunDir, digest, write_json
+from minipuzzle.core.rundir import RunDir, digest, write_atomic, write_json
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loop import distill_model
@@ -33,7 +35,7 @@ from minipuzzle.models.weights import ModelFolder, open_model, write_model
 from minipuzzle.recipes import stages
 from minipuzzle.recipes.job import Job
 from minipuzzle.recipes.pipeline import run_about
-from minipuzzle.recipes.plan import find_device, machine_memory, make_plan
+from minipuzzle.recipes.plan import check_memory, find_device, make_plan, memory_to_use
 from minipuzzle.recipes.progress import Reporter
 from minipuzzle.recipes.schema import Recipe, SpaceSection
 from minipuzzle.recipes.source import default_output, find_model
@@ -43,7 +45,8 @@ from minipuzzle.surgery.gate import reload_gate
 def _job(folder: ModelFolder, recipe: Recipe, output: Path, seed: int, device: str, reporter: Reporter,
          command: str, memory_bytes: int | None = None) -> Job:
     where = find_device(device)
-    plan = make_plan(folder.arch, recipe, need_budget=False, memory_bytes=memory_bytes or machine_memory(where))
+    plan = make_plan(folder.arch, recipe, need_budget=False, memory_bytes=memory_to_use(memory_bytes, where))
+    check_memory(plan, where)
     ranks = open_ranks(where)
     run = RunDir(output) if ranks.main else None
     ranks.barrier()  # the folder is there
@@ -87,6 +90,8 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
 
     With `speed` also latency, at the recipe's context and batch; with `task_names` also lm-eval's results.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RecipeError("evaluate runs in one process; start it without torchrun")
     if task_names:
         check_tasks(list(task_names))
     folder = open_model(find_model(model))
@@ -111,12 +116,20 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
                            "tokens": reference.ids.numel()}
     alone = ("loss", "loss_stderr", "accuracy")
     out |= {k: v for k, v in found.items() if teacher is not None or k in alone}
-    out |= {"loss_per_byte": found["loss"] / bytes_per_token, "perplexity": float(torch.tensor(found["loss"]).exp())}
+    out |= {"loss_per_byte": found["loss"] / bytes_per_token, "perplexity": _perplexity(found["loss"])}
     if speed:
         out["latency"] = latency(folder.path, device, recipe.workload.context, recipe.workload.batch)
     if task_names:
         out["tasks"] = tasks(folder.path, list(task_names), device, limit)
     return out
+
+
+def _perplexity(loss: float) -> float | None:
+    """None where no float holds it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None
 
 
 def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir: Path, seed: int, device: str,
@@ -147,8 +160,15 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
     tracker = open_tracker(track, output_dir)
     job = _job(big, recipe, output_dir, seed, device, reporter, command)
     ranks = job.ranks
+    # what decides the numbers: another student, teacher, data or setting is another run of training
+    what = {"student": small.fingerprint, "teacher": big.fingerprint, "tokens": job.inputs["tokenize"], "seed": seed,
+            "distillation": d.model_dump(exclude={"activation_checkpointing", "tournament_tokens"})}
+    state = job.run.path / "distillation" / digest(what)
     try:
         if ranks.main:
+            if different := job.run.differences("distill", what):
+                raise RecipeError(f"{output_dir} distils with other settings ({'; '.join(different)}); with those the "
+                                  "same command continues, with another -o it starts anew")
             write_json(job.run.path / "run.json", run_about(job) | {"student": small.fingerprint})
         job.reporter.start({"tokenize": 5.0, "cache": 30.0 if cache_teacher else 0.0, "distill": 100.0})
         stages.tokenize_data(job)
@@ -173,14 +193,14 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
             written = ((n, p.detach().to(dtypes[n]).float()) for n, p in s.parameters_by_name().items())
             return _measure(Model.build(s.family, s.arch, written), reference, job)
 
-        # another student, teacher, data or setting is another run of training
-        key = digest([small.fingerprint, job.inputs["tokenize"], big.fingerprint, d.model_dump(), seed])
-        state = job.run.path / "distillation" / key
+        if ranks.main:
+            job.run.commit("distill", what, [], 0.0)  # from its first step on it is this training and no other
+            stages.show_metrics(job, state)
         with job.reporter.stage("distill", d.tokens) as update:
             done = distill_model(pupil, source, blocks, settings, state, layers=layers, ranks=ranks,
                                  evaluate=evaluate, track=tracker if ranks.main else lambda row: None,
                                  evaluate_every=max(1, settings.steps(d.sequence_length) // stages.EVALUATIONS),
-                                 progress=lambda tokens, loss: update(tokens, f"loss {loss:.3f}"))
+                                 progress=lambda tokens, loss: update(tokens, f"{tokens:,} tokens, loss {loss:.3f}"))
         weights = {n: whole(p.detach()).to(dtypes[n]) for n, p in pupil.parameters_by_name().items()}
         after = teacher_loss = None
         final = job.run.path / "model"
@@ -192,7 +212,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
             teacher_loss = None if reference is None else reference.quality()["loss"]
             shutil.rmtree(final, ignore_errors=True)
             unchecked.replace(final)
-            shutil.copyfile(state / "metrics.jsonl", job.run.path / "metrics.jsonl")
+            write_atomic(job.run.path / "metrics.jsonl", (state / "metrics.jsonl").read_text())
         before, after, teacher_loss = ranks.broadcast((before, after, teacher_loss))
     except RecipeError:
         job.run.discard_unused()

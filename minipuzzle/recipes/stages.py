@@ -271,16 +271,24 @@ def distill(job: Job) -> None:
             return [metrics]
         candidate = winner(job)
         student, state = _student(job, candidate), job.state_folder(candidate)
+        show_metrics(job, state)
         some = Reference(job.source, job.evaluation_ids[:EVALUATION_BLOCKS], job.plan.stream_bytes)
         steps = settings(job).steps(d.sequence_length)
         distill_model(student, job.model, training_blocks(job), settings(job), state,
                       evaluate=lambda s: measure(_as_written(job, candidate, s), some),
                       evaluate_every=max(1, steps // EVALUATIONS),
                       layers=candidate.kept_layers, progress=partial(_say_loss, update, 0, candidate.name, 1))
-        shutil.copyfile(state / "metrics.jsonl", metrics)
+        write_atomic(metrics, (state / "metrics.jsonl").read_text())
         return [metrics]
 
     job.stage("distill", max(d.tokens, 1), make)
+
+
+def show_metrics(job: Job, state: Path) -> None:
+    """RUN/metrics.jsonl leads to the rows of the training that runs; a copy of them replaces it at the end."""
+    link = job.run.path / "metrics.jsonl"
+    link.unlink(missing_ok=True)
+    link.symlink_to((state / "metrics.jsonl").relative_to(job.run.path))
 
 
 def export(job: Job) -> None:
