@@ -165,11 +165,22 @@ def prepare(model: str | Path | None, recipe: Recipe) -> tuple[ModelFolder, Plan
 
 def _run(job: Job) -> Run:
     job.reporter.start(job.plan.estimates())
-    write_json(job.run.path / "run.json", run_about(job))
-    for stage in (stages.tokenize_data, stages.score, stages.curves, stages.search, stages.measure_candidates,
-                  stages.tournament, stages.distill, stages.export):
-        stage(job)
+    run_stages(job, stages.tokenize_data, stages.score, stages.curves, stages.search, stages.measure_candidates,
+               stages.tournament, stages.distill, stages.export)
     return report(job)
+
+
+def run_stages(job: Job, *every: Callable[[Job], None]) -> None:
+    """One after the other; run.json says after each how far it is."""
+    _write_about(job)
+    for stage in every:
+        stage(job)
+        _write_about(job)
+
+
+def _write_about(job: Job) -> None:
+    if job.ranks.main:
+        write_json(job.run.path / "run.json", run_about(job))
 
 
 def report(job: Job) -> Run:
@@ -183,7 +194,7 @@ def report(job: Job) -> Run:
     for name, text in model_card_files(job, data).items():
         write_atomic(job.run.path / "model" / name, text)
     write_report(data, job.run.path)
-    write_json(job.run.path / "run.json", run_about(job))
+    _write_about(job)
     return Run(job.run.path, data, frame)
 
 
