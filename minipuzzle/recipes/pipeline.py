@@ -200,7 +200,7 @@ def report(job: Job) -> Run:
 
 def run_about(job: Job) -> dict[str, Any]:
     """run.json: what the run is, for people and for `search RUN`."""
-    return {"schema": 1, "model": str(job.folder.path), "recipe": job.plan.recipe.model_dump(), "seed": job.seed,
-            "command": job.command, "versions": versions(), "stages": stage_list(job),
+    return {"schema": 1, "model": str(job.folder.path.absolute()), "recipe": job.plan.recipe.model_dump(),
+            "seed": job.seed, "command": job.command, "versions": versions(), "stages": stage_list(job),
             "device": str(job.device), "ssm_kernel": kernel(job.device),
             "hashes": {"model": job.folder.fingerprint, "tokenizer": job.tokenizer_hash}}
