@@ -215,3 +215,16 @@ def test_quiet_says_nothing_and_json_is_alone(model_folder: Path, texts: Path, t
     lines = invoke(*request, tmp_path / "plain").stderr.splitlines()
     assert [line.split(":")[0] for line in lines] == [lines[0], "[1/3] tokenize", "[2/3] score", "[3/3] curves"]
     assert "over the weights" in lines[0]
+    told = json.loads((tmp_path / "plain" / "run.json").read_text())["stages"]
+    assert [s["name"] for s in told if s["status"] == "done"] == ["tokenize", "score", "curves"]
+
+
+def test_a_run_is_searched_again_from_another_folder(model_folder: Path, texts: Path, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its model was named relative to where it was made."""
+    monkeypatch.chdir(model_folder.parent)
+    invoke("score", model_folder.name, "--data", texts, *SMALL, "-o", tmp_path / "run", "-q")
+    monkeypatch.chdir(tmp_path)
+    found = json.loads(invoke("search", "run", "--budget", "params=0.9x", "--json").stdout)
+    assert len(found["candidates"]) > 0
+    assert found["parent"]["name"] == model_folder.name

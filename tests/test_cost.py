@@ -320,6 +320,9 @@ def test_budgets() -> None:
             Budget.parse({"memory": text}, parent)
     with pytest.raises(RecipeError, match="unknown budget 'ram'"):
         Budget.parse({"ram": "1GiB"}, parent)
+    for text in ("0.5", 0.5, ".25"):
+        with pytest.raises(RecipeError, match=rf"less than one; write {text}x for a part of the parent"):
+            Budget.parse({"memory": text}, parent)
     with pytest.raises(RecipeError, match="no budget"):
         Budget.parse({}, parent)
     assert human_bytes(1536) == "1.5 KiB"

@@ -253,7 +253,8 @@ def test_nemotron_without_key_value_heads_has_one_for_each_head():
     ({"num_attention_heads": True}, "num_attention_heads is True"), ({"intermediate_size": [1.5]}, "intermediate_size is 1.5"),
     ({"num_experts_per_tok": 5}, "n_routed_experts 4"), ({"mamba_num_heads": 9}, "multiple of n_groups 2"),
     ({"hybrid_override_pattern": "MX"}, "X; known kinds"), ({"hybrid_override_pattern": ""}, "neither"),
-    ({"layers_block_type": ["hybrid"]}, "unknown layer types hybrid"), ({"model_type": "llama"}, "'llama' is not supported"),
+    ({"layers_block_type": ["hybrid"]}, "unknown layer types hybrid"), ({"mtp_layers_block_type": 5}, "layer types 5 are no list"),
+    ({"model_type": "llama"}, "'llama' is not supported"),
     ({"hybrid_override_pattern": "M*/*Q"}, "Q; known kinds")])
 def test_what_is_no_architecture_is_refused(more, words):
     with pytest.raises(UnsupportedModel, match=words):

@@ -199,6 +199,26 @@ def test_a_small_corpus_still_has_something_held_out(tmp_path: Path, tokenizer: 
     assert about["tokens"]["train"] == 3 * about["tokens"]["held_out"] > 0
 
 
+@pytest.mark.parametrize(("least", "documents_held_out"), [(1, 1), (147, 2), (293, 4), (1000, 8), (100_000, 8)])
+def test_a_small_corpus_holds_out_a_block_if_it_can(tmp_path: Path, tokenizer: Any, least: int, documents_held_out: int,
+                                                    ) -> None:
+    """20 rows of equal length: one, two, four or eight go to the held-out part, in the order of their hashes."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": "some words of a text " * 9}) + "\n" for _ in range(20)))
+    assert not any(is_held_out(f"rows.jsonl:{i}") for i in range(20))
+    source, out = str(tmp_path / "rows.jsonl"), tmp_path / "tokens"
+    tokenize(source, tokenizer, out, "id", least=least)
+    counts = json.loads((out / "tokens.json").read_text())["tokens"]
+    assert counts["held_out"] * 20 == sum(counts.values()) * documents_held_out
+    again = Counting(tokenizer)
+    tokenize(source, again, out, "id", least=least)
+    assert again.seen == 0
+    tokenize(source, again, out, "id", least=2)
+    assert again.seen == 0
+    if least < 1000:
+        tokenize(source, again, out, "id", least=1000)
+        assert json.loads((out / "tokens.json").read_text())["tokens"]["held_out"] == 8 * 146
+
+
 def test_tokens_are_made_once(tokenised: Path, texts: Path, tokenizer: Any, tmp_path: Path) -> None:
     def never(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("tokenised again")

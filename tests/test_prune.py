@@ -387,6 +387,8 @@ def test_interrupted_in_every_stage(finished: Run, model_folder: Path, texts: Pa
         assert stopped.value.exit_code == 143
         assert recorder.made == list(STAGES[max(0, number - 1) : number + 1])  # the one that was stopped, and the next
         assert recorder.skipped == list(STAGES[: max(0, number - 1)])
+        told = json.loads((path / "run.json").read_text())["stages"]
+        assert [s["status"] for s in told] == ["done"] * number + ["open"] * (len(STAGES) - number)
         assert not (path / "model").exists()
         assert not (path / "report.json").exists()
     recorder = Recorder()

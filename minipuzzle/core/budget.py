@@ -105,6 +105,9 @@ class Budget:
                 if not 0 < Fraction(factor[1]) <= 1:
                     raise RecipeError(f"budget {key}={text}: a part of the parent is above 0 and at most 1x")
                 limits.append((key, int(Fraction(factor[1]) * parent_cost[cost])))
+            elif re.fullmatch(r"\s*0?\.[0-9]*[1-9][0-9]*\s*", str(text)):
+                raise RecipeError(f"budget {key}={text} is less than one; write {str(text).strip()}x for a part of the "
+                                  "parent, or a unit")
             else:
                 limits.append((key, parse_quantity(text, units)))
         return cls(tuple(limits), tuple((k, str(v)) for k, v in texts.items()))

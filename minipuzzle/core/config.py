@@ -168,7 +168,9 @@ def _widths(config: Config, default: int) -> int | tuple[int, ...]:
     return _size(config, default, "intermediate_size")
 
 
-def _pattern_of(names: list[str]) -> str:
+def _pattern_of(names: Any) -> str:
+    if not isinstance(names, list):
+        raise UnsupportedModel(f"layer types {names!r} are no list; known: {', '.join(_BLOCK_TYPES)}")
     unknown = sorted({str(name) for name in names} - set(_BLOCK_TYPES))
     if unknown:
         raise UnsupportedModel(f"unknown layer types {', '.join(unknown)}; known: {', '.join(_BLOCK_TYPES)}")

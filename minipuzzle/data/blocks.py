@@ -7,6 +7,7 @@ split, `train` and `held_out`. A block is `sequence_length` consecutive tokens.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import os
 import time
@@ -119,23 +120,25 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
-             progress: Callable[[int], None] = lambda done: None, also_held_out: str | None = None,
-             enough: Mapping[str, int] | None = None) -> None:
+             progress: Callable[[int], None] = lambda done: None, also_held_out: tuple[str, ...] = (),
+             enough: Mapping[str, int] | None = None, least: int = 1) -> None:
     """Write `train.bin`, `held_out.bin` and, last, `tokens.json` into `folder`; do nothing if they are there.
 
     `identity` (a hash of the tokenizer) is recorded; a cache made with another one is made again. Stopped, it goes on
     where it was, if the documents up to there are still the same (progress.json holds their hash). With `enough`
     (split -> tokens; for sources without an end) it stops there. `progress` hears the number of documents done. In a
-    small corpus the hash may choose no document: then the one with the lowest hash is held out (`also_held_out`).
+    small corpus the hash may choose too few documents for `least` tokens, a block: then those with the lowest hashes
+    are held out too (`also_held_out`), at most half of all.
     """
     manifest, part = folder / "tokens.json", folder / "progress.json"
     if manifest.is_file():
         about = json.loads(manifest.read_text())
-        if about["tokenizer"] == identity and "end_token" in about and _reaches(about["stopped_at"], enough):
+        known, held_out = about["tokenizer"] == identity and "end_token" in about, about["tokens"]["held_out"]
+        if known and _reaches(about["stopped_at"], enough) and least <= max(held_out, about.get("least", 1)):
             return
     folder.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    about_part = {"source": source, "tokenizer": identity, "also_held_out": also_held_out}
+    about_part = {"source": source, "tokenizer": identity, "also_held_out": [*also_held_out]}
     earlier = json.loads(part.read_text()) if part.is_file() else {}
     tmp = {split: folder / f"{split}.bin.tmp" for split in SPLITS}
     if {k: earlier.get(k) for k in about_part} != about_part or not all(path.is_file() for path in tmp.values()):
@@ -143,7 +146,8 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
     digest = hashlib.sha256()
     counts = dict.fromkeys(SPLITS, 0)
     sizes = dict.fromkeys(SPLITS, 0)
-    done, lowest, saved = 0, "", time.monotonic()
+    done, saved = 0, time.monotonic()
+    lowest: list[str] = []
     files = {split: path.open("r+b" if earlier else "wb") for split, path in tmp.items()}
 
     def save() -> None:
@@ -162,7 +166,7 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
                 if done >= earlier["documents"]:
                     if digest.hexdigest() != earlier["hash"]:  # other documents than then: from the start
                         part.unlink()
-                        return tokenize(source, tokenizer, folder, identity, progress, also_held_out, enough)
+                        return tokenize(source, tokenizer, folder, identity, progress, also_held_out, enough, least)
                     counts, sizes, lowest = earlier["tokens"], earlier["bytes"], earlier["lowest"]
                     for split, file in files.items():
                         file.truncate(counts[split] * np.dtype(dtype).itemsize)
@@ -170,8 +174,7 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
                 continue
             encoded = tokenizer([text for _, text in chunk], add_special_tokens=False, return_attention_mask=False)
             for (name, text), ids in zip(chunk, encoded["input_ids"], strict=True):
-                lowest = min(lowest or name, name, key=name_hash)
-                split = "held_out" if is_held_out(name) or name == also_held_out else "train"
+                split = "held_out" if is_held_out(name) or name in also_held_out else "train"
                 raw = text.encode()
                 digest.update(name.encode() + b"\0" + raw + b"\0")
                 if tokenizer.eos_token_id is not None:
@@ -180,6 +183,7 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
                 counts[split] += len(ids)
                 sizes[split] += len(raw)
             done += len(chunk)
+            lowest = heapq.nsmallest(_BATCH, [*lowest, *(name for name, _ in chunk)], key=name_hash)
             if time.monotonic() - saved > _SAVE_EVERY_S:
                 save()
                 saved = time.monotonic()
@@ -188,7 +192,7 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
                 break
         if done < earlier.get("documents", 0):  # fewer documents than then
             part.unlink()
-            return tokenize(source, tokenizer, folder, identity, progress, also_held_out, enough)
+            return tokenize(source, tokenizer, folder, identity, progress, also_held_out, enough, least)
     except (Interrupted, KeyboardInterrupt):
         if done > earlier.get("documents", 0):
             save()
@@ -204,13 +208,14 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
             os.fsync(file.fileno())
             file.close()
     part.unlink(missing_ok=True)
-    if counts["held_out"] == 0 and done > 1 and also_held_out is None:
-        return tokenize(source, tokenizer, folder, identity, progress, lowest, enough)
+    more = 2 * len(also_held_out) or 1
+    if counts["held_out"] < least and more <= min(done // 2, len(lowest)):
+        return tokenize(source, tokenizer, folder, identity, progress, tuple(lowest[:more]), enough, least)
     for split in SPLITS:
         os.replace(tmp[split], folder / f"{split}.bin")
     text = json.dumps({"source": source, "corpus_hash": digest.hexdigest(), "tokenizer": identity, "documents": done,
                        "dtype": np.dtype(dtype).name, "end_token": tokenizer.eos_token_id, "tokens": counts,
-                       "bytes": sizes, "stopped_at": dict(enough) if enough else None}, indent=1)
+                       "bytes": sizes, "stopped_at": dict(enough) if enough else None, "least": least}, indent=1)
     temporary = manifest.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, manifest)

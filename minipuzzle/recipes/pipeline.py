@@ -168,11 +168,22 @@ def prepare(model: str | Path | None, recipe: Recipe, memory_bytes: int | None =
 
 def _run(job: Job) -> Run:
     job.reporter.start(job.plan.estimates())
-    write_json(job.run.path / "run.json", run_about(job))
-    for stage in (stages.tokenize_data, stages.score, stages.curves, stages.search, stages.measure_candidates,
-                  stages.tournament, stages.distill, stages.export):
-        stage(job)
+    run_stages(job, stages.tokenize_data, stages.score, stages.curves, stages.search, stages.measure_candidates,
+               stages.tournament, stages.distill, stages.export)
     return report(job)
+
+
+def run_stages(job: Job, *every: Callable[[Job], None]) -> None:
+    """One after the other; run.json says after each how far it is."""
+    _write_about(job)
+    for stage in every:
+        stage(job)
+        _write_about(job)
+
+
+def _write_about(job: Job) -> None:
+    if job.ranks.main:
+        write_json(job.run.path / "run.json", run_about(job))
 
 
 def report(job: Job) -> Run:
@@ -186,14 +197,14 @@ def report(job: Job) -> Run:
     for name, text in model_card_files(job, data).items():
         write_atomic(job.run.path / "model" / name, text)
     write_report(data, job.run.path)
-    write_json(job.run.path / "run.json", run_about(job))
+    _write_about(job)
     return Run(job.run.path, data, frame)
 
 
 def run_about(job: Job) -> dict[str, Any]:
     """run.json: what the run is, for people and for `search RUN`."""
-    return {"schema": 1, "model": str(job.folder.path), "recipe": job.plan.recipe.model_dump(), "seed": job.seed,
-            "command": job.command, "versions": versions(), "stages": stage_list(job),
+    return {"schema": 1, "model": str(job.folder.path.absolute()), "recipe": job.plan.recipe.model_dump(),
+            "seed": job.seed, "command": job.command, "versions": versions(), "stages": stage_list(job),
             "device": str(job.device), "ssm_kernel": kernel(job.device),
             "loss_kernel": loss_kernel(job.plan.parent.vocab_size, job.device),
             "hashes": {"model": job.folder.fingerprint, "tokenizer": job.tokenizer_hash}}

@@ -34,7 +34,7 @@ from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
 from minipuzzle.recipes import stages
 from minipuzzle.recipes.job import Job
-from minipuzzle.recipes.pipeline import run_about
+from minipuzzle.recipes.pipeline import run_about, run_stages
 from minipuzzle.recipes.plan import check_memory, find_device, make_plan, memory_to_use
 from minipuzzle.recipes.progress import Reporter
 from minipuzzle.recipes.schema import Recipe, SpaceSection
@@ -67,13 +67,11 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
     try:
         if job.ranks.main:
             job.refuse_changes(redo=False)
-            write_json(job.run.path / "run.json", run_about(job))
         job.ranks.barrier()
         estimates = job.plan.estimates()
         job.reporter.start({name: estimates[name] for name in ("tokenize", "score", "curves")})
         job.reporter.say(job.plan.passes())
-        for stage in (stages.tokenize_data, stages.score, stages.curves):
-            stage(job)
+        run_stages(job, stages.tokenize_data, stages.score, stages.curves)
     except RecipeError:
         job.run.discard_unused()
         raise

@@ -56,7 +56,7 @@ def tokenize_data(job: Job) -> None:
         for i, source in enumerate(sources):
             folder = job.token_folder(source)
             tokenize(source, job.tokenizer, folder, job.tokenizer_hash, partial(_say_documents, update, i, source),
-                     enough=job.plan.enough(source))
+                     enough=job.plan.enough(source), least=recipe.calibration.sequence_length)
             files += [folder / "tokens.json", folder / "train.bin", folder / "held_out.bin"]
         _check_tokens(job)
         return files
