@@ -91,6 +91,19 @@ def test_twenty_steps_are_ten_and_ten(tmp_path: Path) -> None:
     assert rows(tmp_path / "whole") == one
 
 
+def test_the_best_is_found_with_and_without_a_kl(tmp_path: Path) -> None:
+    """One process measures kl and loss, several the loss alone: a run may go on either way."""
+    looks = iter([{"loss": 6.0, "kl": 0.5}, {"loss": 5.0}, {"loss": 5.5}, {"loss": 5.2, "kl": 0.1}, {"loss": 4.0, "kl": 0.3},
+                  {"loss": 3.9, "kl": 0.4}])
+    best = []
+    for step in range(1, 7):
+        found = next(looks)
+        done = distill_model(student(), tiny_model(), blocks(), SETTINGS, tmp_path, step * STEP_TOKENS,
+                             evaluate=lambda s, found=found: found)
+        best.append(done.best_step)
+    assert best == [1, 2, 2, 2, 5, 5]
+
+
 def test_interrupted_by_progress_and_continued(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole")
     for step in (3, 4, 17):

@@ -8,18 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distributed
 import pytest
 import torch
 from test_distill import STEP_TOKENS, assert_same, rows, student, train
+from tiny import tokens
 
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.distill.loop import read_metrics
 from minipuzzle.distill.track import open_tracker
 from minipuzzle.models.axes import Selection
+from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
@@ -179,6 +183,29 @@ def test_torchrun(alone: tuple[Path, dict[str, Any]], small: Path, model_folder:
     one, two = read_metrics(alone[0]), read_metrics(tmp_path / "out")
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=5e-3)
     assert [r["step"] for r in two if "eval_loss" in r] == [r["step"] for r in one if "eval_loss" in r]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_held_out_loss_of_several_processes(processes: int) -> None:
+    """Blocks that cannot be shared evenly, or fewer than processes: each counts once, and all apply as many layers."""
+    pupil, ids, found, batches = student(), tokens(4, 16), [], []
+
+    @dataclass(frozen=True)
+    class One(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            found.extend(value)
+            return [found]
+
+    for rank in range(processes):
+        reads = pupil.register_forward_pre_hook(lambda model, args: batches.append((rank, len(args[0]))))  # noqa: B023
+        job = SimpleNamespace(evaluation_ids=ids, ranks=One(torch.device("cpu"), rank, processes))
+        last = single._sharded_loss(pupil, job)  # type: ignore[arg-type]
+        reads.remove()
+    assert len(found) == 4
+    assert len({length for _, length in batches}) == 1
+    assert [rank for rank, _ in batches] == list(range(processes))
+    expected = token_metrics([pupil(ids).detach()], pupil.head.detach(), ids)[0].loss
+    assert last["loss"] == pytest.approx(float(expected.mean()), rel=1e-6)
 
 
 def test_from_a_cache_the_teacher_stays_on_disk(small: Path, model_folder: Path, texts: Path, tmp_path: Path,

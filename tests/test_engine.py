@@ -43,6 +43,7 @@ from minipuzzle.importance.racing import Race, looks, toss_ups, undecided
 from minipuzzle.importance.widths import score_widths
 from minipuzzle.models.logits import compare
 from minipuzzle.models.passes import Pass
+from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, Whole, layer_forwards, walk
 from minipuzzle.models.weights import open_model, write_model
@@ -348,6 +349,22 @@ def test_stopped_and_started_again_no_sample_counts_twice(tmp_path: Path, monkey
     assert seen == [2, 2, 1]  # 2-4, 6-8, 8-9
     again.partial.forget()
     assert not (tmp_path / "partial").exists()
+
+
+@pytest.mark.parametrize(("samples", "parts"), [(12, [4, 4, 4]), (7, [3, 3, 1]), (2, [1, 1]), (1, [1])])
+def test_every_process_has_work(samples: int, parts: list[int]) -> None:
+    """Few samples, or much memory: all would fit into one batch."""
+    class Three(Ranks):
+        def share(self, items: list[Any]) -> list[Any]:
+            return items
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value]
+
+    made = Pass(tiny_model(), tokens(samples, 10), ranks=Three(CPU, 0, 3)).run(
+        0, samples, 100, lambda first, ids: {"ids": ids.numpy()})
+    assert [len(p["ids"]) for p in made] == parts
+    np.testing.assert_array_equal(np.concatenate([p["ids"] for p in made]), tokens(samples, 10))
 
 
 SMALL = ["--set", "calibration.samples=6", "--set", "calibration.sequence_length=32", "--set",

@@ -159,9 +159,11 @@ class Trainer:
         """Add what `evaluate` finds to the row; keep the weights if they are the best so far."""
         found = evaluate(self.pupil.student)
         row |= {f"eval_{k}": _number(v) for k, v in found.items()}
-        grade = found.get("kl", found.get("loss", math.nan))
-        if grade < self.pupil.best.get("grade", math.inf):
-            self.pupil.best = {"step": self.pupil.step, "grade": grade}
+        best = self.pupil.best
+        # several processes measure no KL, and one that goes on from them compares losses
+        grade = next((k for k in ("kl", "loss") if k in found and k in (best or found)), "")
+        if found.get(grade, math.nan) < best.get(grade, math.inf):
+            self.pupil.best = {"step": self.pupil.step} | {k: found[k] for k in ("kl", "loss") if k in found}
             state.save(self.pupil.folder, "best", self._weights(), self.pupil.best, self.ranks)
 
     def write(self, row: Row) -> None:

@@ -42,8 +42,9 @@ class Pass:
 
     def run(self, first: int, stop: int, size: int, make: Callable[[int, torch.Tensor], Arrays]) -> list[Arrays]:
         """`make(first sample, ids)` of each batch of the samples [first, stop), in order. Every process gets all."""
-        spans = [(a, min(a + size, stop)) for a in range(first, stop, size)]
         ranks = self.ranks or Ranks(self.source.device)
+        size = min(size, -(-(stop - first) // ranks.size))  # no process without work
+        spans = [(a, min(a + size, stop)) for a in range(first, stop, size)]
         mine = {}
         for done, (a, b) in enumerate(ranks.share(spans)):
             arrays = self.partial.get(a, b)

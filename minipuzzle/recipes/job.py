@@ -173,11 +173,11 @@ class Job:
                 self.run.commit(name, inputs, files, time.perf_counter() - begin)
         self.ranks.barrier()
 
-    def refuse_changes(self, redo: bool) -> None:
+    def refuse_changes(self, redo: bool | None = None) -> None:
         """Compare the recipe with the finished stages. With `redo` forget those, and those whose files were changed.
 
         Raises:
-            RecipeError: some were made with other settings, and `redo` is false.
+            RecipeError: some were made with other settings, and `redo` is false, or None: the verb has no --redo.
         """
         changed = {name: self.run.differences(name, self.inputs[name]) for name in STAGES}
         changed = {name: lines for name, lines in changed.items() if lines}
@@ -192,7 +192,8 @@ class Job:
         if not redo:
             lines = dict.fromkeys(line for found in changed.values() for line in found if not line.startswith("after:"))
             raise RecipeError(f"{self.run.path} was made with other settings ({'; '.join(lines)}); stages to make "
-                              f"again: {', '.join(changed)}. Use --redo for these, --fresh for all, or another -o")
+                              f"again: {', '.join(changed)}. Use "
+                              f"{'another -o' if redo is None else '--redo for these, --fresh for all, or another -o'}")
         for name in changed:
             self.run.drop(name)
 

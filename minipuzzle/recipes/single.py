@@ -66,7 +66,7 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
                memory_bytes)
     try:
         if job.ranks.main:
-            job.refuse_changes(redo=False)
+            job.refuse_changes()
         job.ranks.barrier()
         estimates = job.plan.estimates()
         job.reporter.start({name: estimates[name] for name in ("tokenize", "score", "curves")})
@@ -263,14 +263,15 @@ def _measure(model: Model, reference: Reference | None, job: Job) -> dict[str, f
 
 @torch.no_grad()
 def _sharded_loss(student: HybridLM, job: Job) -> dict[str, float]:
-    """Held-out loss of a student in shards: each process reads its part, all of them equally many blocks."""
+    """Held-out loss of a student in shards: each process reads its part. All read equally many blocks, since they
+    put each layer together; what comes again does not count."""
     ids, ranks = job.evaluation_ids, job.ranks
-    even = ids[: max(ranks.size, len(ids) // ranks.size * ranks.size)]
-    own = even[[i % len(even) for i in range(ranks.rank, len(even), ranks.size)]]
+    own = range(ranks.rank, -(-len(ids) // ranks.size) * ranks.size, ranks.size)
     losses = []
-    for part in torch.split(own, 4):
+    for part in torch.split(ids[[i % len(ids) for i in own]], 4):
         hidden = student(part)
         losses.append(token_metrics([hidden], student.head, part)[0].loss)
     reshard(student)
-    values = [float(x) for found in ranks.gather(torch.cat(losses).tolist()) for x in found]
+    mine = torch.cat(losses)[: sum(i < len(ids) for i in own)].tolist()
+    values = [float(x) for found in ranks.gather(mine) for x in found]
     return {"loss": sum(values) / len(values)}
