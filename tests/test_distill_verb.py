@@ -239,6 +239,22 @@ def test_streams_need_to_know_the_layers(small: Path, model_folder: Path, texts:
     finally:
         (small / "minipuzzle.json").unlink()
     assert read_metrics(tmp_path / "b")[0]["loss_hidden"] > 0
+    # the result explains itself, and knows its layers: it can be distilled so again
+    about = json.loads((tmp_path / "b" / "model" / "minipuzzle.json").read_text())
+    assert about["result"]["kept_layers"] == list(KEPT)
+    written = open_model(tmp_path / "b" / "model")
+    assert about["result"]["parameters"] == sum(written.read(name).numel() for name in written.files)
+    card = (tmp_path / "b" / "model" / "README.md").read_text()
+    for text in ("by removing 2 of 9 layers", "128 tokens", f"{about['result']['loss_distilled']:.4f}", "hidden_loss_weight: 1"):
+        assert text in card
+    assert about["warnings"] == []
+    # more is trained than was asked for, and that is said
+    found = distill(tmp_path / "b" / "model", model_folder, texts, tmp_path / "c", "distillation.hidden_loss_weight=1",
+                    "distillation.tokens=50", "distillation.batch_tokens=70")
+    assert found["tokens"] == 64
+    told = json.loads((tmp_path / "c" / "model" / "minipuzzle.json").read_text())["warnings"]
+    assert "a step has 64 tokens: distillation.batch_tokens 70 is no multiple of sequence_length 16" in told
+    assert any(text.startswith("one step of 64 tokens is trained, more than distillation.tokens 50") for text in told)
 
 
 def test_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,6 @@ class Job:
     reporter: Reporter
     command: str = ""
     candidate: str | None = None
-    warnings: list[str] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:

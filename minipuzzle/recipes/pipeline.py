@@ -194,7 +194,7 @@ def report(job: Job) -> Run:
     frame = to_frame(found)
     write_atomic(job.run.path / "candidates.csv", frame.to_csv(index=False))
     data = make_report(job, found)
-    for name, text in model_card_files(job, data).items():
+    for name, text in model_card_files(data).items():
         write_atomic(job.run.path / "model" / name, text)
     write_report(data, job.run.path)
     _write_about(job)

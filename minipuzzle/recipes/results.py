@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -16,8 +17,9 @@ from minipuzzle._version import __version__
 from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.candidate import Candidate
+from minipuzzle.core.cost import cost
 from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores, mamba_selection
-from minipuzzle.distill.loop import read_metrics
+from minipuzzle.distill.loop import Trained, read_metrics
 from minipuzzle.distill.precision import fp8_note
 from minipuzzle.recipes.job import STAGES, Job
 from minipuzzle.recipes.source import licence_of
@@ -32,20 +34,10 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
     chosen = next(c for c in candidates if c.chosen)
     found = json.loads((job.run.path / "search" / "result.json").read_text())
     parent, plain, pruned, final = (found[name] for name in ("parent", "sliced", "pruned", "distilled"))
-    held_out = job.evaluation_blocks
     stages = stage_list(job)
     seconds = {s["name"]: s["seconds"] for s in stages}
     gap = plain["loss"] - parent["loss"]
-    return {
-        "schema": 1,
-        "model": "bundled model" if job.folder.path.parent.name == "bundled" else job.folder.path.name,
-        "license": licence_of(job.folder.path),
-        "generated": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "command": job.command,
-        "seed": job.seed,
-        "parent": {"parameters": job.plan.parent_cost.parameters, "memory_bytes": job.plan.parent_cost.memory_bytes,
-                   "loss": parent["loss"], "loss_stderr": parent.get("loss_stderr"), "path": str(job.folder.path),
-                   "architecture": job.plan.parent.to_json(), "cost": job.plan.parent_cost.to_json()},
+    return _about(job, parent) | {
         "result": {"parameters": found["parameters"], "memory_bytes": chosen.cost.memory_bytes,
                    "loss_sliced": plain["loss"], "loss_pruned": pruned["loss"], "loss_distilled": final["loss"],
                    "loss_distilled_stderr": final.get("loss_stderr"),
@@ -57,10 +49,6 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
                    "gap_left": final["loss"] - parent["loss"], "reload_difference": found["reload_difference"],
                    "refit": found.get("refit")},
         "budget": job.plan.budget.to_json(),
-        "workload": job.plan.workload.to_json(),
-        "evaluation": {"blocks": len(job.evaluation_ids), "sequence_length": held_out.sequence_length,
-                       "tokens": job.evaluation_ids.numel(), "bytes_per_token": held_out.bytes_per_token,
-                       "source": held_out.source, "corpus_hash": held_out.corpus_hash},
         "scores": _scores(job, chosen),
         "search": {"points": job.plan.points, "feasible": job.plan.feasible,
                    "measured": sum(c.measured is not None for c in candidates),
@@ -68,9 +56,48 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
         "candidates": [c.to_json() for c in candidates[:REPORT_CANDIDATES]],
         "distillation": _distillation(job, candidates, seconds),
         "stages": stages,
-        "warnings": job.warnings + _warnings(job, gap),
+        "warnings": _warnings(job, gap),
         "defaults": _defaults(job),
         "samples": found["samples"],
+    }
+
+
+def distilled_report(job: Job, student: Architecture, kept_layers: Sequence[int], measured: Mapping[str, Any],
+                     trained: Trained) -> dict[str, Any]:
+    """What is known of a model that was distilled alone, in the keys of report.json: for its card.
+
+    `measured`: `parent`, `pruned` and `distilled` as evaluate/quality.py gives them; None where there was no teacher.
+    """
+    price = cost(student, job.plan.workload)
+    pruned, final = measured["pruned"], measured["distilled"]
+    return _about(job, measured["parent"] or {}) | {
+        "result": {"parameters": price.parameters, "memory_bytes": price.memory_bytes, "loss_pruned": pruned["loss"],
+                   "loss_distilled": final["loss"], "kl_pruned": pruned.get("kl"), "kl_distilled": final.get("kl"),
+                   "agreement_distilled": final.get("agreement"), "path": str(job.run.path / "model"),
+                   "architecture": student.to_json(), "cost": price.to_json(),
+                   "kept_layers": list(kept_layers) or None},
+        "distillation": {"tokens": trained.tokens, "seconds": trained.seconds},
+        "warnings": training_notes(job),
+    }
+
+
+def _about(job: Job, parent: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked, of which model, with what."""
+    held_out = job.evaluation_blocks
+    return {
+        "schema": 1,
+        "model": "bundled model" if job.folder.path.parent.name == "bundled" else job.folder.path.name,
+        "license": licence_of(job.folder.path),
+        "generated": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "command": job.command,
+        "seed": job.seed,
+        "parent": {"parameters": job.plan.parent_cost.parameters, "memory_bytes": job.plan.parent_cost.memory_bytes,
+                   "loss": parent.get("loss"), "loss_stderr": parent.get("loss_stderr"), "path": str(job.folder.path),
+                   "architecture": job.plan.parent.to_json(), "cost": job.plan.parent_cost.to_json()},
+        "workload": job.plan.workload.to_json(),
+        "evaluation": {"blocks": len(job.evaluation_ids), "sequence_length": held_out.sequence_length,
+                       "tokens": job.evaluation_ids.numel(), "bytes_per_token": held_out.bytes_per_token,
+                       "source": held_out.source, "corpus_hash": held_out.corpus_hash},
         "recipe": job.plan.recipe.dump(),
         "versions": versions(),
         "hashes": {"model": job.folder.fingerprint, "tokenizer": job.tokenizer_hash,
@@ -152,12 +179,26 @@ def _warnings(job: Job, gap: float) -> list[str]:
     if job.plan.refit_samples > recipe.calibration.samples:
         out.append(f"surgery.refit took {len(job.refit_ids)} samples, more than calibration.samples "
                    f"({recipe.calibration.samples}): the widest writer needs them")
-    if recipe.distillation.precision == "fp8":
-        out.append(fp8_note(job.device))
+    out += training_notes(job)
     workload = job.plan.workload
     if workload.precision != "bf16":
         out.append(f"memory is counted for {workload.precision}; the folder stays in {job.folder.dtype} and must be "
                    "quantised to reach it")
+    return out
+
+
+def training_notes(job: Job) -> list[str]:
+    """What a user may not expect of the training that is asked for."""
+    d, out = job.plan.recipe.distillation, []
+    step = d.batch_tokens // d.sequence_length * d.sequence_length
+    if step != d.batch_tokens:
+        out.append(f"a step has {step:,} tokens: distillation.batch_tokens {d.batch_tokens:,} is no multiple of "
+                   f"sequence_length {d.sequence_length:,}")
+    if 0 < d.tokens < step:
+        out.append(f"one step of {step:,} tokens is trained, more than distillation.tokens {d.tokens:,}; lower "
+                   "distillation.batch_tokens for less")
+    if d.precision == "fp8":
+        out.append(fp8_note(job.device))
     return out
 
 
@@ -184,11 +225,11 @@ def stage_list(job: Job) -> list[dict[str, Any]]:
     return out
 
 
-def model_card_files(job: Job, report: dict[str, Any]) -> dict[str, str]:
+def model_card_files(report: dict[str, Any]) -> dict[str, str]:
     """README.md and minipuzzle.json for the result's folder."""
     keys = ("schema", "model", "license", "generated", "command", "seed", "parent", "result", "budget", "workload",
             "evaluation", "recipe", "versions", "hashes", "hardware", "warnings")
-    about = json.dumps({k: report[k] for k in keys}, indent=1, allow_nan=False) + "\n"
+    about = json.dumps({k: report[k] for k in keys if k in report}, indent=1, allow_nan=False) + "\n"
     return {"README.md": model_card(report), "minipuzzle.json": about}
 
 

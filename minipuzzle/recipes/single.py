@@ -19,7 +19,7 @@ from minipuzzle.core.rundir import RunDir, digest, write_atomic, write_json
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loop import distill_model
-from minipuzzle.distill.precision import autocast, check_precision, fp8_note
+from minipuzzle.distill.precision import autocast, check_precision
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import reshard, whole
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher
@@ -37,6 +37,7 @@ from minipuzzle.recipes.job import Job
 from minipuzzle.recipes.pipeline import run_about, run_stages
 from minipuzzle.recipes.plan import check_memory, find_device, make_plan, memory_to_use
 from minipuzzle.recipes.progress import Reporter
+from minipuzzle.recipes.results import distilled_report, model_card_files, training_notes
 from minipuzzle.recipes.schema import Recipe, SpaceSection
 from minipuzzle.recipes.source import default_output, find_model
 from minipuzzle.surgery.gate import reload_gate
@@ -171,8 +172,8 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
         job.reporter.start({"tokenize": 5.0, "cache": 30.0 if cache_teacher else 0.0, "distill": 100.0})
         stages.tokenize_data(job)
         blocks, settings = stages.training_blocks(job), stages.settings(job)
-        if d.precision == "fp8":
-            job.reporter.say(fp8_note(job.device))
+        for note in training_notes(job):
+            job.reporter.say(note)
         source: Model | CachedTeacher
         if cache_teacher is not None:
             source = _cached(job, cache_teacher, blocks, settings)
@@ -207,7 +208,12 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
             write_model(unchecked, small.arch.to_config(small.config), weights.items(), small.path)
             reload_gate(unchecked, job.evaluation_ids[:2])
             after = _measure(Model.load(open_model(unchecked), ranks.device), reference, job)
-            teacher_loss = None if reference is None else reference.quality()["loss"]
+            parent = None if reference is None else reference.quality()
+            teacher_loss = None if parent is None else parent["loss"]
+            report = distilled_report(job, small.arch, layers, {"parent": parent, "pruned": before, "distilled": after},
+                                      done)
+            for name, text in model_card_files(report).items():
+                write_atomic(unchecked / name, text)
             shutil.rmtree(final, ignore_errors=True)
             unchecked.replace(final)
             write_atomic(job.run.path / "metrics.jsonl", (state / "metrics.jsonl").read_text())
