@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import yaml
@@ -30,21 +30,31 @@ if TYPE_CHECKING:
 class _Group(click.Group):
     """Errors of the user's making become one line on stderr and their own exit code; bugs keep their traceback."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            _refuse(error)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
-            if isinstance(error, click.exceptions.NoArgsIsHelpError):
-                raise
-            click.echo(f"minipuzzle: {' '.join(error.format_message().split())} See "
-                       f"'{(error.ctx or ctx).command_path} --help'.", err=True)
-            sys.exit(error.exit_code)
+            _refuse(error)
         except MinipuzzleError as error:
             click.echo(f"minipuzzle: {' '.join(str(error).split())}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("minipuzzle: interrupted", err=True)
             sys.exit(130)
+
+
+def _refuse(error: click.UsageError) -> NoReturn:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        raise error
+    command = error.ctx.command_path if error.ctx else "minipuzzle"
+    click.echo(f"minipuzzle: {' '.join(error.format_message().split())} See '{command} --help'.", err=True)
+    sys.exit(error.exit_code)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -85,6 +85,7 @@ def invoke(*arguments: object, code: int = 0) -> Result:
     (["prun"], "No such command 'prun'"), (["inspect"], "Missing argument 'MODEL'"),
     (["inspect", "nemotron-h-8b", "--batch", "two"], "'two' is not a valid integer"),
     (["search", "--budgets", "memory=1GiB"], "No such option '--budgets'"),
+    (["--budgets"], "No such option '--budgets'"),
     (["distill", "small"], "Missing option '--teacher'"),
     (["search", "--model", "nemotron-h-8b", "--budget", "memory=0.5x", "--budget", "memory=0.7x"], "memory is given twice"),
     (["search", "--model", "nemotron-h-8b", "--budget", "memory=,"], "has no value")])
