@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 class _Group(click.Group):
     """Errors of the user's making become one line on stderr and their own exit code; bugs keep their traceback."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as error:
+            if ranks := sys.modules.get("minipuzzle.models.ranks"):
+                ranks.end_if_joined(error.code if isinstance(error.code, int) else int(error.code is not None))
+            raise
+
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         try:
             return super().make_context(*args, **kwargs)
@@ -75,7 +83,7 @@ def _pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
         key, equals, right = value.partition("=")
         if not equals or not key or not right:
             raise RecipeError(f"{option} {value!r}: write KEY=VALUE")
-        if key.strip() in out:
+        if key.strip() in out and option == "--budget":  # of a setting the last counts
             raise RecipeError(f"{option} {key.strip()} is given twice, as {out[key.strip()]} and {right.strip()}")
         out[key.strip()] = right.strip()
     return out
@@ -107,7 +115,8 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--budget", "budgets", multiple=True, metavar="KEY=VALUE",
                   help="memory=31.7GiB, params=4.5B, kv_cache=0.5x, ...; in place of the recipe's. Repeatable.")
     @click.option("--data", help="stdlib, a text, JSONL or parquet file or folder, a Hub data set; or a=0.7,b=0.3.")
-    @click.option("--set", "settings", multiple=True, metavar="A.B=C", help="One key of the recipe. Repeatable.")
+    @click.option("--set", "settings", multiple=True, metavar="A.B=C",
+                  help="One key of the recipe. Repeatable; of the same key the last counts.")
     @functools.wraps(command)
     def wrapped(name: str, budgets: tuple[str, ...], data: str | None, settings: tuple[str, ...], **rest: Any) -> Any:
         from minipuzzle.recipes.schema import Recipe

@@ -24,7 +24,7 @@ from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.distill import loop, state
 from minipuzzle.distill.loop import distill_model
 from minipuzzle.distill.sharding import whole
-from minipuzzle.models.ranks import Ranks, open_ranks
+from minipuzzle.models.ranks import Ranks, end_process, open_ranks
 
 
 def train(folder: Path, stop: int, options: dict[str, Any], ranks: Ranks) -> dict[str, torch.Tensor]:
@@ -64,11 +64,12 @@ def main() -> None:
         found = train(folder, stop, options, ranks)
     except Interrupted as error:
         ranks.close()
-        sys.exit(error.exit_code)
+        end_process(error.exit_code)
     if ranks.main:
         save_file(found, folder / "weights.safetensors")
     ranks.barrier()
     ranks.close()
+    end_process(0)
 
 
 if __name__ == "__main__":

@@ -149,6 +149,26 @@ def test_evaluate_keeps_nothing_and_stops_at_once(model_folder: Path, texts: Pat
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "minipuzzle: interrupted\n")
 
 
+def test_one_of_several_processes_does_not_take_python_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of gloo may still want Python's lock then, which aborts the process."""
+    from minipuzzle.models import ranks
+
+    ended: list[int] = []
+
+    def end(code: int) -> None:
+        ended.append(code)
+        raise KeyError  # os._exit does not return
+
+    monkeypatch.setattr(ranks.os, "_exit", end)
+    invoke("recipes", "ls")
+    assert ended == []
+    monkeypatch.setattr(ranks, "_joined", True)
+    for arguments, code in ((("recipes", "ls"), 0), (("score", "no-such-folder"), 2)):
+        with pytest.raises(KeyError):
+            invoke(*arguments)
+        assert ended.pop() == code
+
+
 def test_evaluate_is_one_process(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "without torchrun" in invoke("evaluate", model_folder, code=2).stderr

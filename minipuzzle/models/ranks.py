@@ -5,9 +5,11 @@ The run directory is read by all of them: on several machines it lies on a share
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -59,6 +61,24 @@ class Ranks:
         return items[self.rank :: self.size]
 
 
+_joined = False  # this process has been in a group
+
+
+def end_process(code: int) -> NoReturn:
+    """Exit now. The interpreter is not taken down: a thread of gloo may still be about to let go of the last
+    collective's tensors, and asking for Python's lock then aborts the process (before Python 3.14)."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def end_if_joined(code: int) -> None:
+    """`end_process` if this process has been one of several."""
+    if _joined:
+        end_process(code)
+
+
 def open_ranks(device: torch.device) -> Ranks:
     """Join the processes that torchrun started (gloo on CPU, nccl on GPU); alone without torchrun.
 
@@ -75,6 +95,8 @@ def open_ranks(device: torch.device) -> Ranks:
                                 "lower --nproc-per-node")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    global _joined
+    _joined = True
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Ranks(device, dist.get_rank(), size)
