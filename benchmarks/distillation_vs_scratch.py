@@ -5,7 +5,8 @@
 RUN is a finished `minipuzzle prune` of the bundled model: its winner is cut again and distilled with the recipe's
 settings. From nothing (the Mamba-2 authors' initialisation): next-token loss alone, a few peak learning rates on the
 same number of tokens, then the best of them on 10x, 20x, ... as many, each with a cosine of its own, until one is as
-good as the distilled model. The same command continues. Writes benchmarks/results/distillation_vs_scratch.json.
+good as the distilled model. The same command continues: a finished run is a line of FOLDER/rows.jsonl and is not made
+again. Writes benchmarks/results/distillation_vs_scratch.json.
 """
 
 import argparse
@@ -75,7 +76,14 @@ def main():
               "note": "one seed; the learning rate of the runs from nothing is the best of those listed at 1x; "
                       "distillation's is the default recipe's", "runs": []}
 
+    finished = args.work / "rows.jsonl"
+    done = [json.loads(line) for line in finished.read_text().splitlines()] if finished.is_file() else []
+
     def train(name, student, settings, parent):
+        for row in done:
+            if (row["name"], row["learning_rate"]) == (name, settings.learning_rate):
+                result["runs"].append(row)
+                return row["loss"]
         looks = max(1, settings.steps(d.sequence_length) // 20)
         begin = time.perf_counter()
         distill_model(student, parent, blocks, settings, args.work / name, evaluate_every=looks,
@@ -86,6 +94,8 @@ def main():
                "loss": rows[-1]["eval_loss"], "seconds_of_this_call": round(time.perf_counter() - begin, 1),
                "curve": [[r["tokens"], round(r["eval_loss"], 4)] for r in rows if "eval_loss" in r]}
         result["runs"].append(row)
+        with finished.open("a") as file:
+            file.write(json.dumps(row) + "\n")
         result["load_average"] = os.getloadavg()
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps({k: v for k, v in row.items() if k != "curve"}), flush=True)

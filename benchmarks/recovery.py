@@ -5,8 +5,9 @@
 Cuts of the bundled model; every method makes the same architecture of the same layers. `before`: KL and loss before
 training, 3 calibration seeds. `sums`: the rotation by differently weighted sums. `short`: 200 KD steps of 1k tokens,
 looked at every 25. `gentle`: the same with a quarter of the learning rate. `long`: 600 steps of 1k tokens (the budget
-of the default recipe). Every finished row is a line of
-WORK/rows.jsonl, and is not made again; benchmarks/results/recovery.json is written from them after every phase.
+of the default recipe). `full`: 1000 steps of 4k tokens, for as many --seeds as asked for (the seed draws the
+calibration and the training data); the methods of a case learn together from one teacher pass. Every finished row is a
+line of WORK/rows.jsonl, and is not made again; benchmarks/results/recovery.json is written from them after every phase.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from minipuzzle.core.budget import Workload
 from minipuzzle.core.cost import cost
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.data.blocks import load_blocks, tokenize
-from minipuzzle.distill.loop import TrainSettings, distill_model, read_metrics
+from minipuzzle.distill.loop import TrainSettings, distill_model, distill_together, read_metrics
+from minipuzzle.distill.trainer import Pupil
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.importance.layers import score_layers
 from minipuzzle.importance.widths import score_widths
@@ -49,6 +51,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "recovery.json"
 SEEDS, SAMPLES, LENGTH, BATCH, RATE = (0, 1, 2), 64, 256, 1024, 2e-3
 SHORT, LONG, EVERY, HELD_OUT = 200, 600, 25, 32
+FULL, FULL_BATCH = 1000, 4096
 # the layers that the default recipe kept (benchmarks/results/main_job.json); it narrows the FFN too
 CHOSEN = (0, 1, 2, 4, 9, 11, 13, 14, 19, 21)
 # widths, and how many layers go (the lowest by KL), or which stay
@@ -257,13 +260,36 @@ def train(bench: Bench, cases: list[str], chosen: list[str], phase: str, steps: 
                 distill_model(student, bench.parent, bench.train, TrainSettings(steps * BATCH, BATCH, rate),
                               Path(scratch), evaluate=lambda s: measure(as_model(s), bench.reference),
                               evaluate_every=EVERY * steps // SHORT)
-                rows = [r for r in read_metrics(Path(scratch)) if "eval_loss" in r]
-            curve = [{"step": 0, "tokens": 0} | {k: v for k, v in measure(model, bench.reference).items()
-                                                 if k in ("loss", "kl")}]
-            curve += [{"step": r["step"], "tokens": r["tokens"], "loss": r["eval_loss"], "kl": r["eval_kl"]}
-                      for r in rows]
-            bench.add(key, {"curve": curve, "loss": curve[-1]["loss"], "kl": curve[-1]["kl"],
-                            "seconds": round(time.perf_counter() - begin, 1)})
+                values = curve_of(model, bench, read_metrics(Path(scratch)))
+            bench.add(key, values | {"seconds": round(time.perf_counter() - begin, 1)})
+
+
+def full(bench: Bench, cases: list[str], chosen: list[str], seeds: list[int]) -> None:
+    """The long training. Continues in WORK/full; the methods of a case and seed are trained in lock-step."""
+    for seed, case in itertools.product(seeds, cases):
+        keys = {method: {"phase": "full", "case": case, "method": method, "seed": seed}
+                for method in methods(case) if method in chosen}
+        keys = {method: key for method, key in keys.items() if not bench.has(key)}
+        if not keys:
+            continue
+        models = [bench.make(case, method, seed)[0] for method in keys]
+        pupils = [Pupil(HybridLM(model.family, model.arch, model.by_name()),
+                        bench.work / "full" / f"{case} {method} {seed}".replace("/", "of")) for model, method in
+                  zip(models, keys, strict=True)]
+        distill_together(pupils, bench.parent, bench.train,
+                         TrainSettings(FULL * FULL_BATCH, FULL_BATCH, RATE, seed=seed),
+                         evaluate=lambda s: measure(as_model(s), bench.reference), evaluate_every=EVERY)
+        for model, pupil, key in zip(models, pupils, keys.values(), strict=True):
+            bench.add(key, curve_of(model, bench, read_metrics(pupil.folder)))
+
+
+def curve_of(model: Model, bench: Bench, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """The looks of a training that began with `model`, and the last of them."""
+    begin = {k: v for k, v in measure(model, bench.reference).items() if k in ("loss", "kl")}
+    curve = [{"step": 0, "tokens": 0} | begin]
+    curve += [{"step": r["step"], "tokens": r["tokens"], "loss": r["eval_loss"], "kl": r["eval_kl"]}
+              for r in metrics if "eval_loss" in r]
+    return {"curve": curve, "loss": curve[-1]["loss"], "kl": curve[-1]["kl"]}
 
 
 def as_model(student: HybridLM) -> Model:
@@ -282,9 +308,12 @@ def reach(curve: list[dict[str, Any]], loss: float) -> float | None:
 
 
 def write(bench: Bench) -> None:
-    plain = {(r["phase"], r["case"]): r["loss"] for r in bench.rows if "curve" in r and r["method"] == "select"}
-    rows = [r | {"tokens_to_plain": reach(r["curve"], plain[r["phase"], r["case"]])}
-            if "curve" in r and (r["phase"], r["case"]) in plain else r for r in bench.rows]
+    def run(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["phase"], row["case"], row["seed"]
+
+    plain = {run(r): r["loss"] for r in bench.rows if "curve" in r and r["method"] == "select"}
+    rows = [r | {"tokens_to_plain": reach(r["curve"], plain[run(r)])}
+            if "curve" in r and run(r) in plain else r for r in bench.rows]
     whole = measure(bench.parent, bench.reference)
     out = {"what": "recovery before training, bundled model", "date": time.strftime("%Y-%m-%d"),
            "hardware": hardware(), "threads": torch.get_num_threads(), "versions": versions(),
@@ -292,7 +321,8 @@ def write(bench: Bench) -> None:
            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
            "parent": {"loss": whole["loss"], "parameters": cost(bench.parent.arch, Workload()).parameters},
            "settings": {"calibration_samples": SAMPLES, "sequence_length": LENGTH, "batch_tokens": BATCH,
-                        "learning_rate": RATE, "short_steps": SHORT, "long_steps": LONG, "held_out_blocks": HELD_OUT},
+                        "learning_rate": RATE, "short_steps": SHORT, "long_steps": LONG, "full_steps": FULL,
+                        "full_batch_tokens": FULL_BATCH, "held_out_blocks": HELD_OUT},
            "cases": {n: {"architecture": t.to_json(), "kept_layers": list(k)}
                      for n, (t, k) in ((n, bench.case(n)) for n in CASES)},
            "rows": rows}
@@ -311,8 +341,8 @@ def tables() -> str:
         return "" if not kl else f"{np.mean(kl):.3f}" + (f" ± {np.ptp(kl) / 2:.3f}" if len(kl) > 1 else "")
 
     lines = []
-    for phase in ("before", "short", "gentle", "long"):
-        looks = {"before": [], "long": [75, 150, 300]}.get(phase, [50, 100])
+    for phase in ("before", "short", "gentle", "long", "full"):
+        looks = {"before": [], "long": [75, 150, 300], "full": [100, 250, 500]}.get(phase, [50, 100])
         lines += [f"\n{phase}\n", "| cut | parameters | method | KL before | "
                   + "".join(f"KL at {step} | " for step in looks) + ("KL at the end | loss | tokens to plain's end |"
                                                                      if looks else "loss |"),
@@ -326,10 +356,11 @@ def tables() -> str:
                 size = next(iter(row["parameters"] for row in find(phase="before", case=case)), 0)
                 cells = [case, f"{size / 1e6:.2f}M", method]
                 if looks:
-                    at = {point["step"]: point["kl"] for point in found[0]["curve"]}
-                    reached = found[0].get("tokens_to_plain")
-                    cells += [f"{at[0]:.3f}", *(f"{at[step]:.3f}" for step in looks), f"{found[0]['kl']:.3f}", loss,
-                              f"{reached / 1000:.0f}k" if reached else "not reached" if reached is None else "0"]
+                    points = [point for row in found for point in row["curve"]]
+                    at = [spread([p for p in points if p["step"] == step]) for step in (0, *looks)]
+                    reached = [row.get("tokens_to_plain") for row in found]
+                    cells += [*at, spread(found), loss, ", ".join("not reached" if tokens is None else
+                                                                  f"{tokens / 1000:.0f}k" for tokens in reached)]
                 else:
                     cells += [spread(found), loss]
                 lines.append("| " + " | ".join(cells) + " |")
@@ -346,15 +377,17 @@ def main() -> None:
     phases = {"before": before, "sums": sums, "short": partial(train, phase="short", steps=SHORT),
               "gentle": partial(train, phase="gentle", steps=SHORT, rate=RATE / 4),
               "long": partial(train, phase="long", steps=LONG)}
-    parser.add_argument("--phase", nargs="*", choices=phases, default=list(phases))
+    parser.add_argument("--phase", nargs="*", choices=[*phases, "full"], default=list(phases))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, *LEAST), default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of the phase `full`")
     parser.add_argument("--tables", action="store_true", help="print the tables of the committed results")
     parser.add_argument("--work", type=Path, default=Path("runs/recovery"))
     args = parser.parse_args()
     if args.tables:
         print(tables())
         return
+    phases["full"] = partial(full, seeds=args.seeds)
     bench = Bench(args.work)
     for phase in args.phase:
         phases[phase](bench, args.cases, args.methods)
