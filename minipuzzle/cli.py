@@ -21,8 +21,6 @@ from minipuzzle.core.budget import human_bytes, human_count, parse_quantity
 from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from minipuzzle.recipes.progress import Reporter
     from minipuzzle.recipes.schema import Recipe
 
@@ -155,11 +153,6 @@ def _print(data: Any, as_json: bool, lines: list[str]) -> None:
     click.echo(json.dumps(data, indent=1, allow_nan=False) if as_json else "\n".join(lines))
 
 
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows with all their digits; a number that is not there is null."""
-    return [{str(k): None if v != v else v for k, v in row.items()} for row in table.to_dict("records")]
-
-
 def _given(*names: str) -> list[str]:
     """Those of the current command's options that the user wrote."""
     ctx = click.get_current_context()
@@ -262,11 +255,12 @@ def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device
     torchrun --nproc-per-node 4 -m minipuzzle score my-model --memory 24GiB
     """
     from minipuzzle.recipes import single
+    from minipuzzle.recipes.results import records
 
     path, table = single.score(model, recipe, output_dir, seed, device, reporter, _command(), memory_bytes)
     if os.environ.get("RANK", "0") != "0":
         return
-    _print({"path": str(path), "layers": _records(table)}, as_json,
+    _print({"path": str(path), "layers": records(table)}, as_json,
            [table.to_string(index=False), f"scores      {path}"])
 
 

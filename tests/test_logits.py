@@ -5,20 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny import pair
 
 from minipuzzle.models.logits import token_metrics
-
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def pair(count: int = 13, hidden: int = 5, teacher_hidden: int = 7, vocab: int = 11, scale: float = 2.0,
-         seed: int = 0) -> Tensors:
-    """Student hidden and head, teacher hidden and head, in float64; the two hidden sizes differ."""
-    g = torch.Generator().manual_seed(seed)
-    shapes = ((count, hidden), (vocab, hidden), (count, teacher_hidden), (vocab, teacher_hidden))
-    a, b, c, d = (torch.randn(shape, generator=g, dtype=torch.float64) * scale**0.5 for shape in shapes)
-    return a, b, c, d
-
 
 # metrics ---------------------------------------------------------------------------------------------------------
 

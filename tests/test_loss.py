@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import pair
 
 from minipuzzle.distill.loss import (
     NO_LABEL,
@@ -19,17 +20,6 @@ from minipuzzle.distill.loss import (
     next_tokens,
     top_words,
 )
-
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def pair(count: int = 13, hidden: int = 5, teacher_hidden: int = 7, vocab: int = 11, scale: float = 2.0,
-         seed: int = 0) -> Tensors:
-    """Student hidden and head, teacher hidden and head, in float64; the two hidden sizes differ."""
-    g = torch.Generator().manual_seed(seed)
-    shapes = ((count, hidden), (vocab, hidden), (count, teacher_hidden), (vocab, teacher_hidden))
-    a, b, c, d = (torch.randn(shape, generator=g, dtype=torch.float64) * scale**0.5 for shape in shapes)
-    return a, b, c, d
 
 
 def plain_kl(h: torch.Tensor, w: torch.Tensor, th: torch.Tensor, tw: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

@@ -208,3 +208,15 @@ def reference_hidden(arch: Architecture, weights: Mapping[str, torch.Tensor], id
 
 def reference_logits(arch: Architecture, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
     return reference_hidden(arch, weights, ids) @ weights["lm_head.weight"].double().T
+
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def pair(count: int = 13, hidden: int = 5, teacher_hidden: int = 7, vocab: int = 11, scale: float = 2.0,
+         seed: int = 0) -> Tensors:
+    """Student hidden and head, teacher hidden and head, in float64; the two hidden sizes differ."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((count, hidden), (vocab, hidden), (count, teacher_hidden), (vocab, teacher_hidden))
+    a, b, c, d = (torch.randn(shape, generator=g, dtype=torch.float64) * scale**0.5 for shape in shapes)
+    return a, b, c, d

@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from minipuzzle._version import __version__
 from minipuzzle.core.architecture import Architecture
@@ -109,8 +110,8 @@ def _about(job: Job, parent: Mapping[str, Any]) -> dict[str, Any]:
 def _scores(job: Job, chosen: Candidate) -> dict[str, Any]:
     folder = job.run.path / "scores"
     layers, curves = LayerScores.read(folder / "layers.csv"), WidthCurves.read(folder / "width_curves.csv")
-    return {"metric": job.plan.recipe.scores.layer_metric, "layers": _records(layers.table),
-            "curves": _records(curves.table), "scoring": json.loads((folder / "scoring.json").read_text())
+    return {"metric": job.plan.recipe.scores.layer_metric, "layers": records(layers.table),
+            "curves": records(curves.table), "scoring": json.loads((folder / "scoring.json").read_text())
             } | width_shares(job.cutter.turned, job.plan.parent, chosen)
 
 
@@ -141,8 +142,9 @@ def width_shares(scores: WidthScores, parent: Architecture, chosen: Candidate) -
     return {"widths": widths, "kept_importance": {str(k): round(float(v), 5) for k, v in left.items()}}
 
 
-def _records(table: Any) -> list[dict[str, Any]]:
-    return [{k: None if v != v else v for k, v in row.items()} for row in table.to_dict("records")]
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows with all their digits, for JSON; a number that is not there is None."""
+    return [{str(k): None if v != v else v for k, v in row.items()} for row in table.to_dict("records")]
 
 
 def _distillation(job: Job, candidates: list[Candidate], seconds: dict[str, float]) -> dict[str, Any]:
