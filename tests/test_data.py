@@ -22,7 +22,15 @@ from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data import corpus
 from minipuzzle.data.blend import ROUND, BlendedBlocks
 from minipuzzle.data.blocks import TokenBlocks, load_blocks, tokenize
-from minipuzzle.data.corpus import HELD_OUT_EVERY, SKIPPED_FOLDERS, documents, identity, is_held_out, parse_blend
+from minipuzzle.data.corpus import (
+    HELD_OUT_EVERY,
+    SKIPPED_FOLDERS,
+    absolute,
+    documents,
+    identity,
+    is_held_out,
+    parse_blend,
+)
 
 TEXTS = [f"document {i}: {'word ' * (i % 7 + 1)}é 𝄞\n" for i in range(300)]
 
@@ -416,6 +424,24 @@ def test_blend_syntax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RecipeError, match="SOURCE=WEIGHT"):
             parse_blend(wrong)
     assert identity("stdlib=3,./none=1") == f"{identity('stdlib')}=0.75, ./none=0.25"
+
+
+def test_data_are_the_same_from_every_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("here/texts", "there"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "here" / "texts" / "a.txt").write_text("a" * 100)
+    monkeypatch.chdir(tmp_path / "here")
+    names = ("texts", "./texts/a.txt", "texts=2,stdlib=1,some/hub=1", "texts=2", "stdlib", "some/hub")
+    known = {name: (absolute(name), identity(name)) for name in names}
+    assert known["texts=2,stdlib=1,some/hub=1"][0] == f"{tmp_path}/here/texts=2,stdlib=1,some/hub=1"
+    monkeypatch.chdir(tmp_path / "there")
+    for located, told in known.values():
+        assert absolute(located) == located
+        assert identity(located) == told
+    assert [absolute(name) for name in ("stdlib", "some/hub")] == ["stdlib", "some/hub"]
+    (tmp_path / "here" / "texts" / "a.txt").write_text("b" * 101)
+    told = [identity(located) for located, _ in known.values()]
+    assert [a != b for a, (_, b) in zip(told, known.values(), strict=True)] == [True] * 4 + [False] * 2
 
 
 def blended(*lengths: int, weights: tuple[float, ...]) -> BlendedBlocks:

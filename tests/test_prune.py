@@ -76,8 +76,11 @@ def recipe_file(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(model_folder: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One undisturbed run; tests that change it take a copy."""
-    return prune(model_folder, recipe_for(texts), tmp_path_factory.mktemp("runs") / "run")
+    """One undisturbed run; tests that change it take a copy. It knew its data by a relative path, which means nothing
+    where the tests go on with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(texts.parent)
+        return prune(model_folder, recipe_for(Path(texts.name)), tmp_path_factory.mktemp("runs") / "run")
 
 
 @pytest.fixture

@@ -88,17 +88,28 @@ def has_end(source: str) -> bool:
 def identity(source: str) -> str:
     """What tells this state of the data from another: files with sizes and times, or the interpreter's version.
 
-    For a Hub data set its name alone.
+    It is the same from every working directory. For a Hub data set it is the name alone.
     """
     blend = parse_blend(source)
-    if len(blend) > 1:
+    if source not in blend:
         return ", ".join(f"{identity(name)}={weight:g}" for name, weight in blend.items())
     if source == "stdlib":
         return f"stdlib of Python {platform.python_version()}"
-    path = Path(source)
+    path = Path(source).resolve()
     files = sorted(p for p in path.rglob("*") if p.suffix in _READERS) if path.is_dir() else [path]
-    about = [f"{p}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files if p.is_file()]
-    return f"{source} {hashlib.sha256(chr(10).join(about).encode()).hexdigest()[:12]}" if about else source
+    about = [f"{p.relative_to(path.parent)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files if p.is_file()]
+    return f"{path.name} {hashlib.sha256(chr(10).join(about).encode()).hexdigest()[:12]}" if about else source
+
+
+def absolute(source: str) -> str:
+    """The source with the absolute paths of what is there: it means the same from another working directory."""
+    def one(name: str) -> str:
+        return str(Path(name).absolute()) if name != "stdlib" and Path(name).exists() else name
+
+    if source in parse_blend(source):
+        return one(source)
+    parts = [part.rpartition("=") for part in source.split(",")]
+    return ",".join(f"{one(name.strip())}={weight}" for name, _, weight in parts)
 
 
 def _stdlib() -> Iterator[Document]:

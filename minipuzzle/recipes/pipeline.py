@@ -203,7 +203,7 @@ def report(job: Job) -> Run:
 
 def run_about(job: Job) -> dict[str, Any]:
     """run.json: what the run is, for people and for `search RUN`."""
-    return {"schema": 1, "model": str(job.folder.path.absolute()), "recipe": job.plan.recipe.model_dump(),
+    return {"schema": 1, "model": str(job.folder.path.absolute()), "recipe": job.plan.recipe.located().model_dump(),
             "seed": job.seed, "command": job.command, "versions": versions(), "stages": stage_list(job),
             "device": str(job.device), "ssm_kernel": kernel(job.device),
             "loss_kernel": loss_kernel(job.plan.parent.vocab_size, job.device),

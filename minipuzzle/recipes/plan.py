@@ -20,7 +20,7 @@ from minipuzzle.core.scores import WIDTH_AXES
 from minipuzzle.data.corpus import has_end, identity, parse_blend
 from minipuzzle.models.passes import STREAM_BYTES
 from minipuzzle.models.walk import samples_per_walk
-from minipuzzle.recipes.schema import Recipe
+from minipuzzle.recipes.schema import DATA_SECTIONS, Recipe
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.space import Space, resolve_space
 from minipuzzle.surgery.refit import refit_bytes, samples_needed, writer_inputs
@@ -121,26 +121,26 @@ class Plan:
                      candidate: str | None = None) -> dict[str, dict[str, Any]]:
         """What each stage reads: how a finished stage is recognised. A later stage holds the earlier's hash."""
         r = self.recipe
-        d = r.distillation.model_dump()
+        # what the data are is told by tokenize, whatever name they were given by
+        c, e, d = (section.model_dump(exclude={"data"}) for section in (r.calibration, r.evaluation, r.distillation))
         out: dict[str, dict[str, Any]] = {}
-        out["tokenize"] = {"data": {name: identity(source) for name, source in (
-            ("calibration", r.calibration.data), ("evaluation", r.evaluation.data),
-            ("distillation", r.distillation.data))}, "tokenizer": tokenizer}
-        limits = {name: self.enough(name) for source in (r.calibration.data, r.evaluation.data, r.distillation.data)
-                  for name in parse_blend(source) if not has_end(name)}
+        data = {name: getattr(r, name).data for name in DATA_SECTIONS}
+        out["tokenize"] = {"data": {name: identity(source) for name, source in data.items()}, "tokenizer": tokenizer}
+        limits = {name: self.enough(name) for source in data.values() for name in parse_blend(source)
+                  if not has_end(name)}
         out["tokenize"] |= {"enough": limits} if limits else {}
         s = r.scores
         how: dict[str, Any] = {"racing": s.racing, "iterative": s.iterative}
         if s.racing or s.iterative:  # only then does the search's question decide what is measured
             how |= {"drops": self.space.drops, "metric": s.layer_metric, "confidence": s.confidence}
-        out["score"] = {"model": model, "calibration": r.calibration.model_dump(), "scores": how,
+        out["score"] = {"model": model, "calibration": c, "scores": how,
                         "after": digest(out["tokenize"])}
         out["curves"] = {"widths": self.curve_widths, "hidden": r.surgery.hidden, "after": digest(out["score"])}
         out["search"] = {"budget": self.budget.to_json(), "workload": self.workload.to_json(),
                          "space": self.space.to_json(), "search": r.search.model_dump(
                              exclude={"finalists"} if r.search.strategy == "milp" else {"measure", "finalists"}),
                          "layer_metric": r.scores.layer_metric, "after": digest(out["curves"])}
-        out["measure"] = {"measure": r.search.measure, "evaluation": r.evaluation.model_dump(),
+        out["measure"] = {"measure": r.search.measure, "evaluation": e,
                           "sequence_length": r.calibration.sequence_length, "after": digest(out["search"])}
         out["tournament"] = {"finalists": r.search.finalists, "distillation": d, "seed": seed,
                              "refit": r.surgery.refit, "after": digest(out["measure"])}

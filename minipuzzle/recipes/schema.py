@@ -24,7 +24,10 @@ from pydantic import (
 
 from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload, parse_quantity, split_sweep
 from minipuzzle.core.errors import RecipeError
+from minipuzzle.data.corpus import absolute
 from minipuzzle.search.space import check_range
+
+DATA_SECTIONS = ("calibration", "evaluation", "distillation")
 
 
 def _quantity(value: Any, units: str) -> int:
@@ -171,7 +174,7 @@ class Recipe(_Section):
         """A copy with another budget (in place of the recipe's), other data everywhere, and `a.b` settings."""
         values = self.model_dump()
         if data is not None:
-            for section in ("calibration", "evaluation", "distillation"):
+            for section in DATA_SECTIONS:
                 values[section]["data"] = data
         if budget:
             values["budget"] = dict(budget)
@@ -182,6 +185,13 @@ class Recipe(_Section):
                 names = [f"{s}.{k}" for s, v in values.items() if isinstance(v, dict) for k in v]
                 raise RecipeError(f"--set {path}: no such key{_suggest(path, names)}")
             target[key] = value
+        return _validate(values, "settings", {})
+
+    def located(self) -> Recipe:
+        """A copy whose data have absolute paths: it means the same from another working directory."""
+        values = self.model_dump()
+        for section in DATA_SECTIONS:
+            values[section]["data"] = absolute(values[section]["data"])
         return _validate(values, "settings", {})
 
     def dump(self) -> str:

@@ -161,7 +161,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
     ranks = job.ranks
     # what decides the numbers: another student, teacher, data or setting is another run of training
     what = {"student": small.fingerprint, "teacher": big.fingerprint, "tokens": job.inputs["tokenize"], "seed": seed,
-            "distillation": d.model_dump(exclude={"activation_checkpointing", "tournament_tokens"})}
+            "distillation": d.model_dump(exclude={"activation_checkpointing", "data", "tournament_tokens"})}
     state = job.run.path / "distillation" / digest(what)
     try:
         if ranks.main:
