@@ -352,11 +352,11 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
     minipuzzle distill small --teacher big --data texts/ --set distillation.tokens=10M -o distilled
     torchrun --nproc-per-node 8 -m minipuzzle.cli distill small --teacher big --device cuda -o distilled
     """
-    from minipuzzle.recipes import single
+    from minipuzzle.recipes.distill import distill as distill_folder
 
     if output_dir is None:
         raise RecipeError("distill needs an output folder: -o FOLDER")
-    data = single.distill(student, teacher, recipe, output_dir, seed, device, reporter, _command(), cache_teacher,
+    data = distill_folder(student, teacher, recipe, output_dir, seed, device, reporter, _command(), cache_teacher,
                           track)
     if int(os.environ.get("RANK", 0)) == 0:
         than = "" if data["loss_teacher"] is None else f" (teacher {data['loss_teacher']:.3f})"

@@ -27,7 +27,7 @@ from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.recipes import single
+from minipuzzle.recipes import distill as verb
 from minipuzzle.recipes.progress import Reporter
 from minipuzzle.recipes.schema import Recipe
 
@@ -104,7 +104,7 @@ def recipe(texts: Path, *more: str) -> Recipe:
 
 
 def distill(small: Path, big: Path, texts: Path, out: Path, *more: str, **options: Any) -> dict[str, Any]:
-    return single.distill(small, big, recipe(texts, *more), out, 0, "cpu", Reporter(), **options)
+    return verb.distill(small, big, recipe(texts, *more), out, 0, "cpu", Reporter(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_held_out_loss_of_several_processes(processes: int) -> None:
     for rank in range(processes):
         reads = pupil.register_forward_pre_hook(lambda model, args: batches.append((rank, len(args[0]))))  # noqa: B023
         job = SimpleNamespace(evaluation_ids=ids, ranks=One(torch.device("cpu"), rank, processes))
-        last = single._sharded_loss(pupil, job)  # type: ignore[arg-type]
+        last = verb._sharded_loss(pupil, job)  # type: ignore[arg-type]
         reads.remove()
     assert len(found) == 4
     assert len({length for _, length in batches}) == 1

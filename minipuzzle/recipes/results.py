@@ -67,11 +67,12 @@ def distilled_report(job: Job, student: Architecture, kept_layers: Sequence[int]
                      trained: Trained) -> dict[str, Any]:
     """What is known of a model that was distilled alone, in the keys of report.json: for its card.
 
-    `measured`: `parent`, `pruned` and `distilled` as evaluate/quality.py gives them; None where there was no teacher.
+    `measured`: `parent`, `pruned` and `distilled` as evaluate/quality.py gives them; without a teacher `parent` is
+    empty.
     """
     price = cost(student, job.plan.workload)
     pruned, final = measured["pruned"], measured["distilled"]
-    return _about(job, measured["parent"] or {}) | {
+    return _about(job, measured["parent"]) | {
         "result": {"parameters": price.parameters, "memory_bytes": price.memory_bytes, "loss_pruned": pruned["loss"],
                    "loss_distilled": final["loss"], "kl_pruned": pruned.get("kl"), "kl_distilled": final.get("kl"),
                    "agreement_distilled": final.get("agreement"), "path": str(job.run.path / "model"),

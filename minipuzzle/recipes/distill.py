@@ -1,0 +1,218 @@
+"""Distillation alone: a student's folder and its teacher's -> OUTPUT_DIR/model/, in one process or under torchrun."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.rundir import digest, write_atomic, write_json
+from minipuzzle.data.blocks import Blocks
+from minipuzzle.distill.loop import Trained, distill_model
+from minipuzzle.distill.precision import autocast, check_precision
+from minipuzzle.distill.settings import TrainSettings
+from minipuzzle.distill.sharding import reshard, whole
+from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher
+from minipuzzle.distill.teacher import cache_teacher as cache_blocks
+from minipuzzle.distill.track import open_tracker
+from minipuzzle.evaluate.quality import Reference, measure
+from minipuzzle.models.logits import token_metrics
+from minipuzzle.models.module import HybridLM
+from minipuzzle.models.walk import Model, final_hidden
+from minipuzzle.models.weights import ModelFolder, open_model, write_model
+from minipuzzle.recipes import stages
+from minipuzzle.recipes.job import Job
+from minipuzzle.recipes.pipeline import run_about
+from minipuzzle.recipes.plan import find_device
+from minipuzzle.recipes.progress import Reporter
+from minipuzzle.recipes.results import distilled_report, model_card_files, training_notes
+from minipuzzle.recipes.schema import Recipe
+from minipuzzle.recipes.single import open_job
+from minipuzzle.recipes.source import find_model
+from minipuzzle.surgery.gate import reload_gate
+
+
+def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir: Path, seed: int, device: str,
+            reporter: Reporter, command: str = "", cache_teacher: Path | None = None,
+            track: str | None = None) -> dict[str, Any]:
+    """Distil one folder from another -> OUTPUT_DIR/model/, through the reload gate; the same command continues.
+
+    Under torchrun the processes share the batches and the weights. `cache_teacher`: a folder with the teacher's top
+    words, made first where something is missing; then training needs no teacher, and no KL is measured. `track`: also
+    send the metrics to tensorboard, wandb or trackio.
+
+    Raises:
+        RecipeError: no tokens, different vocabularies, settings that do not go together.
+    """
+    small, big = open_model(find_model(student)), open_model(find_model(teacher))
+    layers = _layer_map(small, big)
+    _check(recipe, small, big, layers, cache_teacher is not None)
+    check_precision(recipe.distillation.precision, find_device(device))
+    tracker = open_tracker(track, output_dir)
+    job = open_job(big, recipe, output_dir, seed, device, reporter, command)
+    ranks, what = job.ranks, _inputs(job, small)
+    state = job.run.path / "distillation" / digest(what)
+    try:
+        _begin(job, what, cache_teacher is not None)
+        blocks, settings = stages.training_blocks(job), stages.settings(job)
+        source: Model | CachedTeacher
+        if cache_teacher is not None:
+            source = _cached(job, cache_teacher, blocks, settings)
+        else:
+            # in several processes the shards go to the device, the whole stays on the CPU
+            source = job.model if ranks.size == 1 else Model.load(big, "cpu")
+        reference = job.reference if cache_teacher is None and ranks.main else None
+        before = _measure(Model.load(small, ranks.device), reference, job) if ranks.main else None
+        pupil = HybridLM(small.family, small.arch,
+                         Model.load(small, ranks.device if ranks.size == 1 else "cpu").by_name())
+
+        def evaluate(s: HybridLM) -> dict[str, float]:
+            if ranks.size > 1:
+                return _sharded_loss(s, job)
+            written = ((n, t.float()) for n, t in _weights(s, small).items())
+            return _measure(Model.build(s.family, s.arch, written), reference, job)
+
+        if ranks.main:
+            job.run.commit("distill", what, [], 0.0)  # from its first step on it is this training and no other
+            stages.show_metrics(job, state)
+        with job.reporter.stage("distill", recipe.distillation.tokens) as update:
+            done = distill_model(pupil, source, blocks, settings, state, layers=layers, ranks=ranks,
+                                 evaluate=evaluate, track=tracker if ranks.main else lambda row: None,
+                                 evaluate_every=max(1, settings.steps(blocks.sequence_length) // stages.EVALUATIONS),
+                                 progress=lambda tokens, loss: update(tokens, f"{tokens:,} tokens, loss {loss:.3f}"))
+        weights = _weights(pupil, small)  # puts the shards together: all processes
+        found = {}
+        if before is not None:
+            final, after, parent = _finish(job, small, layers, weights, before, reference, done)
+            write_atomic(job.run.path / "metrics.jsonl", (state / "metrics.jsonl").read_text())
+            found = {"path": str(final), "tokens": done.tokens, "seconds": done.seconds, "loss_before": before["loss"],
+                     "kl_before": before.get("kl"), "loss": after["loss"], "kl": after.get("kl"),
+                     "loss_teacher": parent.get("loss"), "best_step": done.best_step, "skipped": done.skipped,
+                     "processes": ranks.size}
+        return dict(ranks.broadcast(found))
+    except RecipeError:
+        job.run.discard_unused()
+        raise
+    finally:
+        job.run.close()
+        ranks.close()
+
+
+def _check(recipe: Recipe, small: ModelFolder, big: ModelFolder, layers: tuple[int, ...], cached: bool) -> None:
+    """Raise RecipeError where there is nothing to train, or the two and the recipe do not go together."""
+    d = recipe.distillation
+    if d.tokens == 0:
+        raise RecipeError("distillation.tokens is 0: nothing to do; set it with --set distillation.tokens=10M")
+    if small.arch.vocab_size != big.arch.vocab_size:
+        raise RecipeError(f"vocabularies differ: student {small.arch.vocab_size}, teacher {big.arch.vocab_size}")
+    if cached and d.top_k == 0:
+        raise RecipeError("--cache-teacher keeps the teacher's top words; say how many: --set distillation.top_k=64")
+    if d.hidden_loss_weight and (cached or not layers or small.arch.hidden_size != big.arch.hidden_size):
+        raise RecipeError("distillation.hidden_loss_weight needs a teacher in memory, a student of the same hidden "
+                          "size, and its minipuzzle.json, which names the layers it kept")
+
+
+def _inputs(job: Job, small: ModelFolder) -> dict[str, Any]:
+    """What decides the numbers: another student, teacher, data or setting is another run of training."""
+    d = job.plan.recipe.distillation
+    return {"student": small.fingerprint, "teacher": job.folder.fingerprint, "tokens": job.inputs["tokenize"],
+            "seed": job.seed,
+            "distillation": d.model_dump(exclude={"activation_checkpointing", "data", "tournament_tokens"})}
+
+
+def _begin(job: Job, inputs: dict[str, Any], cached: bool) -> None:
+    """run.json and the tokens.
+
+    Raises:
+        RecipeError: the folder has another training.
+    """
+    if job.ranks.main:
+        if different := job.run.differences("distill", inputs):
+            raise RecipeError(f"{job.run.path} distils with other settings ({'; '.join(different)}); with those the "
+                              "same command continues, with another -o it starts anew")
+        write_json(job.run.path / "run.json", run_about(job) | {"student": inputs["student"]})
+    job.reporter.start({"tokenize": 5.0, "cache": 30.0 if cached else 0.0, "distill": 100.0})
+    stages.tokenize_data(job)
+    for note in training_notes(job):
+        job.reporter.say(note)
+
+
+def _weights(pupil: HybridLM, small: ModelFolder) -> dict[str, torch.Tensor]:
+    """As its checkpoint will hold them, by name; a collective of all processes where they are in shards."""
+    dtypes = small.dtypes(tuple(range(small.arch.num_layers)))
+    return {n: whole(p.detach()).to(dtypes[n]) for n, p in pupil.parameters_by_name().items()}
+
+
+def _finish(job: Job, small: ModelFolder, layers: tuple[int, ...], weights: dict[str, torch.Tensor],
+            before: dict[str, float], reference: Reference | None, done: Trained,
+            ) -> tuple[Path, dict[str, float], dict[str, float]]:
+    """(OUTPUT_DIR/model, its quality, the teacher's if known): written, through the gate, measured, with its card."""
+    unchecked, final = job.run.path / "model-unchecked", job.run.path / "model"
+    write_model(unchecked, small.arch.to_config(small.config), weights.items(), small.path)
+    reload_gate(unchecked, job.evaluation_ids[:2])
+    after = _measure(Model.load(open_model(unchecked), job.device), reference, job)
+    parent = {} if reference is None else reference.quality()
+    report = distilled_report(job, small.arch, layers, {"parent": parent, "pruned": before, "distilled": after}, done)
+    for name, text in model_card_files(report).items():
+        write_atomic(unchecked / name, text)
+    shutil.rmtree(final, ignore_errors=True)
+    unchecked.replace(final)
+    return final, after, parent
+
+
+def _layer_map(small: ModelFolder, big: ModelFolder) -> tuple[int, ...]:
+    """The teacher's layer of each of the student's; empty if it is not known."""
+    if small.arch.pattern == big.arch.pattern:
+        return tuple(range(big.arch.num_layers))
+    try:
+        kept = tuple(json.loads((small.path / "minipuzzle.json").read_text())["result"]["kept_layers"])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError):
+        return ()
+    fits = len(kept) == small.arch.num_layers and all(0 <= i < big.arch.num_layers for i in kept)
+    return kept if fits else ()
+
+
+def _cached(job: Job, folder: Path, blocks: Blocks, settings: TrainSettings) -> CachedTeacher:
+    """Write what is missing of the teacher's cache; open it."""
+    steps, size = settings.steps(blocks.sequence_length), settings.batch(blocks.sequence_length)
+    wanted = blocks.numbers(settings.seed, 0, steps * size)
+    key = {"teacher": job.folder.fingerprint, "tokenizer": job.tokenizer_hash, "data": blocks.corpus_hash,
+           "sequence_length": blocks.sequence_length, "top_k": settings.top_k, "temperature": settings.temperature,
+           "precision": "fp32" if settings.precision == "fp32" else "bf16"}
+
+    def teacher() -> LiveTeacher:
+        return LiveTeacher(Model.load(job.folder, job.device),
+                           autocast=lambda: autocast(settings.precision, job.device))
+
+    with job.reporter.stage("cache", len(set(wanted)) / job.ranks.size) as update:
+        cache_blocks(folder, teacher, blocks, wanted, key, job.ranks, lambda done: update(done, "blocks"))
+    return CachedTeacher(folder, job.device)
+
+
+def _measure(model: Model, reference: Reference | None, job: Job) -> dict[str, float]:
+    """Against the teacher, or alone."""
+    if reference is not None:
+        return measure(model, reference)
+    ids = job.evaluation_ids
+    parts = [token_metrics([final_hidden(model, part)], model.head, part)[0] for part in torch.split(ids, 4)]
+    return {"loss": float(torch.cat([part.loss for part in parts]).mean())}
+
+
+@torch.no_grad()
+def _sharded_loss(student: HybridLM, job: Job) -> dict[str, float]:
+    """Held-out loss of a student in shards: each process reads its part. All read equally many blocks, since they
+    put each layer together; what comes again does not count."""
+    ids, ranks = job.evaluation_ids, job.ranks
+    own = range(ranks.rank, -(-len(ids) // ranks.size) * ranks.size, ranks.size)
+    losses = []
+    for part in torch.split(ids[[i % len(ids) for i in own]], 4):
+        hidden = student(part)
+        losses.append(token_metrics([hidden], student.head, part)[0].loss)
+    reshard(student)
+    mine = torch.cat(losses)[: sum(i < len(ids) for i in own)].tolist()
+    values = [float(x) for found in ranks.gather(mine) for x in found]
+    return {"loss": sum(values) / len(values)}
