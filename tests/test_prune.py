@@ -532,6 +532,7 @@ def test_fresh_begins_again(copy: Path, finished: Run, model_folder: Path, texts
     # pruned only: what was written is what was cut
     assert run.report["result"]["loss_distilled"] == pytest.approx(run.report["result"]["loss_pruned"], rel=1e-6)
     assert run.report["distillation"]["tokens"] == 0
+    assert any("surgery.refit=ridge mends" in warning for warning in run.report["warnings"])
     assert sum(c["measured"] is not None for c in json.loads((copy / "candidates.json").read_text())["candidates"]) == 2
 
 

@@ -173,7 +173,11 @@ class Plan:
         """The plan in words."""
         estimates = self.estimates()
         limits = ", ".join(f"{key} {human_budget(key, limit)}" for key, limit in self.budget.limits)
-        p, w = self.parent_cost, self.workload
+        p, w, d = self.parent_cost, self.workload, self.recipe.distillation
+        search = self.recipe.search
+        measured, finalists = min(search.measure, self.feasible), min(search.finalists, self.feasible)
+        training = (f"tournament of {finalists}, distill the winner on {human_count(d.tokens)} tokens" if d.tokens else
+                    "nothing is trained")
         return [
             f"parent     {self.parent}",
             f"           {human_count(p.parameters)} parameters; {human_bytes(p.memory_bytes)} in memory "
@@ -184,9 +188,7 @@ class Plan:
             f"budget     {limits}",
             f"space      {self.points:,} architectures, {self.feasible:,} within the budget; the largest of them "
             f"{human_count(self.largest.parameters)} parameters, {human_bytes(self.largest.memory_bytes)}",
-            f"then       measure {min(self.recipe.search.measure, self.feasible)}, tournament of "
-            f"{min(self.recipe.search.finalists, self.feasible)}, distill the winner on "
-            f"{human_count(self.recipe.distillation.tokens)} tokens",
+            f"then       measure {measured}, {training}",
             f"scoring    {self.passes()}",
             "stages     " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in estimates.items()),
             f"time       about {sum(estimates.values()) / 60:.1f} min on this machine (a rough estimate)",

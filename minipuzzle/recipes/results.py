@@ -182,6 +182,9 @@ def _warnings(job: Job, gap: float) -> list[str]:
     if job.plan.refit_samples > recipe.calibration.samples:
         out.append(f"surgery.refit took {len(job.refit_ids)} samples, more than calibration.samples "
                    f"({recipe.calibration.samples}): the widest writer needs them")
+    if recipe.distillation.tokens == 0 and not job.refits:
+        out.append("nothing was trained (distillation.tokens is 0); surgery.refit=ridge mends part of the cut without "
+                   "training")
     out += training_notes(job)
     workload = job.plan.workload
     if workload.precision != "bf16":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -85,6 +85,30 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
+class _Role(NamedTuple):
+    """How candidates are drawn."""
+
+    name: str
+    color: str
+    marker: str
+    area: float  # points squared
+    order: int
+
+
+_ROLES = (_Role("candidate", MUTED, "o", 16, 2), _Role("finalist", FINALIST, "D", 34, 4),
+          _Role("winner", WINNER, "*", 130, 5))
+_Point = tuple[dict[str, Any], float, float]  # candidate, x, y
+
+
+def _by_role(report: dict[str, Any], points: list[_Point]) -> list[tuple[_Role, list[_Point]]]:
+    """The points of the plain candidates, the finalists and the winner; without empty groups."""
+    win, last = facts.winner(report), facts.finalists(report)
+    groups: list[list[_Point]] = [[], [], []]
+    for point in points:
+        groups[2 if point[0] is win else 1 if point[0] in last else 0].append(point)
+    return [(role, group) for role, group in zip(_ROLES, groups, strict=True) if group]
+
+
 def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric: str) -> bool:
     """Points of one quality against cost, with front, finalists and winner. False if there is none.
 
@@ -99,25 +123,20 @@ def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric
         return False
     divisor, unit = in_units(key, max(x for _, x, _ in have))
     points = [(c, x / divisor, y) for c, x, y in have]
-    win, last = facts.winner(report), facts.finalists(report)
-    groups = (("candidate", [p for p in points if p[0] is not win and p[0] not in last], MUTED, "o", 16, 2),
-              ("finalist", [p for p in points if p[0] is not win and p[0] in last], FINALIST, "D", 34, 4),
-              ("winner", [p for p in points if p[0] is win], WINNER, "*", 130, 5))
     ends: list[float] = []
-    for name, group, color, marker, area, order in groups:
-        if not group:
-            continue
+    for look, group in _by_role(report, points):
         ended = [(c, x, y, end) for c, x, y in group
                  if section == "measured" and (end := _trained(report, c, metric)) is not None]
-        marks = axis.scatter([p[1] for p in group], [p[2] for p in group], s=area, marker=marker, zorder=order,
-                             c=CARD if ended else color, edgecolors=color if ended else CARD,
-                             linewidths=1.2 if ended else 0.6, label=None if ended else name)
+        marks = axis.scatter([p[1] for p in group], [p[2] for p in group], s=look.area, marker=look.marker,
+                             zorder=look.order, c=CARD if ended else look.color, linewidths=1.2 if ended else 0.6,
+                             edgecolors=look.color if ended else CARD, label=None if ended else look.name)
         hover(marks, [facts.summary(p[0]) for p in group])
         if ended:
-            lines = axis.vlines([p[1] for p in ended], [p[2] for p in ended], [p[3] for p in ended], color=color)
+            lines = axis.vlines([p[1] for p in ended], [p[2] for p in ended], [p[3] for p in ended], color=look.color)
             lines.set(linewidth=1.2, zorder=1)
-            marks = axis.scatter([p[1] for p in ended], [p[3] for p in ended], s=area, marker=marker, c=color,
-                                 edgecolors=INK, linewidths=0.6, zorder=order, label=f"{name}, distilled")
+            marks = axis.scatter([p[1] for p in ended], [p[3] for p in ended], s=look.area, marker=look.marker,
+                                 c=look.color, edgecolors=INK, linewidths=0.6, zorder=look.order,
+                                 label=f"{look.name}, distilled")
             hover(marks, [f"{c.get('name', '?')} after distillation: {metric} {end:.4g}" for c, _, _, end in ended])
             ends += [p[3] for p in ended]
     front = pareto([(p[1], p[2]) for p in points])
@@ -162,21 +181,17 @@ def tradeoff(report: dict[str, Any]) -> Figure | None:
 def prediction(report: dict[str, Any]) -> Figure | None:
     """Predicted damage against measured quality."""
     metric = facts.quality(report)
-    pairs = [(at(c, "predicted", "damage"), at(c, "measured", metric), c) for c in facts.candidates(report)]
-    pairs = [p for p in pairs if p[0] is not None and p[1] is not None]
+    pairs = [(c, at(c, "predicted", "damage"), at(c, "measured", metric)) for c in facts.candidates(report)]
+    pairs = [p for p in pairs if p[1] is not None and p[2] is not None]
     if len(pairs) < 3:
         return None
     figure = Figure(figsize=(WIDE, 3.0), layout="constrained")
     axis = figure.subplots()
-    win, last = facts.winner(report), facts.finalists(report)
-    for some, color, marker, area in (([p for p in pairs if p[2] is not win and p[2] not in last], MUTED, "o", 18),
-                                      ([p for p in pairs if p[2] is not win and p[2] in last], FINALIST, "D", 34),
-                                      ([p for p in pairs if p[2] is win], WINNER, "*", 130)):
-        if some:
-            marks = axis.scatter([p[0] for p in some], [p[1] for p in some], s=area, c=color, marker=marker,
-                                 edgecolors=CARD if color == MUTED else INK, linewidths=0.6)
-            hover(marks, [facts.summary(c) for _, _, c in some])
-    for which, values in (("x", [p[0] for p in pairs]), ("y", [p[1] for p in pairs])):
+    for look, some in _by_role(report, pairs):
+        marks = axis.scatter([p[1] for p in some], [p[2] for p in some], s=look.area, c=look.color, marker=look.marker,
+                             edgecolors=CARD if look.color == MUTED else INK, linewidths=0.6)
+        hover(marks, [facts.summary(p[0]) for p in some])
+    for which, values in (("x", [p[1] for p in pairs]), ("y", [p[2] for p in pairs])):
         wide_scale(axis, which, values)
         plain_ticks(axis, which)
     axis.set_xlabel(damage_words(report))
