@@ -15,7 +15,7 @@ from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loop import Trained, distill_model
 from minipuzzle.distill.precision import autocast, check_precision
 from minipuzzle.distill.settings import TrainSettings
-from minipuzzle.distill.sharding import reshard, whole
+from minipuzzle.distill.sharding import reshard
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher
 from minipuzzle.distill.teacher import cache_teacher as cache_blocks
 from minipuzzle.distill.track import open_tracker
@@ -69,12 +69,12 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
         before = _measure(Model.load(small, ranks.device), reference, job) if ranks.main else None
         pupil = HybridLM(small.family, small.arch,
                          Model.load(small, ranks.device if ranks.size == 1 else "cpu").by_name())
+        dtypes = small.dtypes(tuple(range(small.arch.num_layers)))
 
         def evaluate(s: HybridLM) -> dict[str, float]:
             if ranks.size > 1:
                 return _sharded_loss(s, job)
-            written = ((n, t.float()) for n, t in _weights(s, small).items())
-            return _measure(Model.build(s.family, s.arch, written), reference, job)
+            return _measure(stages.as_written(s, dtypes), reference, job)
 
         if ranks.main:
             job.run.commit("distill", what, [], 0.0)  # from its first step on it is this training and no other
@@ -84,7 +84,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
                                  evaluate=evaluate, track=tracker if ranks.main else lambda row: None,
                                  evaluate_every=max(1, settings.steps(blocks.sequence_length) // stages.EVALUATIONS),
                                  progress=lambda tokens, loss: update(tokens, f"{tokens:,} tokens, loss {loss:.3f}"))
-        weights = _weights(pupil, small)  # puts the shards together: all processes
+        weights = dict(stages.rounded(pupil, dtypes))  # all processes: the shards are put together
         found = {}
         if before is not None:
             final, after, parent = _finish(job, small, layers, weights, before, reference, done)
@@ -139,12 +139,6 @@ def _begin(job: Job, inputs: dict[str, Any], cached: bool) -> None:
     stages.tokenize_data(job)
     for note in training_notes(job):
         job.reporter.say(note)
-
-
-def _weights(pupil: HybridLM, small: ModelFolder) -> dict[str, torch.Tensor]:
-    """As its checkpoint will hold them, by name; a collective of all processes where they are in shards."""
-    dtypes = small.dtypes(tuple(range(small.arch.num_layers)))
-    return {n: whole(p.detach()).to(dtypes[n]) for n, p in pupil.parameters_by_name().items()}
 
 
 def _finish(job: Job, small: ModelFolder, layers: tuple[int, ...], weights: dict[str, torch.Tensor],

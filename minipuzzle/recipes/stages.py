@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from minipuzzle.data.blocks import Blocks, load_blocks, tokenize
 from minipuzzle.data.corpus import parse_blend
 from minipuzzle.distill.loop import distill_model, distill_together, load_student
 from minipuzzle.distill.settings import TrainSettings
+from minipuzzle.distill.sharding import whole
 from minipuzzle.distill.trainer import Pupil
 from minipuzzle.evaluate.quality import Reference, measure, measure_paths
 from minipuzzle.evaluate.sample import greedy
@@ -242,10 +244,18 @@ def _student(job: Job, candidate: Candidate) -> HybridLM:
 
 
 def _as_written(job: Job, candidate: Candidate, student: HybridLM) -> Model:
-    """The student rounded to the parent's dtypes, as its checkpoint will hold it."""
-    dtypes = job.folder.dtypes(candidate.kept_layers)
-    tensors = ((n, p.detach().to(dtypes[n]).float()) for n, p in student.parameters_by_name().items())
-    return Model.build(job.folder.family, student.arch, tensors)
+    """The student rounded to the parent's dtypes."""
+    return as_written(student, job.folder.dtypes(candidate.kept_layers))
+
+
+def rounded(student: HybridLM, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, weight as the checkpoint will hold it); shards are put together, by all processes at once."""
+    return ((n, whole(p.detach()).to(dtypes[n])) for n, p in student.parameters_by_name().items())
+
+
+def as_written(student: HybridLM, dtypes: Mapping[str, torch.dtype]) -> Model:
+    """What is read from the checkpoint that would be written, in float32."""
+    return Model.build(student.family, student.arch, ((n, t.float()) for n, t in rounded(student, dtypes)))
 
 
 def candidates(job: Job) -> list[Candidate]:
@@ -304,8 +314,7 @@ def export(job: Job) -> None:
         config = candidate.architecture.to_config(job.folder.config)
         config["torch_dtype"] = str(job.folder.dtype).removeprefix("torch.")
         dtypes = job.folder.dtypes(candidate.kept_layers)
-        write_model(unchecked, config, ((n, p.detach().to(dtypes[n])) for n, p in student.parameters_by_name().items()),
-                    job.folder.path)
+        write_model(unchecked, config, rounded(student, dtypes), job.folder.path)
         update(0.3, "written; reloading in transformers")
         difference = reload_gate(unchecked, job.evaluation_ids[:2])
         written = open_model(unchecked)
