@@ -19,6 +19,7 @@ from minipuzzle._version import __version__
 from minipuzzle.core import interrupt
 from minipuzzle.core.budget import human_bytes, human_count, parse_quantity
 from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError
+from minipuzzle.core.files import our_error
 
 if TYPE_CHECKING:
     from minipuzzle.recipes.progress import Reporter
@@ -48,11 +49,20 @@ class _Group(click.Group):
         except click.UsageError as error:
             _refuse(error)
         except MinipuzzleError as error:
-            click.echo(f"minipuzzle: {' '.join(str(error).split())}", err=True)
-            sys.exit(error.exit_code)
+            _say_and_exit(error)
+        except (OSError, MemoryError) as error:  # the machine's, wherever it came up; the others are bugs
+            ours = our_error(error, getattr(error, "filename", None) or "the computation")
+            if isinstance(ours, CorruptArtifact):
+                raise
+            _say_and_exit(ours)
         except KeyboardInterrupt:
             click.echo("minipuzzle: interrupted", err=True)
             sys.exit(130)
+
+
+def _say_and_exit(error: MinipuzzleError) -> NoReturn:
+    click.echo(f"minipuzzle: {' '.join(str(error).split())}", err=True)
+    sys.exit(error.exit_code)
 
 
 def _refuse(error: click.UsageError) -> NoReturn:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError, ResourceError
-from minipuzzle.core.rundir import RunDir, digest, file_hash, write_atomic, write_json
+from minipuzzle.core.files import write_atomic, write_json
+from minipuzzle.core.rundir import RunDir, digest, file_hash
 
 INPUTS = {"data": {"name": "texts", "samples": 8}, "widths": (1, 2), "after": "abc"}
 
@@ -177,7 +178,7 @@ def test_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), sync(fd))[1])
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b))[1])
     write_atomic(tmp_path / "file", "text")
-    assert calls == ["fsync", "replace"]
+    assert calls == ["fsync", "replace", "fsync"]  # the file, its name, and the folder that has the name
 
 
 def test_hashes(tmp_path: Path) -> None:

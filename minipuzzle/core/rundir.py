@@ -13,32 +13,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError, ResourceError
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that `path` is the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically; NaN is a bug."""
-    write_atomic(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+from minipuzzle.core.files import write_json
 
 
 def file_hash(path: Path) -> str:

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.files import write_json
 from minipuzzle.core.interrupt import Interrupted
-from minipuzzle.core.rundir import write_json
 from minipuzzle.data.corpus import Document, documents, is_held_out, name_hash
 
 SPLITS = ("train", "held_out")

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minipuzzle.core.errors import CorruptArtifact
-from minipuzzle.core.rundir import write_json
+from minipuzzle.core.files import write_json
 from minipuzzle.models.ranks import Ranks
 
 Tensors = dict[str, torch.Tensor]

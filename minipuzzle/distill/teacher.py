@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
-from minipuzzle.core.rundir import write_json
+from minipuzzle.core.files import write_json
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loss import Target, chunk_tokens, top_words
 from minipuzzle.models.module import HybridLM

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.rundir import digest, write_atomic, write_json
+from minipuzzle.core.files import write_atomic, write_json
+from minipuzzle.core.rundir import digest
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loop import Trained, distill_model
 from minipuzzle.distill.precision import autocast, check_precision

@@ -20,7 +20,8 @@ from pydantic import ValidationError
 
 from minipuzzle.core.candidate import to_frame
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.rundir import RunDir, write_atomic, write_json
+from minipuzzle.core.files import write_atomic, write_json
+from minipuzzle.core.rundir import RunDir
 from minipuzzle.distill.loss import loss_kernel
 from minipuzzle.distill.precision import check_precision
 from minipuzzle.models.ranks import Ranks

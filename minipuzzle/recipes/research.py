@@ -25,8 +25,9 @@ from minipuzzle.core.candidate import Candidate, to_frame
 from minipuzzle.core.config import read_config
 from minipuzzle.core.cost import cost
 from minipuzzle.core.errors import CorruptArtifact, Infeasible, RecipeError, ResourceError
+from minipuzzle.core.files import write_atomic, write_json
 from minipuzzle.core.published import find_config
-from minipuzzle.core.rundir import digest, write_atomic, write_json
+from minipuzzle.core.rundir import digest
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.grid import search_architectures

@@ -15,7 +15,8 @@ import torch
 
 from minipuzzle.core.candidate import Candidate
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.rundir import digest, write_atomic, write_json
+from minipuzzle.core.files import write_atomic, write_json
+from minipuzzle.core.rundir import digest
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.data.blocks import Blocks, load_blocks, tokenize
 from minipuzzle.data.corpus import parse_blend

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
-from minipuzzle.core.rundir import write_atomic
+from minipuzzle.core.files import write_atomic
 from minipuzzle.report import facts
 from minipuzzle.report.facts import at
 from minipuzzle.report.html import environment, figures_of, unbroken

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader
 from markupsafe import Markup
 
-from minipuzzle.core.rundir import write_atomic
+from minipuzzle.core.files import write_atomic
 from minipuzzle.report import curves, facts, plots
 from minipuzzle.report.svg import Draw, draw
 

@@ -1,0 +1,259 @@
+"""Files: what is read has limits, what is written is whole, and errors of other libraries become ours.
+
+Everything that is read here may come from a stranger: a config.json, an index, a recipe, a CSV, the header of a
+safetensors file. So a file must be a regular one (a FIFO would be waited for for ever), not larger than its limit, and
+JSON and YAML not deeper than DEPTH. Nothing that is read can run code: JSON, safetensors and plain YAML only.
+
+    reading(path)                 a block whose foreign errors become ours       `our_error` says which becomes what
+    read_text, read_json          a whole file
+    parse_json, parse_yaml        a text
+    open_tensors(path)            a safetensors file
+    replacing(path)               a name to write under: flushed and renamed where the block ends
+    write_atomic, write_json      a whole file, through `replacing`
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError, ResourceError
+
+JSON_BYTES = 2**26  # the largest JSON file; candidates.json may be larger, and says so
+YAML_BYTES = 2**18  # PyYAML reads about 100 kB a second
+DEPTH = 100  # of nested JSON and YAML; Python's own stack ends at 1000
+
+# What the machine says, whatever the file holds
+_RESOURCES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG}
+# What the user wrote: a path that leads nowhere, or where they may not go
+_PATHS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ELOOP,
+          errno.ENAMETOOLONG, errno.ENXIO}
+# What libraries raise about the content of a file
+_CONTENT = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, EOFError,
+            SafetensorError)
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+          stat.S_IFBLK: "a device"}
+
+
+# errors -----------------------------------------------------------------------------------------------
+
+
+def our_error(error: BaseException, path: Path | str, corrupt: type[MinipuzzleError] = CorruptArtifact,
+              hint: str = "") -> MinipuzzleError:
+    """What an error of Python or of a library about the file `path` means for the user.
+
+    ResourceError: disk or memory. RecipeError: the path leads nowhere, or may not be read. `corrupt`: all else, which
+    is about what the file holds; `hint` says what to do then.
+    """
+    if isinstance(error, MinipuzzleError):
+        return error
+    number = _errno(error)
+    if isinstance(error, MemoryError) or number in _RESOURCES:
+        why = os.strerror(number) if number else "not enough memory"
+        return ResourceError(f"{_shown(path)}: {why}; make room, and the same command continues")
+    if number in _PATHS:
+        return RecipeError(f"{_shown(path)} cannot be opened ({os.strerror(number)})")
+    if isinstance(error, ValueError) and "null byte" in str(error):
+        return RecipeError(f"{_shown(path)} is no path: it has a NUL character")
+    return corrupt(f"{_shown(path)} cannot be read ({_reason(error)}){_then(hint)}")
+
+
+@contextmanager
+def reading(path: Path | str, corrupt: type[MinipuzzleError] = CorruptArtifact, hint: str = "") -> Iterator[None]:
+    """A block that reads `path`: foreign errors become ours (`our_error`). Keep it small: bugs in it are hidden too."""
+    try:
+        yield
+    except (OSError, MemoryError, *_CONTENT) as error:
+        raise our_error(error, path, corrupt, hint) from None
+
+
+def _errno(error: BaseException) -> int:
+    """The system's number of an error; 0 if it has none. safetensors only writes it into its message."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error ([0-9]+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    return int(found[1]) if found else 0
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]!r}" if error.args else "a key is missing"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= 200 else lines[0][:200] + "..."
+
+
+def _then(hint: str) -> str:
+    return f"; {hint}" if hint else ""
+
+
+def _shown(path: Path | str) -> str:
+    """A path on one line of any terminal."""
+    text = str(path)
+    text = text if len(text) <= 300 else f"{text[:150]}...{text[-50:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+# reading ----------------------------------------------------------------------------------------------
+
+
+def check_regular(path: Path | str) -> int:
+    """The size of a regular file, links followed; other things are never opened.
+
+    Raises:
+        RecipeError: there is no such file, or it is a folder, a FIFO, a device or a socket.
+        ResourceError: the disk does not answer.
+    """
+    with reading(path):
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise RecipeError(f"{_shown(path)} is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}, not a file")
+    return found.st_size
+
+
+def read_text(path: Path, corrupt: type[MinipuzzleError] = CorruptArtifact, hint: str = "",
+              limit: int = JSON_BYTES) -> str:
+    """The text of a regular file in UTF-8.
+
+    Raises:
+        RecipeError, ResourceError: see `check_regular`.
+        corrupt: larger than `limit` bytes, or not UTF-8.
+    """
+    size = check_regular(path)
+    if size > limit:
+        raise corrupt(f"{_shown(path)} has {size:,} bytes, the most is {limit:,}{_then(hint)}")
+    with reading(path, corrupt, hint), path.open("rb") as file:
+        return file.read(limit).decode("utf-8")
+
+
+def read_json(path: Path, corrupt: type[MinipuzzleError] = CorruptArtifact, hint: str = "", top: type = dict,
+              limit: int = JSON_BYTES) -> Any:
+    """The JSON of a file, whose top level must be a `top`.
+
+    Raises:
+        RecipeError, ResourceError: see `check_regular`.
+        corrupt: anything that `parse_json` refuses, or more than `limit` bytes.
+    """
+    return parse_json(read_text(path, corrupt, hint, limit), path, corrupt, hint, top)
+
+
+def parse_json(text: str, name: Path | str, corrupt: type[MinipuzzleError] = CorruptArtifact, hint: str = "",
+               top: type = dict) -> Any:
+    """The JSON of a text that comes from `name`.
+
+    Raises:
+        corrupt: not JSON, another top level, nested deeper than DEPTH, a key given twice, a number of thousands of
+            digits, half of a surrogate pair.
+    """
+    try:
+        data = json.loads(text, object_pairs_hook=_once)
+        if "\\ud" in text.lower():
+            json.dumps(data, ensure_ascii=False).encode()
+        _check_depth(data)
+    except (ValueError, RecursionError) as error:
+        raise corrupt(f"{_shown(name)} is not JSON ({_reason(error)}){_then(hint)}") from None
+    if not isinstance(data, top):
+        raise corrupt(f"{_shown(name)} is not a JSON {'object' if top is dict else top.__name__}{_then(hint)}")
+    return data
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain YAML: no tags that make objects, no anchors (a few lines of them unfold to gigabytes).
+
+    Raises:
+        yaml.YAMLError: with `problem`, and for most errors a `problem_mark`.
+    """
+    if len(text) > YAML_BYTES:
+        raise yaml.MarkedYAMLError(problem=f"{len(text):,} characters, the most is {YAML_BYTES:,}")
+    depth = 0
+    event: Any
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEPTH:
+                problem = f"nested deeper than {DEPTH}" if depth > DEPTH else "anchors and aliases are not read"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return yaml.safe_load(text)
+    except _CONTENT as error:  # PyYAML lets them through from `!!int x`, 2020-99-99, an integer of 5,000 digits
+        raise yaml.MarkedYAMLError(problem=_reason(error)) from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return found
+
+
+def _check_depth(data: Any) -> None:
+    level = [data]
+    for _ in range(DEPTH):
+        inner = [child for node in level if isinstance(node, dict | list)
+                 for child in (node.values() if isinstance(node, dict) else node)]
+        level = [child for child in inner if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise RecursionError
+
+
+@contextmanager
+def open_tensors(path: Path, framework: str = "pt", device: str = "cpu", hint: str = "fetch the file again",
+                 ) -> Iterator[Any]:
+    """A safetensors file, open for the block. The library checks the header: sizes, dtypes, overlaps, offsets.
+
+    Raises:
+        RecipeError, ResourceError: see `check_regular`.
+        CorruptArtifact: damaged, or something that the block looks for is not there.
+    """
+    check_regular(path)
+    with reading(path, hint=hint), safe_open(path, framework=framework, device=device) as file:
+        yield file
+
+
+# writing ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write `path` under; where the block ends the file is flushed and renamed, and so is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        os.replace(temporary, path)
+        flush_to_disk(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync of a file, or of a folder: of the names in it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that `path` is the old file or the whole new one, also after a power cut."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON atomically; NaN is a bug."""
+    write_atomic(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
