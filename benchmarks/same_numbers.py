@@ -83,7 +83,7 @@ def write_tiny(folder: Path) -> None:
 def write_texts(folder: Path) -> None:
     folder.mkdir()
     chance = random.Random(0)
-    words = "layer state head channel for in def return self import none true false model".split()
+    words = ["layer", "state", "head", "channel", "for", "in", "def", "return", "self", "import", "none", "true", "false", "model"]
     for i in range(300):
         lines = [" ".join(chance.choices(words, range(1, len(words) + 1), k=9)) for _ in range(12)]
         (folder / f"{i:03}.txt").write_text("\n".join(lines) + "\n")
