@@ -14,8 +14,10 @@ import pytest
 import tiny
 import torch
 from tiny import relative, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minipuzzle.core.architecture import Architecture, read_config
+from minipuzzle.models import nemotron_h
 from minipuzzle.models.base import Family
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ssd import causal_conv, ssd
@@ -286,3 +288,70 @@ def test_causal_convolution(length: int, bias: bool) -> None:
     b = torch.randn(5, generator=g, dtype=torch.float64) if bias else None
     plain = torch.nn.functional.conv1d(x.transpose(1, 2), w, b, padding=3, groups=5)[..., :length].transpose(1, 2)
     assert relative(causal_conv(x, w, b), plain) < 1e-12
+
+
+@pytest.mark.parametrize("length", [1, 33, 97])
+def test_scan_and_convolution_are_those_of_transformers(length: int) -> None:
+    """A second reference, by other hands: its chunked scan (in float32) and its depthwise convolution."""
+    from transformers.models.nemotron_h.modeling_nemotron_h import causal_conv1d_fn, mamba2_chunk_scan
+
+    x, dt, a, b, c, d = (t.float() for t in scan_inputs(length))
+    theirs = mamba2_chunk_scan(x, dt, a, b, c, chunk_size=CHUNK, D=d)
+    assert relative(ssd(x, dt, a, b, c, d), theirs) < 1e-5
+    g = torch.Generator().manual_seed(0)
+    x, w, bias = (torch.randn(*shape, generator=g) for shape in ((2, length, 5), (5, 1, 4), (5,)))
+    theirs = causal_conv1d_fn(x.transpose(1, 2), w[:, 0], bias).transpose(1, 2)
+    assert relative(causal_conv(x, w, bias), theirs) < 1e-6
+
+
+# low precision ---------------------------------------------------------------------------------------------------
+
+
+class MatrixProducts(TorchDispatchMode):
+    """While entered, notes the dtype of every matrix product, of the backward pass too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: dict[str, list[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "baddbmm", "matmul", "einsum", "linear"):
+            self.dtypes.setdefault(name, []).append(out.dtype)
+        return out
+
+
+def test_autocast_leaves_the_scan_in_float32() -> None:
+    """Forward and backward; its own bf16 would be wrong by 4e-3."""
+    inputs = [t.float().requires_grad_() for t in scan_inputs(97)]
+    exact = [t.double().detach().requires_grad_() for t in inputs]
+    with MatrixProducts() as products:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == torch.bfloat16  # it is on
+            out = ssd(*inputs)
+        out.square().sum().backward()
+    assert products.dtypes == {"mm": [torch.bfloat16], "bmm": [torch.float32] * 12}  # four, and two for each
+    plain = tiny.naive_ssd(*exact)
+    plain.square().sum().backward()
+    assert relative(out.detach(), plain.detach()) < 1e-6
+    assert max(relative(mine.grad, other.grad) for mine, other in zip(inputs, exact, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("weights_in_bf16", [False, True])
+def test_a_mamba_block_in_bf16_scans_in_float32(weights_in_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, and with bf16 weights: only the two projections are bf16; dt is rounded nowhere after in_proj."""
+    seen: list[tuple[torch.Tensor, ...]] = []
+    real = nemotron_h.ssd
+    monkeypatch.setattr(nemotron_h, "ssd", lambda *inputs: (seen.append(inputs), real(*inputs))[1])
+    dtype = torch.bfloat16 if weights_in_bf16 else torch.float32
+    weights = {n: t.to(dtype) for n, t in tiny.layer_weights(tiny.trained_like(tiny.ARCH), 0).items()}
+    x = torch.randn(2, 70, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with MatrixProducts() as products, torch.autocast("cpu", torch.bfloat16, enabled=not weights_in_bf16):
+        out = nemotron_h.mamba(tiny.ARCH, weights, x, None)
+    assert out.dtype == torch.bfloat16
+    assert products.dtypes == {"mm": [torch.bfloat16] * 2, "bmm": [torch.float32] * 4}
+    ((xs, dt, a, b, c, _),) = seen
+    assert {t.dtype for t in (xs, dt, a, b, c)} == {torch.float32}
+    projected = torch.nn.functional.linear(x.bfloat16(), weights["mixer.in_proj.weight"].bfloat16())[..., -8:].double()
+    wanted = torch.nn.functional.softplus(projected + weights["mixer.dt_bias"].double())
+    assert relative(dt, wanted) < 1e-6

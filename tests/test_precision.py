@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_distill import SETTINGS, STEP_TOKENS, rows, student, train, weights
+from test_family import MatrixProducts
 from tiny import ARCH, FAMILY, tiny_model
 
 from minipuzzle.core.errors import RecipeError
@@ -97,6 +98,18 @@ def test_low_precision_trains_nearly_alike(tmp_path: Path, name: str) -> None:
     assert low != exact
     assert low < 0.7 * first
     assert abs(low - exact) < 0.25 * (first - exact)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training_in_bf16_scans_in_float32(tmp_path: Path, recompute: bool) -> None:
+    """In the real loop, its backward pass and its recomputation: the batched products are the scan's."""
+    with MatrixProducts() as products:
+        train(tmp_path, settings=replace(SETTINGS, tokens=STEP_TOKENS, precision="bf16",
+                                         activation_checkpointing=recompute))
+    assert set(products.dtypes["bmm"]) == {torch.float32}
+    # two in each of the teacher's four scans and of the student's three, these perhaps again; then two for each back
+    assert len(products.dtypes["bmm"]) == 2 * 4 + 2 * 3 * (4 if recompute else 3)
+    assert torch.bfloat16 in products.dtypes["mm"]
 
 
 def test_checkpointing_changes_nothing_but_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, group
     wide = y.to(torch.promote_types(y.dtype, torch.float32)) * F.silu(z.to(torch.promote_types(z.dtype, torch.float32)))
     parts = wide.view(*wide.shape[:-1], groups, -1)
     parts = parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * parts.flatten(-2).to(z.dtype)
+    return (weight.to(wide.dtype) * parts.flatten(-2)).to(z.dtype)
 
 
 def mamba(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | None) -> torch.Tensor:
@@ -164,10 +164,11 @@ def mamba(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | No
     x, b, c = xbc.split([inner, state, state], dim=-1)  # type: ignore[no-untyped-call]
     # dt has no lower limit: as in the original code and in serving engines. transformers' own prefill
     # clamps it at 0.001, its decode step does not (docs/method.md, "The dt limit").
+    wide = torch.promote_types(dt_BTH.dtype, torch.float32)  # dt and A set how long the state remembers
     y = ssd(
         x.view(bsz, seq, heads, -1),
-        F.softplus(dt_BTH + w["mixer.dt_bias"]),
-        -torch.exp(w["mixer.A_log"].to(torch.promote_types(dt_BTH.dtype, torch.float32))),
+        F.softplus(dt_BTH.to(wide) + w["mixer.dt_bias"]),
+        -torch.exp(w["mixer.A_log"].to(wide)),
         b.view(bsz, seq, groups, -1),
         c.view(bsz, seq, groups, -1),
         w["mixer.D"],

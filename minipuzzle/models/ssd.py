@@ -25,7 +25,6 @@ def best_chunk(channels: int, state: int) -> int:
     return 32 if channels * state < 4096 else 128
 
 
-
 def kernel(device: torch.device) -> str:
     """Which code computes the scan there, in words."""
     if device.type == "cuda" and _triton() is not None:
@@ -53,11 +52,28 @@ def ssd(
     d_H: torch.Tensor,
     chunk: int | None = None,
 ) -> torch.Tensor:
-    """y_BTHP of the scan. `dt` is already softplus'ed, `a` negative. Computes in float32 or better."""
-    triton = _triton() if x_BTHP.is_cuda else None
-    if triton is not None:  # its chunks are the kernel's own; not run yet on a GPU
-        y: torch.Tensor = triton(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, chunk_size=256, D=d_H)
-        return y
+    """y_BTHP of the scan. `dt` is already softplus'ed, `a` negative.
+
+    Computes in float32 or better, forward and backward, under autocast too: its bf16 products would lose four digits.
+    (Call `backward` outside autocast, as PyTorch advises; inside, it casts the products of the backward pass.)
+    """
+    with torch.autocast(x_BTHP.device.type, enabled=False):
+        triton = _triton() if x_BTHP.is_cuda else None
+        if triton is not None:  # its chunks are the kernel's own; not run yet on a GPU
+            y: torch.Tensor = triton(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, chunk_size=256, D=d_H)
+            return y
+        return _chunked_scan(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, chunk)
+
+
+def _chunked_scan(
+    x_BTHP: torch.Tensor,
+    dt_BTH: torch.Tensor,
+    a_H: torch.Tensor,
+    b_BTGN: torch.Tensor,
+    c_BTGN: torch.Tensor,
+    d_H: torch.Tensor,
+    chunk: int | None,
+) -> torch.Tensor:
     bsz, seq, heads, chan = x_BTHP.shape
     groups, state = b_BTGN.shape[2:]
     chunk = chunk or best_chunk(chan, state)
@@ -86,11 +102,11 @@ def ssd(
     scores = (c_cGlN @ b_cGlN.transpose(-1, -2)).unsqueeze(3) * decay_ls
     y = scores @ xdt_cGrlP
 
-    # 2. what each chunk leaves behind, and 3. the state at each chunk's start
-    to_end = (cum_cGrl[..., -1:] - cum_cGrl).exp()
-    left = (xdt_cGrlP * to_end[..., None]).transpose(-1, -2).reshape(bsz, n, groups, per * chan, chunk) @ b_cGlN
-    left = left.view(bsz, n, groups, per, chan, state)
     if n > 1:
+        # 2. what each chunk leaves behind, and 3. the state at each chunk's start
+        to_end = (cum_cGrl[..., -1:] - cum_cGrl).exp()
+        left = (xdt_cGrlP * to_end[..., None]).transpose(-1, -2).reshape(bsz, n, groups, per * chan, chunk) @ b_cGlN
+        left = left.view(bsz, n, groups, per, chan, state)
         whole = cum_cGrl[..., -1].exp()[..., None, None]
         states = [torch.zeros_like(left[:, 0])]
         for i in range(n - 1):
@@ -105,8 +121,12 @@ def ssd(
 
 
 def causal_conv(x_BTC: torch.Tensor, weight_C1K: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
-    """Depthwise causal convolution as K shifted products: on CPU faster than conv1d in [B, C, T]."""
+    """Depthwise causal convolution as K shifted products: on CPU faster than conv1d in [B, C, T].
+
+    The sum of the products is in float32 or better, and so is what is returned.
+    """
     seq, kernel = x_BTC.shape[1], weight_C1K.shape[-1]
+    weight_C1K = weight_C1K.to(torch.promote_types(weight_C1K.dtype, torch.float32))
     x = F.pad(x_BTC, (0, 0, kernel - 1, 0))
     out = x[:, :seq] * weight_C1K[:, 0, 0]
     for k in range(1, kernel):
