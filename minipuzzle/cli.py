@@ -178,7 +178,7 @@ def _command() -> str:
 @recipe_options
 @run_options
 @memory_option
-@click.option("--candidate", help="With a finished run as MODEL: distil this candidate in place of the winner.")
+@click.option("--candidate", help="With a run as MODEL: distil this candidate too, into RUN/candidates/NAME/.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; touch no weight.")
 @click.option("--redo", is_flag=True, help="Make the stages again that a changed recipe invalidates.")
 @click.option("--fresh", is_flag=True, help="Forget what the run directory holds.")
@@ -196,7 +196,7 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     """
     from minipuzzle.recipes import pipeline
 
-    if candidate is not None:
+    if candidate is not None:  # the run has settled the rest
         model, recipe, output_dir, seed = pipeline.reopen(model, _given("name", "budgets", "data", "settings", "seed",
                                                                         "output_dir"))
     if dry_run:

@@ -562,25 +562,61 @@ def test_the_gate_closes(finished: Run, model_folder: Path, texts: Path, tmp_pat
 
 @pytest.mark.usefixtures("quick_gate")
 def test_another_candidate_goes_on_from_the_scores(copy: Path, finished: Run, model_folder: Path) -> None:
-    """`prune RUN --candidate NAME`: nothing is scored again, and the result is that candidate."""
-    other = finished.candidates["name"][3]
+    """`prune RUN --candidate NAME`: nothing is scored again, that candidate is in RUN/candidates/NAME/, and every
+    file of the run is as it was."""
+    other, before = finished.candidates["name"][3], contents(copy)
     assert not finished.candidates["chosen"][3]
     result = invoke("prune", copy, "--candidate", other, "--json")
     assert result.exit_code == 0, result.stderr
     done = [line.split("] ")[1].split(":")[0] for line in result.stderr.splitlines() if "done earlier" in line]
     assert done == list(STAGES[:6])
-    report = json.loads(result.stdout)
+    report, folder = json.loads(result.stdout), copy / "candidates" / other
     assert report["result"]["candidate"] == other
-    config = json.loads((copy / "model" / "config.json").read_text())
-    chosen = [c for c in json.loads((copy / "candidates.json").read_text())["candidates"] if c["chosen"]]
-    assert [c["name"] for c in chosen] == [other]
-    assert Architecture.from_config(config) == Architecture.from_json(chosen[0]["architecture"])
-    assert metrics(copy)[-1]["tokens"] == 4096
-    before = contents(copy / "model")
+    assert report["result"]["path"] == str(folder / "model")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    every = json.loads((folder / "candidates.json").read_text())["candidates"]
+    assert [c["name"] for c in every if c["chosen"]] == [other] == [every[0]["name"]]
+    assert Architecture.from_config(config) == Architecture.from_json(every[0]["architecture"])
+    assert metrics(folder)[-1]["tokens"] == 4096
+    for page in ("report.html", "model/README.md"):
+        text = (folder / page).read_text()
+        assert "chosen by hand" in text
+        assert "winner" not in text
+    assert "winner" in (copy / "report.html").read_text()
+
+    again = invoke("prune", copy, "--candidate", other)
+    assert again.exit_code == 0, again.stderr
+    assert again.stderr.count("done earlier") == len(STAGES)
     assert "no candidate 'c9999'" in refused(invoke("prune", copy, "--candidate", "c9999"), 2)
     assert "leave out the options" in refused(invoke("prune", copy, "--candidate", other, "--seed", "3"), 2)
+    assert "leave one out" in refused(invoke("prune", copy, "--candidate", other, "--fresh"), 2)
     assert "none" in refused(invoke("prune", model_folder, "--candidate", other), 2)
-    assert contents(copy / "model") == before
+    after = contents(copy)
+    assert {name: after[name] for name in before} == before
+    assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"candidates", "distillation"}
+
+
+@pytest.mark.usefixtures("quick_gate")
+def test_a_candidate_by_hand_goes_on_after_a_stop_and_opens_as_a_run(copy: Path, finished: Run) -> None:
+    """A finalist goes on from its own training; stopped in the gate, only the export is made again."""
+    finalist, before = finished.candidates["name"][1], contents(copy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minipuzzle.recipes.stages.reload_gate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prune(copy, candidate=finalist)
+    assert not (copy / "candidates" / finalist / "model").exists()
+    recorder = Recorder()
+    run = prune(copy, candidate=finalist, reporter=recorder)
+    assert recorder.made == ["export"]
+    assert run.path == copy / "candidates" / finalist
+    assert open_model(run.model_path).arch.to_json() == run.report["result"]["architecture"]
+    assert run.candidates.iloc[0]["name"] == finalist
+    again = Run.open(run.path)
+    assert list(again.candidates["name"]) == list(run.candidates["name"])
+    assert finished.candidates["name"][0] in list(run.candidates["name"][1:])
+    after = contents(copy)
+    kept = {name for name in before if not name.startswith("distillation/")}  # its training went on
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
 
 
 # real weights ----------------------------------------------------------------------------------------------------

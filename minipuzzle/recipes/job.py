@@ -35,11 +35,15 @@ from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import Rotation
 
 STAGES = ("tokenize", "score", "curves", "search", "measure", "tournament", "distill", "export")
+RESULT_STAGES = ("distill", "export")  # of one candidate: a candidate chosen by hand has its own
 
 
 @dataclass
 class Job:
-    """State of a run while it runs. Everything that lasts is in `run`."""
+    """State of a run while it runs. Everything that lasts is in `run`.
+
+    `candidate`: the one that the user chose in place of the tournament's winner; what is made of it is in `result`.
+    """
 
     plan: Plan
     folder: ModelFolder
@@ -155,13 +159,24 @@ class Job:
 
     # stages ----------------------------------------------------------------------------------------
 
+    @cached_property
+    def result(self) -> RunDir:
+        """Where the result goes: the run itself, or RUN/candidates/NAME/ under the run's lock."""
+        if self.candidate is None:
+            return self.run
+        return RunDir(self.run.path / "candidates" / self.candidate, hold=False)
+
+    def home(self, stage: str) -> RunDir:
+        """The folder that has the stage's files and its manifest."""
+        return self.result if stage in RESULT_STAGES else self.run
+
     def stage(self, name: str, total: float, make: Callable[[Update], list[Path]], shared: bool = False) -> None:
         """Run `make` unless the stage is done with the same inputs; commit the files it returns.
 
         Of several processes the main one runs it while the others wait; all of them, if the work is `shared`.
         """
         inputs = self.inputs[name]
-        if self.ranks.broadcast(self.ranks.main and self.run.is_done(name, inputs)):
+        if self.ranks.broadcast(self.ranks.main and self.home(name).is_done(name, inputs)):
             self.reporter.skip(name)
             return
         begin = time.perf_counter()
@@ -169,7 +184,7 @@ class Job:
             with self.reporter.stage(name, total) as update:
                 files = make(update)
             if self.ranks.main:
-                self.run.commit(name, inputs, files, time.perf_counter() - begin)
+                self.home(name).commit(name, inputs, files, time.perf_counter() - begin)
         self.ranks.barrier()
 
     def refuse_changes(self, redo: bool | None = None) -> None:
@@ -178,14 +193,14 @@ class Job:
         Raises:
             RecipeError: some were made with other settings, and `redo` is false, or None: the verb has no --redo.
         """
-        changed = {name: self.run.differences(name, self.inputs[name]) for name in STAGES}
+        changed = {name: self.home(name).differences(name, self.inputs[name]) for name in STAGES}
         changed = {name: lines for name, lines in changed.items() if lines}
         if redo:
             for name in STAGES:
                 try:
-                    self.run.is_done(name, self.inputs[name])
+                    self.home(name).is_done(name, self.inputs[name])
                 except CorruptArtifact:
-                    self.run.drop(name)
+                    self.home(name).drop(name)
         if not changed:
             return
         if not redo:
@@ -194,7 +209,7 @@ class Job:
                               f"again: {', '.join(changed)}. Use "
                               f"{'another -o' if redo is None else '--redo for these, --fresh for all, or another -o'}")
         for name in changed:
-            self.run.drop(name)
+            self.home(name).drop(name)
 
     def state_folder(self, candidate: Candidate) -> Path:
         """Where a student's training state lies: another recipe gets another folder."""

@@ -50,7 +50,11 @@ def _figure(draw: Draw) -> Callable[[Run], Figure | None]:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: `candidates` has a row per candidate, best first; the figures are those of the report."""
+    """A finished run, or the result of one of its candidates (RUN/candidates/NAME).
+
+    `candidates` has a row per candidate: first what is in `model/`, then best first. The figures are those of the
+    report.
+    """
 
     path: Path
     report: dict[str, Any]
@@ -97,13 +101,19 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
           reporter: Reporter | None = None, command: str = "", memory_bytes: int | None = None) -> Run:
     """Make a model smaller: the whole pipeline. Left out: the bundled model, the default recipe, their own folder.
 
-    `candidate`: distil this one in place of the tournament's winner, in a run that has candidates. `memory_bytes`: what
+    `candidate`: of a run that has come to its candidates (`output_dir`, or `model` alone) distil this one too. It goes
+    to RUN/candidates/NAME/ and the run's own result stays; the Run that comes back is that folder. `memory_bytes`: what
     may be used (left out: the machine's); a parent that does not fit is read from the disk layer by layer, by all
     stages but distillation.
 
     Raises:
         MinipuzzleError: one of its kinds, each with its exit code (core/errors.py).
     """
+    if candidate is not None:
+        if fresh:
+            raise RecipeError("--fresh deletes the run that --candidate goes on with; leave one out")
+        if output_dir is None:
+            model, recipe, output_dir, seed = reopen(model, [])
     recipe = recipe or Recipe()
     where = find_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -119,7 +129,7 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
             run.clear()
         job = Job(plan, folder, run, seed, Ranks(where), reporter or Reporter(), command, candidate)
         if candidate is not None:
-            _check_candidate(job, candidate)
+            _open_candidate(job, candidate)
         job.refuse_changes(redo)
         return _run(job)
     except RecipeError:
@@ -147,17 +157,15 @@ def reopen(run: str | Path | None, given: list[str]) -> tuple[str, Recipe, Path,
     return about["model"], recipe, path, about["seed"]
 
 
-def _check_candidate(job: Job, name: str) -> None:
-    """Raise RecipeError if the run has no such candidate; else forget what was made of another one."""
+def _open_candidate(job: Job, name: str) -> None:
+    """Make the candidate's folder. Raise RecipeError if the run has no such candidate."""
     if job.run.manifest("tournament") is None:
         raise RecipeError(f"{job.run.path} has not come to its candidates yet; run it without --candidate first")
     known = [c.name for c in job.read_candidates("tournament")]
     if name not in known:
         raise RecipeError(f"{job.run.path} has no candidate {name!r}; candidates.csv lists {len(known)}, "
                           f"{known[0]} first")
-    for stage in ("distill", "export"):
-        if job.run.differences(stage, job.inputs[stage]):
-            job.run.drop(stage)
+    (job.result.path / "stages").mkdir(parents=True, exist_ok=True)
 
 
 def prepare(model: str | Path | None, recipe: Recipe, memory_bytes: int | None = None) -> tuple[ModelFolder, Plan]:
@@ -183,23 +191,23 @@ def run_stages(job: Job, *every: Callable[[Job], None]) -> None:
 
 
 def _write_about(job: Job) -> None:
-    if job.ranks.main:
+    if job.ranks.main and job.candidate is None:  # another candidate's result leaves the run as it is
         write_json(job.run.path / "run.json", run_about(job))
 
 
 def report(job: Job) -> Run:
     """Everything that was found -> candidates.csv, candidates.json, report.json, report.html, the model card."""
-    found = stages.candidates(job)
-    write_json(job.run.path / "candidates.json", candidates_document(
+    found, path = stages.candidates(job), job.result.path
+    write_json(path / "candidates.json", candidates_document(
         job.plan.budget, job.plan.workload, job.folder.path.name, job.plan.parent, found))
     frame = to_frame(found)
-    write_atomic(job.run.path / "candidates.csv", frame.to_csv(index=False))
+    write_atomic(path / "candidates.csv", frame.to_csv(index=False))
     data = make_report(job, found)
     for name, text in model_card_files(data).items():
-        write_atomic(job.run.path / "model" / name, text)
-    write_report(data, job.run.path)
+        write_atomic(path / "model" / name, text)
+    write_report(data, path)
     _write_about(job)
-    return Run(job.run.path, data, frame)
+    return Run(path, data, frame)
 
 
 def run_about(job: Job) -> dict[str, Any]:

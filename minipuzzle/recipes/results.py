@@ -33,7 +33,7 @@ REPORT_CANDIDATES = 200
 def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
     """report.json (docs/files.md). Losses in nats per token, all on the same held-out blocks."""
     chosen = next(c for c in candidates if c.chosen)
-    found = json.loads((job.run.path / "search" / "result.json").read_text())
+    found = json.loads((job.result.path / "search" / "result.json").read_text())
     parent, plain, pruned, final = (found[name] for name in ("parent", "sliced", "pruned", "distilled"))
     stages = stage_list(job)
     seconds = {s["name"]: s["seconds"] for s in stages}
@@ -43,8 +43,9 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
                    "loss_sliced": plain["loss"], "loss_pruned": pruned["loss"], "loss_distilled": final["loss"],
                    "loss_distilled_stderr": final.get("loss_stderr"),
                    "kl_pruned": pruned["kl"], "kl_distilled": final["kl"],
-                   "agreement_distilled": final["agreement"], "path": str(job.run.path / "model"),
-                   "candidate": chosen.name, "architecture": chosen.architecture.to_json(),
+                   "agreement_distilled": final["agreement"], "path": str(job.result.path / "model"),
+                   "candidate": chosen.name, "chosen_by_hand": job.candidate is not None,
+                   "architecture": chosen.architecture.to_json(),
                    "cost": chosen.cost.to_json(), "kept_layers": list(chosen.kept_layers),
                    "recovery": (plain["loss"] - final["loss"]) / gap if gap > 0 else None,
                    "gap_left": final["loss"] - parent["loss"], "reload_difference": found["reload_difference"],
@@ -149,7 +150,7 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _distillation(job: Job, candidates: list[Candidate], seconds: dict[str, float]) -> dict[str, Any]:
-    curve = read_metrics(job.run.path)
+    curve = read_metrics(job.result.path)
     share = job.plan.recipe.distillation.tournament_tokens
     logs = [(c.name, read_metrics(job.state_folder(c))) for c in candidates if c.after_distillation]
     return {"tokens": curve[-1]["tokens"] if curve else 0,
@@ -225,7 +226,7 @@ def stage_list(job: Job) -> list[dict[str, Any]]:
     """Stages in order with status and the seconds they took when they were made."""
     out = []
     for name in STAGES:
-        manifest = job.run.manifest(name)
+        manifest = job.home(name).manifest(name)
         out.append({"name": name, "status": "done" if manifest else "open",
                     "seconds": manifest["seconds"] if manifest else 0.0})
     return out

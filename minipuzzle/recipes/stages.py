@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -260,27 +261,29 @@ def as_written(student: HybridLM, dtypes: Mapping[str, torch.dtype]) -> Model:
 
 
 def candidates(job: Job) -> list[Candidate]:
-    """All of them, best first, `chosen` set on the one that is distilled: the winner, or the one the user named."""
+    """All of them: first the one that is distilled, `chosen` (the winner, or the one the user named), then best first.
+    """
     found = job.read_candidates("tournament")
     if job.candidate is None:
         return found
-    return [dataclasses.replace(c, chosen=c.name == job.candidate) for c in found]
+    found = [dataclasses.replace(c, chosen=c.name == job.candidate) for c in found]
+    return sorted(found, key=lambda c: not c.chosen)
 
 
-def winner(job: Job) -> Candidate:
+def chosen(job: Job) -> Candidate:
     return next(c for c in candidates(job) if c.chosen)
 
 
 def distill(job: Job) -> None:
-    """The winner goes on from its own state to the end of the cosine -> RUN/metrics.jsonl"""
+    """The chosen candidate goes on from its own state to the end of the cosine -> RESULT/metrics.jsonl"""
     d = job.plan.recipe.distillation
 
     def make(update: Update) -> list[Path]:
-        metrics = job.run.path / "metrics.jsonl"
+        metrics = job.result.path / "metrics.jsonl"
         if d.tokens == 0:
             write_atomic(metrics, "")
             return [metrics]
-        candidate = winner(job)
+        candidate = chosen(job)
         student, state = _student(job, candidate), job.state_folder(candidate)
         show_metrics(job, state)
         some = Reference(job.source, job.evaluation_ids[:EVALUATION_BLOCKS], job.plan.stream_bytes)
@@ -296,22 +299,23 @@ def distill(job: Job) -> None:
 
 
 def show_metrics(job: Job, state: Path) -> None:
-    """RUN/metrics.jsonl leads to the rows of the training that runs; a copy of them replaces it at the end."""
-    link = job.run.path / "metrics.jsonl"
+    """RESULT/metrics.jsonl leads to the rows of the training that runs; a copy of them replaces it at the end."""
+    link = job.result.path / "metrics.jsonl"
     link.unlink(missing_ok=True)
-    link.symlink_to((state / "metrics.jsonl").relative_to(job.run.path))
+    link.symlink_to(os.path.relpath(state / "metrics.jsonl", link.parent))
 
 
 def export(job: Job) -> None:
-    """The winner's weights -> RUN/model/, through the reload gate; measured on that folder -> RUN/search/result.json"""
+    """The chosen candidate's weights -> RESULT/model/, through the reload gate; measured on that folder ->
+    RESULT/search/result.json. RESULT is the run, or RUN/candidates/NAME for a candidate chosen by hand."""
     def make(update: Update) -> list[Path]:
-        candidate = winner(job)
+        candidate = chosen(job)
         student = _student(job, candidate)
         pruned = measure(_as_written(job, candidate, student), job.reference)
         plain = measure(job.plain_cutter.cut(candidate.architecture, candidate.kept_layers), job.reference)
         if job.plan.recipe.distillation.tokens:
             load_student(job.state_folder(candidate), student)
-        unchecked, final = job.run.path / "model-unchecked", job.run.path / "model"
+        unchecked, final = job.result.path / "model-unchecked", job.result.path / "model"
         config = candidate.architecture.to_config(job.folder.config)
         config["torch_dtype"] = str(job.folder.dtype).removeprefix("torch.")
         dtypes = job.folder.dtypes(candidate.kept_layers)
@@ -335,7 +339,8 @@ def export(job: Job) -> None:
         result["samples"] = _samples(job, samples)
         shutil.rmtree(final, ignore_errors=True)
         unchecked.replace(final)
-        path = job.run.path / "search" / "result.json"
+        path = job.result.path / "search" / "result.json"
+        path.parent.mkdir(exist_ok=True)
         write_json(path, result)
         return [path, *sorted(final.glob("*.safetensors")), final / "config.json"]
 

@@ -32,10 +32,10 @@ def model_card(report: dict[str, Any]) -> str:
     """Markdown with YAML front matter; what the report does not know is left out."""
     report = facts.clean(report)
     name = _plain(report.get("model") or "a hybrid model")
-    parts = [_front_matter(report), f"# {name}, made smaller", facts.verdict(report), facts.recovery(report),
-             _architecture(report), "## Numbers", _numbers(report), "## Load it", _fence(_LOAD, "python"), _DT_NOTE,
-             _ENGINES, _fence("vllm serve path/to/this/folder", "sh"), "## How it was made", _made(report),
-             _licence(report)]
+    parts = [_front_matter(report), f"# {name}, made smaller", facts.verdict(report), facts.choice(report),
+             facts.recovery(report), _architecture(report), "## Numbers", _numbers(report), "## Load it",
+             _fence(_LOAD, "python"), _DT_NOTE, _ENGINES,
+             _fence("vllm serve path/to/this/folder", "sh"), "## How it was made", _made(report), _licence(report)]
     if report.get("command"):
         parts.append(_fence(str(report["command"]), "sh"))
     if report.get("recipe"):

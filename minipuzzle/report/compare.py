@@ -14,9 +14,9 @@ from minipuzzle.report import facts
 from minipuzzle.report.facts import at
 from minipuzzle.report.html import environment, figures_of, unbroken
 from minipuzzle.report.plots import METRIC_WORDS, WIDE, grid_of_layers, in_units, plain_ticks, wide_scale
-from minipuzzle.report.svg import INK, KIND_COLORS, SERIES, WINNER, hover
+from minipuzzle.report.svg import CHOSEN, INK, KIND_COLORS, SERIES, hover
 
-COLORS = (*KIND_COLORS.values(), WINNER, *SERIES[1:])
+COLORS = (*KIND_COLORS.values(), CHOSEN, *SERIES[1:])
 MARKERS = "osD^vPX*"
 # column of the table, its path in report.json, its format
 COLUMNS = (("parameters", ("result", "parameters"), facts.count), ("memory", ("result", "memory_bytes"), facts.size),

@@ -17,7 +17,7 @@ from minipuzzle.core.cost import block_parameters, cost
 from minipuzzle.report import facts
 from minipuzzle.report.facts import at
 from minipuzzle.report.plots import HALF, METRIC_WORDS, TALL, WIDE, in_units, layer_ticks, plain_ticks, wide_scale
-from minipuzzle.report.svg import INK, KIND_COLORS, LINE, MUTED, SERIES, WINNER, hover
+from minipuzzle.report.svg import CHOSEN, INK, KIND_COLORS, LINE, MUTED, SERIES, hover
 
 # weights are grey; the caches have the colour of the layers that keep them
 MEMORY_PARTS = (("weights_bytes", "weights", MUTED), ("kv_cache_bytes", "KV cache", KIND_COLORS[ATTENTION]),
@@ -124,7 +124,7 @@ def _mark_width(panel: Axes, report: dict[str, Any], name: str) -> None:
     if isinstance(parent, int | float):
         panel.axvline(parent, color=MUTED, lw=1, ls=":")
     if isinstance(chosen, int | float):
-        panel.axvline(chosen, color=WINNER, lw=2)
+        panel.axvline(chosen, color=CHOSEN, lw=2)
 
 
 # training --------------------------------------------------------------------------------------------
@@ -152,11 +152,11 @@ def ranks(report: dict[str, Any]) -> Figure | None:
     axis = figure.subplots()
     before = sorted(range(len(some)), key=lambda i: some[i][0])
     after = sorted(range(len(some)), key=lambda i: some[i][1])
-    win = facts.winner(report)
+    win = facts.chosen(report)
     for i, (start, end, candidate) in enumerate(some):
         y = [before.index(i) + 1, after.index(i) + 1]
         bold = candidate is win
-        axis.plot([0, 1], y, color=WINNER if bold else MUTED, marker="o", lw=3 if bold else 1.5)
+        axis.plot([0, 1], y, color=CHOSEN if bold else MUTED, marker="o", lw=3 if bold else 1.5)
         weight = "bold" if bold else "normal"
         axis.text(-0.06, y[0], f"{candidate.get('name', '?')}  {start:.3f}", ha="right", va="center", weight=weight)
         axis.text(1.06, y[1], f"{end:.3f}", ha="left", va="center", weight=weight)
@@ -178,15 +178,15 @@ def tournament(report: dict[str, Any]) -> Figure | None:
     runs = [r for r in runs if len(r[1]) > 1]
     if not runs:
         return None
-    end = min(x[-1] for _, x, _ in runs)  # the winner went on from here
+    end = min(x[-1] for _, x, _ in runs)  # one of them went on from here
     runs = [(name, x[: (n := sum(v <= end for v in x))], y[:n]) for name, x, y in runs]
     figure = Figure(figsize=(HALF, TALL), layout="constrained")
     axis = figure.subplots()
-    win = at(facts.winner(report), "name")
+    win = at(facts.chosen(report), "name")
     others = iter(SERIES[1:] * len(runs))
     for name, x, y in runs:
         bold = name == win
-        axis.plot(x, y, color=WINNER if bold else next(others), lw=2 if bold else 1, label=str(name),
+        axis.plot(x, y, color=CHOSEN if bold else next(others), lw=2 if bold else 1, label=str(name),
                   zorder=3 if bold else 2)
     wide_scale(axis, "y", [v for _, _, y in runs for v in y], 10)
     plain_ticks(axis)
@@ -197,7 +197,7 @@ def tournament(report: dict[str, Any]) -> Figure | None:
 
 
 def distillation(report: dict[str, Any]) -> Figure | None:
-    """The winner's KL over training, in training batches and on held-out blocks; and the held-out loss of each step
+    """The result's KL over training, in training batches and on held-out blocks; and the held-out loss of each step
     from the parent to the result, all on the same blocks."""
     curve = at(report, "distillation", "curve")
     tokens, train = _series(curve, "tokens", "loss")
@@ -208,8 +208,8 @@ def distillation(report: dict[str, Any]) -> Figure | None:
     left.plot(tokens, train, color=MUTED, lw=0.8, alpha=0.7, label="training batches")
     x, y = _series(curve, "tokens", "eval_kl")
     if x:
-        left.plot(x, y, color=WINNER, lw=1.6, label="held out")
-        hover(left.scatter(x, y, s=22, c=WINNER, edgecolors=INK, linewidths=0.5, zorder=3),
+        left.plot(x, y, color=CHOSEN, lw=1.6, label="held out")
+        hover(left.scatter(x, y, s=22, c=CHOSEN, edgecolors=INK, linewidths=0.5, zorder=3),
               [f"{human_count(a)} tokens: held-out KL {b:.4g}" for a, b in zip(x, y, strict=True)])
     wide_scale(left, "y", train + y, 10)
     plain_ticks(left)
@@ -221,7 +221,7 @@ def distillation(report: dict[str, Any]) -> Figure | None:
 
 
 def _losses(axis: Axes, report: dict[str, Any]) -> None:
-    result, win = at(report, "result") or {}, facts.winner(report)
+    result, win = at(report, "result") or {}, facts.chosen(report)
     steps = [("parent", at(report, "parent", "loss"), at(report, "parent", "loss_stderr")),
              ("sliced", result.get("loss_sliced"), None), ("pruned", result.get("loss_pruned"), None),
              ("tournament", at(win, "after_distillation", "loss"), at(win, "after_distillation", "loss_stderr")),
@@ -234,7 +234,7 @@ def _losses(axis: Axes, report: dict[str, Any]) -> None:
     axis.axvline(steps[0][1], color=MUTED, ls="--", lw=1)
     axis.errorbar([s[1] for s in steps], y, xerr=[s[2] or 0 for s in steps], fmt="none", ecolor=MUTED, lw=1)
     marks = axis.scatter([s[1] for s in steps], y, s=30, zorder=3, edgecolors=INK, linewidths=0.5,
-                         c=[WINNER if s[0] == "distilled" else MUTED for s in steps])
+                         c=[CHOSEN if s[0] == "distilled" else MUTED for s in steps])
     hover(marks, [f"{s[0]}: loss {s[1]:.4f}" + (f" ± {s[2]:.2g}" if s[2] else "") for s in steps])
     axis.set_yticks(y, [f"{s[0]}  {s[1]:.3f}" for s in steps])
     axis.set_ylim(len(steps) - 0.5, -0.5)

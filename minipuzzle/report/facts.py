@@ -95,15 +95,20 @@ def finalists(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [c for c in candidates(report) if c.get("after_distillation")]
 
 
-def winner(report: dict[str, Any]) -> dict[str, Any] | None:
+def chosen_role(report: dict[str, Any]) -> str:
+    """Why the result's candidate was distilled."""
+    return "chosen by hand" if at(report, "result", "chosen_by_hand") else "winner"
+
+
+def chosen(report: dict[str, Any]) -> dict[str, Any] | None:
     """The candidate that became the result."""
-    chosen = [c for c in candidates(report) if c.get("chosen") or c.get("name") == at(report, "result", "candidate")]
-    return chosen[0] if chosen and chosen[0].get("name") else None
+    found = [c for c in candidates(report) if c.get("chosen") or c.get("name") == at(report, "result", "candidate")]
+    return found[0] if found and found[0].get("name") else None
 
 
 def best(report: dict[str, Any], limit: int) -> list[dict[str, Any]]:
-    """The winner, the other finalists, then the rest in the order of the search."""
-    first = winner(report)
+    """The result's candidate, the other finalists, then the rest in the order of the search."""
+    first = chosen(report)
     order = ([first] if first else []) + finalists(report) + candidates(report)
     seen: dict[int, dict[str, Any]] = {id(c): c for c in order}
     return list(seen.values())[:limit]
@@ -154,8 +159,9 @@ def candidate_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
                             (at(c, "measured", "loss"), number), (at(c, "after_distillation", "loss"), number),
                             (at(c, "measured", "agreement"), percent)):
             cells.append((form(value), value))
-        role = "winner" if c is winner(report) else "finalist" if c.get("after_distillation") else ""
-        rows.append({"cells": cells, "role": role})
+        is_chosen = c is chosen(report)
+        role = chosen_role(report) if is_chosen else "finalist" if c.get("after_distillation") else ""
+        rows.append({"cells": cells, "role": role, "chosen": is_chosen})
     return rows
 
 
@@ -194,6 +200,14 @@ def verdict(report: dict[str, Any]) -> str:
         text += f" went from {' to '.join(steps)}" if len(steps) > 1 else f" is {steps[0]}"
         text += " nats per token"
     return f"{text}." if text else "The report has no results yet."
+
+
+def choice(report: dict[str, Any]) -> str:
+    """Who chose the result, where it was not the tournament."""
+    if not at(report, "result", "chosen_by_hand"):
+        return ""
+    return (f"Candidate {at(report, 'result', 'candidate')} was chosen by hand; the run itself may prefer "
+            "another.")
 
 
 def recovery(report: dict[str, Any]) -> str:

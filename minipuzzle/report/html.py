@@ -29,7 +29,7 @@ FIGURES = (
         (plots.layers_by_other_metrics, "The same by the other metrics, none of which the search used."))),
     ("grid", "Which layers the best candidates keep", (
         (plots.kept_grid, "A row is a candidate, a column a layer of the parent; a dot is a removed layer. "
-                          "★ winner, ◆ finalist; on the right the measured quality before training."),)),
+                          "★ the result, ◆ finalist; on the right the measured quality before training."),)),
     ("widths", "What narrower costs, and what was cut", (
         (curves.widths, "Narrower to the right; dotted: the parent's width, thick line: the width chosen. Above: how "
                         "concentrated importance is (median layer, band over all layers). Below: the whole model cut "
@@ -78,7 +78,8 @@ def render_html(report: dict[str, Any]) -> str:
     samples = [(label, text) for key, label in SAMPLES if (text := facts.at(report, "samples", key)) is not None]
     return environment().get_template("report.html").render(
         report=report, at=facts.at, sections=sections, verdict=unbroken(facts.verdict(report)),
-        recovery=unbroken(facts.recovery(report)), strip=facts.strip(report), tiles=facts.key_figures(report),
+        choice=facts.choice(report), recovery=unbroken(facts.recovery(report)), strip=facts.strip(report),
+        tiles=facts.key_figures(report),
         samples=samples, headings=HEADINGS, rows=facts.candidate_rows(report), total=len(facts.candidates(report)),
         facts=_provenance(report), unbroken=unbroken)
 

@@ -17,6 +17,7 @@ from minipuzzle.report import facts
 from minipuzzle.report.facts import at
 from minipuzzle.report.svg import (
     CARD,
+    CHOSEN,
     FINALIST,
     INK,
     KIND_COLORS,
@@ -24,7 +25,6 @@ from minipuzzle.report.svg import (
     KIND_MARKERS,
     LINE,
     MUTED,
-    WINNER,
     hover,
 )
 
@@ -96,24 +96,25 @@ class _Role(NamedTuple):
 
 
 _ROLES = (_Role("candidate", MUTED, "o", 16, 2), _Role("finalist", FINALIST, "D", 34, 4),
-          _Role("winner", WINNER, "*", 130, 5))
+          _Role("", CHOSEN, "*", 130, 5))
 _Point = tuple[dict[str, Any], float, float]  # candidate, x, y
 
 
 def _by_role(report: dict[str, Any], points: list[_Point]) -> list[tuple[_Role, list[_Point]]]:
-    """The points of the plain candidates, the finalists and the winner; without empty groups."""
-    win, last = facts.winner(report), facts.finalists(report)
+    """The points of the plain candidates, the finalists and the result; without empty groups."""
+    win, last = facts.chosen(report), facts.finalists(report)
     groups: list[list[_Point]] = [[], [], []]
     for point in points:
         groups[2 if point[0] is win else 1 if point[0] in last else 0].append(point)
-    return [(role, group) for role, group in zip(_ROLES, groups, strict=True) if group]
+    roles = (*_ROLES[:2], _ROLES[2]._replace(name=facts.chosen_role(report)))
+    return [(role, group) for role, group in zip(roles, groups, strict=True) if group]
 
 
 def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric: str) -> bool:
-    """Points of one quality against cost, with front, finalists and winner. False if there is none.
+    """Points of one quality against cost, with front, finalists and the result. False if there is none.
 
     Finalists are hollow before training; a line leads to the filled mark after the tournament, or after the whole
-    distillation for the winner.
+    distillation for the result.
     """
     key, limit = facts.budget_of(report)
     column = BUDGET_KEYS[key][0]
@@ -152,7 +153,7 @@ def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric
 
 def _trained(report: dict[str, Any], candidate: dict[str, Any], metric: str) -> float | None:
     """A candidate's quality after the longest training it had."""
-    final = at(report, "result", f"{metric}_distilled") if candidate is facts.winner(report) else None
+    final = at(report, "result", f"{metric}_distilled") if candidate is facts.chosen(report) else None
     after: float | None = at(candidate, "after_distillation", metric)
     return after if final is None else final
 
@@ -291,7 +292,7 @@ def kept_grid(report: dict[str, Any]) -> Figure | None:
     rows = rows[:GRID_ROWS]
     if not rows or not pattern:
         return None
-    win, last, metric = facts.winner(report), facts.finalists(report), facts.quality(report)
+    win, last, metric = facts.chosen(report), facts.finalists(report), facts.quality(report)
     names = [_short(c.get("name")) + (" ★" if c is win else " ◆" if c in last else "") for c in rows]
     notes = [facts.number(at(c, "measured", metric)) for c in rows]
     return grid_of_layers(rows, pattern, names, notes, {"kl": "KL", "loss": "loss"}[metric], bold=rows[0] is win)

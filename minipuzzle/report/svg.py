@@ -24,12 +24,12 @@ INK, MUTED, LINE, CARD = "#1a1b1c", "#6a6b6c", "#d8d9da", "#fdfefe"
 KIND_COLORS = {MAMBA: "#0072b2", ATTENTION: "#d55e00", FFN: "#009e73"}
 KIND_MARKERS = {MAMBA: "o", ATTENTION: "s", FFN: "^"}
 KIND_LABELS = {MAMBA: "Mamba (M)", ATTENTION: "attention (*)", FFN: "FFN (-)"}
-WINNER, FINALIST = "#e69f00", "#cc79a7"
-SERIES = (WINNER, FINALIST, "#56b4e9", "#8b6f47")  # runs side by side
+CHOSEN, FINALIST = "#e69f00", "#cc79a7"
+SERIES = (CHOSEN, FINALIST, "#56b4e9", "#8b6f47")  # runs side by side
 
 _VARIABLES = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", CARD: "var(--card)",
               KIND_COLORS[MAMBA]: "var(--mamba)", KIND_COLORS[ATTENTION]: "var(--attention)",
-              KIND_COLORS[FFN]: "var(--ffn)", WINNER: "var(--winner)", FINALIST: "var(--finalist)"}
+              KIND_COLORS[FFN]: "var(--ffn)", CHOSEN: "var(--chosen)", FINALIST: "var(--finalist)"}
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none", "text.parse_math": False, "font.family": "DejaVu Sans", "font.size": 8.5,
     "axes.titlesize": 9, "axes.titlelocation": "left", "axes.labelsize": 8.5, "legend.fontsize": 8,
