@@ -195,10 +195,11 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     minipuzzle prune runs/mine --candidate c0012
     """
     from minipuzzle.recipes import pipeline
+    from minipuzzle.recipes.source import reopen
 
     if candidate is not None:  # the run has settled the rest
-        model, recipe, output_dir, seed = pipeline.reopen(model, _given("name", "budgets", "data", "settings", "seed",
-                                                                        "output_dir"))
+        given = _given("name", "budgets", "data", "settings", "seed", "output_dir")
+        model, recipe, output_dir, seed = reopen(model, given)
     if dry_run:
         _, plan = pipeline.prepare(model, recipe, memory_bytes)
         _print(plan.to_json(), as_json, plan.lines())

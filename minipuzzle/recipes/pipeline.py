@@ -16,7 +16,6 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from pydantic import ValidationError
 
 from minipuzzle.core.candidate import to_frame
 from minipuzzle.core.errors import RecipeError
@@ -34,7 +33,7 @@ from minipuzzle.recipes.progress import Reporter
 from minipuzzle.recipes.research import candidates_document
 from minipuzzle.recipes.results import make_report, model_card_files, stage_list, versions
 from minipuzzle.recipes.schema import Recipe
-from minipuzzle.recipes.source import bundled_model, default_output, find_model
+from minipuzzle.recipes.source import bundled_model, default_output, find_model, reopen
 from minipuzzle.report import curves, plots
 from minipuzzle.report.html import write_report
 from minipuzzle.report.svg import Draw, styled
@@ -137,24 +136,6 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
         raise
     finally:
         run.close()
-
-
-def reopen(run: str | Path | None, given: list[str]) -> tuple[str, Recipe, Path, int]:
-    """(model, recipe, folder, seed) of a run, to go on with another candidate.
-
-    Raises:
-        RecipeError: not a run, or options beside it, which the run has settled.
-    """
-    path = Path(run or "")
-    try:
-        about = json.loads((path / "run.json").read_text())
-        recipe = Recipe.model_validate(about["recipe"])
-    except (OSError, KeyError, json.JSONDecodeError, ValidationError):
-        raise RecipeError(f"--candidate needs a run directory as MODEL, {run} is none") from None
-    if given:
-        raise RecipeError(f"--candidate goes on with the recipe of {run}; leave out the options for "
-                          f"{', '.join(given)}, or prune into another folder")
-    return about["model"], recipe, path, about["seed"]
 
 
 def _open_candidate(job: Job, name: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from minipuzzle.core.config import read_config
 from minipuzzle.core.errors import RecipeError
@@ -79,3 +81,21 @@ def default_output(folder: ModelFolder, recipe: Recipe, seed: int) -> Path:
     """runs/NAME-HASH, a function of model and recipe: the same command finds its run again."""
     name = "bundled" if folder.path == bundled_model() else folder.path.resolve().name
     return Path("runs") / f"{name}-{digest([folder.fingerprint, recipe.model_dump(), seed])[:8]}"
+
+
+def reopen(run: str | Path | None, given: list[str]) -> tuple[str, Recipe, Path, int]:
+    """(model, recipe, folder, seed) of a run, to go on with another candidate.
+
+    Raises:
+        RecipeError: not a run, or options beside it, which the run has settled.
+    """
+    path = Path(run or "")
+    try:
+        about = json.loads((path / "run.json").read_text())
+        recipe = Recipe.model_validate(about["recipe"])
+    except (OSError, KeyError, json.JSONDecodeError, ValidationError):
+        raise RecipeError(f"--candidate needs a run directory as MODEL, {run} is none") from None
+    if given:
+        raise RecipeError(f"--candidate goes on with the recipe of {run}; leave out the options for "
+                          f"{', '.join(given)}, or prune into another folder")
+    return about["model"], recipe, path, about["seed"]
