@@ -122,7 +122,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--recipe", "name", default="default", show_default=True, help="A shipped recipe or a YAML file.")
     @click.option("--budget", "budgets", multiple=True, metavar="KEY=VALUE",
                   help="memory=31.7GiB, params=4.5B, kv_cache=0.5x, ...; in place of the recipe's. Repeatable.")
-    @click.option("--data", help="stdlib, a text, JSONL or parquet file or folder, a Hub data set; or a=0.7,b=0.3.")
+    @click.option("--data", help="stdlib, a text, JSONL or parquet file or folder, hf:owner/name; or a=0.7,b=0.3.")
     @click.option("--set", "settings", multiple=True, metavar="A.B=C",
                   help="One key of the recipe. Repeatable; of the same key the last counts.")
     @functools.wraps(command)

@@ -26,7 +26,9 @@ from minipuzzle.data.corpus import (
     HELD_OUT_EVERY,
     SKIPPED_FOLDERS,
     absolute,
+    check_sources,
     documents,
+    has_end,
     identity,
     is_held_out,
     parse_blend,
@@ -154,8 +156,72 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecipeError, match=r"holds no \.txt"):
         list(documents(str(tmp_path / "empty")))
-    with pytest.raises(RecipeError, match="neither a file"):
-        list(documents("nobody/no-such-data-set"))
+
+
+def test_only_hf_goes_to_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typo is a path that is not there, with what may have been meant."""
+    asked: list[Any] = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> Any:
+        asked.append((*arguments, options["revision"], options["split"], options["trust_remote_code"]))
+        return iter([{"text": "one"}, {"text": "two"}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for source, message in (("texst", r"no such file or folder \(did you mean texts\?\)"), ("stdlb", "did you mean stdlib"),
+                            ("squad", "no such file"), ("owner/name", "Hub is written hf:owner/name"), ("", "data is empty"),
+                            ("hf:squad", r"written hf:owner/name\[:config\]"), ("hf:a/b#", "written hf:"), ("hf:", "written hf:"),
+                            ("tokens:old", "cannot be read yet"), ("stdlib=1,texst=2", "did you mean texts"),
+                            ("a" * 300, "File name too long"), ("a\0b", "NUL character")):
+        for read in (check_sources, lambda name: [list(documents(part)) for part in parse_blend(name) if part != "stdlib"]):
+            with pytest.raises(RecipeError, match=message):
+                read(source)
+    assert asked == []
+    check_sources("hf:owner/name")
+    assert asked == []
+    assert [text for _, text in documents("hf:owner/name")] == ["one", "two"]
+    list(documents("hf:owner/name:config.a@refs/pr/1#validation"))
+    assert asked == [("owner/name", None, None, "train", False),
+                     ("owner/name", "config.a", "refs/pr/1", "validation", False)]
+    assert not has_end("hf:owner/name")
+    assert has_end("texts")
+    assert absolute("hf:owner/name") == identity("hf:owner/name") == "hf:owner/name"
+
+
+def test_a_stream_that_breaks_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **options: Any) -> Any:
+        yield {"text": "one"}
+        raise RuntimeError("the network\nis gone")
+
+    monkeypatch.setattr("datasets.load_dataset", broken)
+    with pytest.raises(RecipeError, match=r"hf:a/b.*\(RuntimeError: the network\)"):
+        list(documents("hf:a/b"))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_only_regular_files_are_data(tmp_path: Path, inside: bool) -> None:
+    """No FIFO is waited for, and a link that leads nowhere is no missing document."""
+    for name, make in {"fifo.txt": os.mkfifo, "loop.txt": lambda p: p.symlink_to(p),
+                       "dangling.txt": lambda p: p.symlink_to("nothing"), "null.txt": lambda p: p.symlink_to("/dev/null"),
+                       "zero.jsonl": lambda p: p.symlink_to("/dev/zero")}.items():
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        make(folder / name)
+        with pytest.raises(RecipeError, match=name.replace(".", r"\.")):
+            check_sources(str(folder if inside else folder / name))
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / os.fsdecode(b"\xff.txt")).write_text("text")
+    with pytest.raises(RecipeError, match="not UTF-8; rename"):
+        check_sources(str(odd))
+
+
+@pytest.mark.parametrize("row", ["[" * 100_000, '{"text": "a", "n": ' + "9" * 5000 + "}"], ids=["deep", "digits"])
+def test_rows_that_python_cannot_hold(tmp_path: Path, row: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n' + row + "\n")
+    with pytest.raises(RecipeError, match=r"rows\.jsonl, line 2: not JSON"):
+        list(documents(str(tmp_path / "rows.jsonl")))
 
 
 def test_half_a_character_does_not_stop_the_run(tmp_path: Path, tokenizer: Any) -> None:

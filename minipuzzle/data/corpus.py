@@ -1,5 +1,9 @@
-"""Documents: the standard library's own source, or a text, JSONL or parquet file or folder, or a Hub data set; or a
-blend of several, `stdlib=0.7,my/texts=0.3`, whose weights are shares of the tokens.
+"""Documents: the standard library's own source, a text, JSONL or parquet file or folder, or a data set of the Hub.
+Or a blend of several, `stdlib=0.7,my/texts=0.3`, whose weights are shares of the tokens.
+
+    stdlib                                         the source of Python's standard library
+    hf:owner/name[:config][@revision][#split]      the only spelling that goes to the network; the split is train
+    anything else                                  a path
 
 A document is (name, text). One in `HELD_OUT_EVERY` documents, chosen by the hash of its name, is set apart for
 evaluation and is never calibrated on or trained on. A long text file counts as several documents, cut at line ends;
@@ -8,21 +12,28 @@ so does a short one that is all there is, for a part of it must be held out.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 import platform
+import re
 import sysconfig
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import MinipuzzleError, RecipeError
+from minipuzzle.core.files import check_regular, our_error
 
 Document = tuple[str, str]
 HELD_OUT_EVERY = 50
 PIECE = 2**13  # characters
 TEXT_KEYS = ("text", "content", "document")
+HUB, TOKENS = "hf:", "tokens:"
+_HUB_SOURCE = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?"
+                         r"(#(?P<split>\w+))?", re.ASCII)
 # Tests are not prose, and site-packages is not the standard library.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -44,7 +55,7 @@ def parse_blend(source: str) -> dict[str, float]:
         RecipeError: a weight that is not positive, or a source that is named twice.
     """
     parts = [part.rpartition("=") for part in source.split(",")]
-    if Path(source).exists() or not all(equals for _, equals, _ in parts):
+    if os.path.exists(source) or not all(equals for _, equals, _ in parts):
         return {source: 1.0}
     out: dict[str, float] = {}
     for name, _, text in parts:
@@ -59,6 +70,19 @@ def parse_blend(source: str) -> dict[str, float]:
     return {name: weight / sum(out.values()) for name, weight in out.items()}
 
 
+def check_sources(source: str) -> None:
+    """Look at a source, or at each of a blend, before any work begins; nothing goes to the network.
+
+    Raises:
+        RecipeError: nothing is there, or nothing that can be read; a Hub data set that is spelled wrongly.
+    """
+    for name in parse_blend(source):
+        if name.startswith(HUB):
+            _hub_source(name)
+        elif name != "stdlib":
+            _files(name)
+
+
 def documents(source: str) -> Iterator[Document]:
     """The documents of `source` in a fixed order.
 
@@ -68,21 +92,75 @@ def documents(source: str) -> Iterator[Document]:
     if source == "stdlib":
         yield from _stdlib()
         return
-    path = Path(source)
-    if not path.exists():
+    if source.startswith(HUB):
         yield from _hub(source)
         return
-    files = sorted(p for p in path.rglob("*") if p.suffix in _READERS) if path.is_dir() else [path]
+    path, files = Path(source), _files(source)
+    for file in files:
+        name, reader = str(file.relative_to(path)) if path.is_dir() else file.name, _READERS.get(file.suffix, _text)
+        try:
+            yield from _text(file, name, least=4) if reader is _text and len(files) == 1 else reader(file, name)
+        except OSError as error:
+            raise our_error(error, file, RecipeError) from None
+
+
+def _files(source: str) -> list[Path]:
+    """The data files of a path, each a regular file, in a fixed order.
+
+    Raises:
+        RecipeError: nothing is there, or something that is no file; a name that is not UTF-8.
+    """
+    if not source.strip():
+        raise RecipeError("data is empty; name a file or a folder, 'stdlib' or hf:owner/name")
+    if source.startswith(TOKENS):
+        raise RecipeError(f"data {source!r}: tokens that were made before cannot be read yet; give the text")
+    path = Path(source)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise RecipeError(f"data {source!r} is a link to nothing") from None
+        raise RecipeError(f"data {source!r}: no such file or folder{_near(source)}") from None
+    except (OSError, ValueError) as error:
+        raise our_error(error, path, RecipeError) from None
+    if not path.is_dir():
+        check_regular(path)
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix in _READERS and (p.is_symlink() or not p.is_dir()))
     if not files:
         raise RecipeError(f"data folder {source} holds no {', '.join(_READERS)} file; name a folder that does")
     for file in files:
-        name, reader = str(file.relative_to(path)) if path.is_dir() else file.name, _READERS.get(file.suffix, _text)
-        yield from _text(file, name, least=4) if reader is _text and len(files) == 1 else reader(file, name)
+        check_regular(file)
+        try:
+            str(file.relative_to(path)).encode()
+        except UnicodeEncodeError:
+            raise RecipeError(f"data {str(file)!a}: the name is not UTF-8; rename the file") from None
+    return files
+
+
+def _near(source: str) -> str:
+    """What may have been meant: a name beside it, or the Hub."""
+    path = Path(source)
+    names = []
+    if path.parent.is_dir() and os.access(path.parent, os.R_OK):
+        with os.scandir(path.parent) as entries:
+            names = [str(path.parent / entry.name) for entry in islice(entries, 10_000)]
+    near = [name for name in difflib.get_close_matches(str(path), ["stdlib", *names], n=2) if name.isprintable()]
+    hub = f"; a data set of the Hub is written {HUB}{source}" if _HUB_SOURCE.fullmatch(HUB + source) else ""
+    return (f" (did you mean {' or '.join(near)}?)" if near else "") + hub
+
+
+def _hub_source(source: str) -> dict[str, str | None]:
+    found = _HUB_SOURCE.fullmatch(source)
+    if found is None:
+        raise RecipeError(f"data {source!r}: a data set of the Hub is written "
+                          "hf:owner/name[:config][@revision][#split]")
+    return found.groupdict()
 
 
 def has_end(source: str) -> bool:
-    """Whether all of the source is meant to be read: anything but a Hub data set."""
-    return source == "stdlib" or Path(source).exists()
+    """Whether all of the source is meant to be read: anything but a data set of the Hub."""
+    return not source.startswith(HUB)
 
 
 def identity(source: str) -> str:
@@ -95,6 +173,8 @@ def identity(source: str) -> str:
         return ", ".join(f"{identity(name)}={weight:g}" for name, weight in blend.items())
     if source == "stdlib":
         return f"stdlib of Python {platform.python_version()}"
+    if source.startswith(HUB) or not os.path.exists(source):
+        return source
     path = Path(source).resolve()
     files = sorted(p for p in path.rglob("*") if p.suffix in _READERS) if path.is_dir() else [path]
     about = [f"{p.relative_to(path.parent)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files if p.is_file()]
@@ -104,7 +184,8 @@ def identity(source: str) -> str:
 def absolute(source: str) -> str:
     """The source with the absolute paths of what is there: it means the same from another working directory."""
     def one(name: str) -> str:
-        return str(Path(name).absolute()) if name != "stdlib" and Path(name).exists() else name
+        known = name == "stdlib" or name.startswith(HUB) or not os.path.exists(name)
+        return name if known else str(Path(name).absolute())
 
     if source in parse_blend(source):
         return one(source)
@@ -156,10 +237,10 @@ def _jsonl(path: Path, name: str) -> Iterator[Document]:
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise RecipeError(f"{path}, line {number + 1}: not JSON ({error.msg})") from None
                 except UnicodeDecodeError:
                     raise RecipeError(f"{path}, line {number + 1}: not UTF-8 text") from None
+                except (ValueError, RecursionError) as error:
+                    raise RecipeError(f"{path}, line {number + 1}: not JSON ({getattr(error, 'msg', error)})") from None
                 yield row if isinstance(row, dict) else {}
     yield from _rows(parse(), name)
 
@@ -170,21 +251,23 @@ def _parquet(path: Path, name: str) -> Iterator[Document]:
 
     try:
         yield from _rows((row for batch in pq.ParquetFile(path).iter_batches() for row in batch.to_pylist()), name)
-    except (pa.ArrowException, OSError) as error:
-        raise RecipeError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]})") from None
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise RecipeError(f"{path} cannot be read as parquet ({(str(error).splitlines() or [''])[0]})") from None
 
 
 def _hub(source: str) -> Iterator[Document]:
-    if source.startswith((".", "/")) or source.count("/") > 1:
-        raise RecipeError(f"data {source!r}: no such file or folder")
     from datasets import load_dataset
 
+    about = _hub_source(source)
     try:
-        stream = load_dataset(source, split="train", streaming=True)
+        stream = load_dataset(about["name"], about["config"], revision=about["revision"],
+                              split=about["split"] or "train", streaming=True, trust_remote_code=False)
+        yield from _rows(iter(stream), source)
+    except MinipuzzleError:
+        raise
     except Exception as error:  # the library raises a different class for every way a name can be wrong
-        raise RecipeError(f"data {source!r} is neither a file, a folder, 'stdlib' nor a Hub data set that could be "
-                          f"opened ({type(error).__name__})") from None
-    yield from _rows(iter(stream), source)
+        raise RecipeError(f"data {source!r} could not be read from the Hub "
+                          f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]})") from None
 
 
 _READERS = {".txt": _text, ".md": _text, ".py": _text, ".rst": _text, ".jsonl": _jsonl, ".parquet": _parquet}

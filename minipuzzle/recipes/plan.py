@@ -17,7 +17,7 @@ from minipuzzle.core.cost import Cost, block_parameters, cost
 from minipuzzle.core.errors import RecipeError, ResourceError
 from minipuzzle.core.rundir import digest
 from minipuzzle.core.scores import WIDTH_AXES
-from minipuzzle.data.corpus import has_end, identity, parse_blend
+from minipuzzle.data.corpus import check_sources, has_end, identity, parse_blend
 from minipuzzle.models.passes import STREAM_BYTES
 from minipuzzle.models.walk import samples_per_walk
 from minipuzzle.recipes.schema import DATA_SECTIONS, Recipe
@@ -224,6 +224,8 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
     if d.top_k > parent.vocab_size:
         raise RecipeError(f"distillation.top_k {d.top_k} is more than the model's {parent.vocab_size} words; 0 takes "
                           "all")
+    for name in dict.fromkeys(values[section]["data"] for section in DATA_SECTIONS):
+        check_sources(name)
     workload = recipe.workload.build()
     parent_cost = cost(parent, workload)
     budget = Budget.parse(recipe.budget, parent_cost.to_json())
