@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.published import find_config
 from minipuzzle.data.blocks import load_blocks, tokenize
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.registry import family_of
 from minipuzzle.importance.layers import score
 from minipuzzle.importance.racing import Race
-from minipuzzle.models import family_of
 from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.passes import Pass

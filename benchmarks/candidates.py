@@ -24,10 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from minipuzzle.core.budget import Budget
-from minipuzzle.core.candidate import Candidate
-from minipuzzle.core.cost import cost
 from minipuzzle.data.blocks import load_blocks, tokenize
 from minipuzzle.evaluate.quality import measure_paths
+from minipuzzle.families.cost import cost
 from minipuzzle.importance.curves import measure_curves
 from minipuzzle.importance.layers import score
 from minipuzzle.models.passes import Pass
@@ -36,6 +35,7 @@ from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.recipes.results import hardware, versions
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.recipes.source import bundled_model
+from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.space import resolve_space
 from minipuzzle.surgery.cut import Cutter

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from minipuzzle.core.candidate import Candidate
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blocks import load_blocks
 from minipuzzle.distill.loop import distill_together
@@ -31,6 +30,7 @@ from minipuzzle.models.weights import open_model
 from minipuzzle.recipes.results import hardware, versions
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.recipes.source import bundled_model
+from minipuzzle.search.candidate import Candidate
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import Rotation
 

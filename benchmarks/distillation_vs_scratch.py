@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from train_bundled_model import initial_weights  # noqa: E402
 
-from minipuzzle.core.candidate import Candidate  # noqa: E402
 from minipuzzle.core.scores import WidthScores  # noqa: E402
 from minipuzzle.data.blocks import load_blocks  # noqa: E402
 from minipuzzle.distill.loop import distill_model, read_metrics  # noqa: E402
@@ -36,6 +35,7 @@ from minipuzzle.models.weights import open_model  # noqa: E402
 from minipuzzle.recipes.results import hardware, versions  # noqa: E402
 from minipuzzle.recipes.schema import Recipe  # noqa: E402
 from minipuzzle.recipes.source import bundled_model  # noqa: E402
+from minipuzzle.search.candidate import Candidate  # noqa: E402
 from minipuzzle.surgery.cut import Cutter  # noqa: E402
 from minipuzzle.surgery.rotate import Rotation  # noqa: E402
 

@@ -27,14 +27,14 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import Workload
-from minipuzzle.core.cost import cost
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.data.blocks import load_blocks, tokenize
 from minipuzzle.distill.loop import TrainSettings, distill_model, distill_together, read_metrics
 from minipuzzle.distill.trainer import Pupil
 from minipuzzle.evaluate.quality import Reference, measure
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import cost
 from minipuzzle.importance.layers import score_layers
 from minipuzzle.importance.widths import score_widths
 from minipuzzle.models.module import HybridLM

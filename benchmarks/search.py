@@ -1,8 +1,8 @@
 """Seconds and peak memory of the search.  python benchmarks/search.py  ->  benchmarks/results/search.json
 
 Each case runs in a process of its own. The loop is what a search without arrays does: itertools.product over the same
-points, each priced by core/cost.py and compared with the budget; on the 8B it stops after some points, and the rest is
-extrapolated. Where the loop is complete it must find what the grid finds.
+points, each priced by families/cost.py and compared with the budget; on the 8B it stops after some points, and the rest
+is extrapolated. Where the loop is complete it must find what the grid finds.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import Budget
-from minipuzzle.core.cost import cost
 from minipuzzle.core.published import published
 from minipuzzle.core.scores import WIDTH_AXES, LayerScores, WidthCurves
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import cost
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.damage import drop_order
 from minipuzzle.search.grid import search_architectures

@@ -1,4 +1,4 @@
-"""One Mamba-2 block: the lean scan of models/ssd.py against the torch path of transformers, forward and backward.
+"""One Mamba-2 block: the lean scan of families/ssd.py against the torch path of transformers, forward and backward.
 
     python benchmarks/ssd.py
 
@@ -22,9 +22,9 @@ from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 from transformers.utils import logging
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.published import find_config
-from minipuzzle.models.nemotron_h import mamba
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.nemotron_h import mamba
 from minipuzzle.models.weights import open_model
 from minipuzzle.recipes.results import hardware, versions
 from minipuzzle.recipes.source import bundled_model

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from minipuzzle.core.architecture import Architecture
-from minipuzzle.core.cost import block_parameters
 from minipuzzle.core.published import find_config
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import block_parameters
+from minipuzzle.families.registry import family_of
 from minipuzzle.importance.layers import score
-from minipuzzle.models import family_of
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minipuzzle.core.architecture import KIND_NAMES, KINDS, Architecture
 from minipuzzle.data.blocks import load_blocks, tokenize
 from minipuzzle.data.corpus import documents, is_held_out
+from minipuzzle.families.architecture import KIND_NAMES, KINDS, Architecture
+from minipuzzle.families.nemotron_h import NemotronH
 from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.module import HybridLM
-from minipuzzle.models.nemotron_h import NemotronH
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.recipes.results import hardware, versions

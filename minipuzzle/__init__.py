@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any
 from minipuzzle._version import __version__
 
 if TYPE_CHECKING:
-    from minipuzzle.core.architecture import Architecture
     from minipuzzle.core.budget import Budget
-    from minipuzzle.core.candidate import Candidate
     from minipuzzle.core.scores import LayerScores, WidthScores
     from minipuzzle.distill.loop import distill_model
+    from minipuzzle.families.architecture import Architecture
     from minipuzzle.importance.layers import score_layers
     from minipuzzle.importance.widths import score_widths
     from minipuzzle.recipes.pipeline import Run, prune
     from minipuzzle.recipes.schema import Recipe
+    from minipuzzle.search.candidate import Candidate
     from minipuzzle.search.grid import search_architectures
 
 _HOMES = {
-    "Architecture": "core.architecture",
+    "Architecture": "families.architecture",
     "Budget": "core.budget",
-    "Candidate": "core.candidate",
+    "Candidate": "search.candidate",
     "LayerScores": "core.scores",
     "Recipe": "recipes.schema",
     "Run": "recipes.pipeline",

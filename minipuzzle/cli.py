@@ -236,10 +236,10 @@ def inspect(model: str, precision: str, kv_precision: str, state_precision: str,
     minipuzzle inspect my-model
     minipuzzle inspect nemotron-h-56b --precision nvfp4 --kv-precision nvfp4 --context 1M
     """
-    from minipuzzle.core.architecture import Architecture
     from minipuzzle.core.budget import Workload
-    from minipuzzle.core.cost import inspect as inspect_architecture
     from minipuzzle.core.published import find_config
+    from minipuzzle.families.architecture import Architecture
+    from minipuzzle.families.cost import inspect as inspect_architecture
 
     arch = Architecture.from_config(find_config(model))
     workload = Workload(precision, kv_precision, state_precision, (), parse_quantity(context, "binary"), batch)

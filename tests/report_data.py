@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from minipuzzle.core.architecture import FFN, KINDS, MAMBA, Architecture
 from minipuzzle.core.budget import Budget, Workload
-from minipuzzle.core.candidate import Candidate
-from minipuzzle.core.cost import cost
 from minipuzzle.core.scores import WidthScores
+from minipuzzle.families.architecture import FFN, KINDS, MAMBA, Architecture
+from minipuzzle.families.cost import cost
 from minipuzzle.recipes.results import width_shares
+from minipuzzle.search.candidate import Candidate
 
 PARENT = Architecture(
     pattern="M-M-M*-M-M-M-M*-M-M-M-", vocab_size=2048, hidden_size=96, ffn_size=512, mamba_num_heads=16,

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ARCH, PARENT_CONFIG, config_of
 
-from minipuzzle.core.architecture import Architecture, read_config
 from minipuzzle.core.budget import Budget, Workload, human_bytes, human_count, parse_quantity
-from minipuzzle.core.cost import cost, inspect, kv_cache_bytes, mamba_state_bytes, parameters_by_kind, weights_bytes
 from minipuzzle.core.errors import CorruptArtifact, RecipeError, UnsupportedModel
+from minipuzzle.core.published import read_config
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import cost, inspect, kv_cache_bytes, mamba_state_bytes, parameters_by_kind, weights_bytes
 from minipuzzle.models.weights import open_model
 from minipuzzle.recipes.source import bundled_model
 

@@ -19,9 +19,10 @@ from meta import build, counts, kind_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from minipuzzle.cli import main
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import Workload
-from minipuzzle.core.cost import (
+from minipuzzle.core.errors import UnsupportedModel
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import (
     Cost,
     cost,
     flops_per_token,
@@ -32,7 +33,6 @@ from minipuzzle.core.cost import (
     weights_bytes,
     workspace_bytes,
 )
-from minipuzzle.core.errors import UnsupportedModel
 from minipuzzle.search.space import resolve_space
 
 SMALL = {"model_type": "nemotron_h", "hybrid_override_pattern": "ME*-E", "vocab_size": 50, "hidden_size": 32,

@@ -22,7 +22,7 @@ from minipuzzle.distill.loop import distill_model, load_student, read_metrics
 from minipuzzle.distill.loss import distillation_loss, kl_loss
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.trainer import MAX_SKIPPED
-from minipuzzle.models.axes import Selection
+from minipuzzle.families.selection import Selection
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import final_hidden
 

@@ -22,7 +22,7 @@ from tiny import tokens
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.distill.loop import read_metrics
 from minipuzzle.distill.track import open_tracker
-from minipuzzle.models.axes import Selection
+from minipuzzle.families.selection import Selection
 from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model

@@ -16,11 +16,12 @@ import torch
 from tiny import relative, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minipuzzle.core.architecture import Architecture, read_config
-from minipuzzle.models import nemotron_h
-from minipuzzle.models.base import Family
+from minipuzzle.core.published import read_config
+from minipuzzle.families import nemotron_h
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.base import Family
+from minipuzzle.families.ssd import causal_conv, ssd
 from minipuzzle.models.module import HybridLM
-from minipuzzle.models.ssd import causal_conv, ssd
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
 from minipuzzle.recipes.source import bundled_model

@@ -17,10 +17,10 @@ from tiny import ARCH, FAMILY, relative, tiny_model, tokens, trained_like
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.scores import COLUMNS, LayerScores, WidthScores, mamba_selection, top
 from minipuzzle.evaluate.quality import Reference, measure
+from minipuzzle.families.selection import Selection, select
 from minipuzzle.importance.curves import measure_curves
 from minipuzzle.importance.layers import score, score_layers, standard_error
 from minipuzzle.importance.widths import score_widths
-from minipuzzle.models.axes import Selection, select
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, Whole, final_hidden, walk
 from minipuzzle.models.weights import open_model

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload
-from minipuzzle.core.cost import cost
 from minipuzzle.core.errors import Infeasible, RecipeError, ResourceError
 from minipuzzle.core.scores import WIDTH_AXES, LayerScores, WidthCurves
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import cost
 from minipuzzle.search import milp, program
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.milp import num_architectures, solve_architectures

@@ -17,7 +17,7 @@ from tiny import ARCH, FAMILY, tiny_model
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.distill import precision
 from minipuzzle.distill.precision import Products, check_precision, fp8_note, quantise, use_fp8
-from minipuzzle.models.axes import Selection
+from minipuzzle.families.selection import Selection
 from minipuzzle.models.module import HybridLM
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

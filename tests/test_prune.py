@@ -25,14 +25,14 @@ from tiny import ARCH, relative, tokens, trained_like, without_dt_limit, write_f
 from minipuzzle import Recipe, prune
 from minipuzzle.cli import main
 from minipuzzle.core import interrupt
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import Workload
-from minipuzzle.core.cost import cost
 from minipuzzle.core.errors import CorruptArtifact, RecipeError, ResourceError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blocks import load_blocks
 from minipuzzle.evaluate.quality import Reference, measure
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import cost
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model

@@ -16,11 +16,11 @@ from click.testing import CliRunner
 from meta import build, counts
 
 from minipuzzle.cli import main
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import Workload
-from minipuzzle.core.cost import inspect, parameters_by_kind
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.published import find_config, published, published_names, published_source
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import inspect, parameters_by_kind
 
 TOTALS = {
     "nemotron-h-4b": 4_489_223_040,

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from data.make_goldens import GOLDENS, SEARCHES, dropped, find, summary
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import Budget, Workload
-from minipuzzle.core.cost import cost
 from minipuzzle.core.published import published
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import cost
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.space import resolve_space
 

@@ -22,11 +22,11 @@ from tiny import (
 )
 
 from minipuzzle import Recipe, prune
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.errors import CorruptArtifact, RecipeError, ResourceError
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blocks import load_blocks
 from minipuzzle.evaluate.quality import Reference, measure
+from minipuzzle.families.architecture import Architecture
 from minipuzzle.importance.widths import score_widths
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, final_hidden

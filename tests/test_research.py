@@ -12,12 +12,12 @@ import pytest
 from click.testing import CliRunner
 
 from minipuzzle.cli import main
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import Budget, Workload
-from minipuzzle.core.candidate import Candidate
-from minipuzzle.core.cost import cost
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import cost
 from minipuzzle.recipes.research import candidates_document, research, run_recipe, sweep
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.search.candidate import Candidate
 
 PATTERN = "M-M*-MM-*-"
 CONFIG = {"model_type": "nemotron_h", "hybrid_override_pattern": PATTERN, "vocab_size": 101, "hidden_size": 64,

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload
-from minipuzzle.core.candidate import Candidate
-from minipuzzle.core.cost import cost
 from minipuzzle.core.errors import CorruptArtifact, Infeasible, RecipeError
 from minipuzzle.core.scores import WIDTH_AXES, LayerScores, WidthCurves
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import cost
 from minipuzzle.search import grid
+from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.damage import drop_order
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.infeasible import round_up

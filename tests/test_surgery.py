@@ -32,12 +32,12 @@ from tiny import (
     write_folder,
 )
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import Workload
-from minipuzzle.core.cost import cost
 from minipuzzle.core.errors import CorruptArtifact, RecipeError, UnsupportedModel
 from minipuzzle.core.scores import WidthScores
-from minipuzzle.models.axes import Selection, select, slice_model
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import cost
+from minipuzzle.families.selection import Selection, select, slice_model
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model

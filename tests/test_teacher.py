@@ -32,7 +32,7 @@ from minipuzzle.distill.loop import distill_model, distill_together
 from minipuzzle.distill.loss import distillation_loss
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher, cache_teacher
 from minipuzzle.distill.trainer import Pupil
-from minipuzzle.models.axes import Selection
+from minipuzzle.families.selection import Selection
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import final_hidden

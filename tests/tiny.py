@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from minipuzzle.core.architecture import Architecture
-from minipuzzle.models import family_of
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.registry import family_of
 from minipuzzle.models.walk import Model
 
 ARCH = Architecture("M-M*-MM*-", vocab_size=97, hidden_size=32, ffn_size=48, mamba_num_heads=8, mamba_head_dim=8,

@@ -13,8 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from minipuzzle.core.config import read_config
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import CorruptArtifact, RecipeError
 
 
 def published(name: str) -> dict[str, Any]:
@@ -55,6 +54,25 @@ def find_config(model: str) -> dict[str, Any]:
         return published(model)
     except RecipeError as error:
         raise RecipeError(f"{model}: no such folder or file; {error}") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a folder, or the file itself.
+
+    Raises:
+        RecipeError: there is none.
+        CorruptArtifact: it is not a JSON object.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise RecipeError(f"{path} has no config.json; give a Hugging Face model folder")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptArtifact(f"{file} is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise CorruptArtifact(f"{file} is not a JSON object")
+    return config
 
 
 @cache

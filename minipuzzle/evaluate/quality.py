@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.partial import Arrays
+from minipuzzle.families.architecture import Architecture
 from minipuzzle.models.logits import TokenMetrics, compare, token_metrics
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import (

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.partial import Arrays
 from minipuzzle.core.scores import WIDTH_AXES, WidthCurves
+from minipuzzle.families.architecture import Architecture
 from minipuzzle.importance.layers import METRICS, damage, standard_error
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Cuts, walk

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from minipuzzle.core.architecture import FFN, MAMBA, Architecture
 from minipuzzle.core.partial import Arrays
 from minipuzzle.core.scores import WidthScores
+from minipuzzle.families.architecture import FFN, MAMBA, Architecture
 from minipuzzle.models.walk import LayerProbe, Source, Whole, samples_per_walk, walk
 
 PLACES = ("hidden", "ffn", "mamba_x")

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minipuzzle.core.architecture import Architecture
-from minipuzzle.models.base import Family
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.base import Family
 
 
 class Block(nn.Module):

@@ -13,8 +13,8 @@ from functools import cached_property
 
 import torch
 
-from minipuzzle.core.architecture import Architecture
-from minipuzzle.models.base import Family, Weights
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.base import Family, Weights
 from minipuzzle.models.weights import ModelFolder
 
 

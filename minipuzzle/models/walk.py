@@ -20,9 +20,9 @@ from typing import Any, Protocol
 
 import torch
 
-from minipuzzle.core.architecture import Architecture
-from minipuzzle.models.axes import Selection, slice_model
-from minipuzzle.models.base import Family, Weights
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.base import Family, Weights
+from minipuzzle.families.selection import Selection, slice_model
 from minipuzzle.models.weights import ModelFolder
 
 # (layer, place, activations): what a scoring pass sees inside the blocks

@@ -20,11 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minipuzzle.core.architecture import Architecture, read_config
 from minipuzzle.core.errors import CorruptArtifact, UnsupportedModel
+from minipuzzle.core.published import read_config
 from minipuzzle.core.rundir import file_hash
-from minipuzzle.models import check_prunable, family_of
-from minipuzzle.models.base import Family
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.base import Family
+from minipuzzle.families.registry import check_prunable, family_of
 
 SHARD_BYTES = 5 * 10**9
 # Copied as they are from parent to result, where they exist.

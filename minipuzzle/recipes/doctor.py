@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.errors import MinipuzzleError, ResourceError
 from minipuzzle.distill.precision import FP8_CAPABILITY
-from minipuzzle.models import check_prunable
-from minipuzzle.models.nemotron_h import NemotronH
-from minipuzzle.models.ssd import kernel, ssd
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.nemotron_h import NemotronH
+from minipuzzle.families.registry import check_prunable
+from minipuzzle.families.ssd import kernel, ssd
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
 from minipuzzle.recipes.plan import Plan, check_memory, machine_memory, make_plan

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from minipuzzle.core.candidate import Candidate
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.partial import Partial
 from minipuzzle.core.rundir import RunDir, digest
@@ -30,6 +29,7 @@ from minipuzzle.models.walk import Model, Source
 from minipuzzle.models.weights import COMPANIONS, ModelFolder
 from minipuzzle.recipes.plan import Plan
 from minipuzzle.recipes.progress import Reporter, Update
+from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.rank import rank
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import Rotation

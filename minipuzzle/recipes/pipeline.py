@@ -17,14 +17,13 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from minipuzzle.core.candidate import to_frame
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.files import write_atomic, write_json
 from minipuzzle.core.rundir import RunDir
 from minipuzzle.distill.loss import loss_kernel
 from minipuzzle.distill.precision import check_precision
+from minipuzzle.families.ssd import kernel
 from minipuzzle.models.ranks import Ranks
-from minipuzzle.models.ssd import kernel
 from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.recipes import stages
 from minipuzzle.recipes.job import Job
@@ -37,6 +36,7 @@ from minipuzzle.recipes.source import bundled_model, default_output, find_model,
 from minipuzzle.report import curves, plots
 from minipuzzle.report.html import write_report
 from minipuzzle.report.svg import Draw, styled
+from minipuzzle.search.candidate import to_frame
 
 
 def _figure(draw: Draw) -> Callable[[Run], Figure | None]:

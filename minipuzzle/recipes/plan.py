@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import Budget, Workload, human_budget, human_bytes, human_count
-from minipuzzle.core.cost import Cost, block_parameters, cost
 from minipuzzle.core.errors import RecipeError, ResourceError
 from minipuzzle.core.rundir import digest
 from minipuzzle.core.scores import WIDTH_AXES
 from minipuzzle.data.corpus import check_sources, has_end, identity, parse_blend
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import Cost, block_parameters, cost
 from minipuzzle.models.passes import STREAM_BYTES
 from minipuzzle.models.walk import samples_per_walk
 from minipuzzle.recipes.schema import DATA_SECTIONS, Recipe

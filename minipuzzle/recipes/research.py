@@ -19,17 +19,16 @@ from typing import Any
 import pandas as pd
 
 from minipuzzle._version import __version__
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import Budget, Workload, split_sweep
-from minipuzzle.core.candidate import Candidate, to_frame
-from minipuzzle.core.config import read_config
-from minipuzzle.core.cost import cost
 from minipuzzle.core.errors import CorruptArtifact, Infeasible, RecipeError, ResourceError
 from minipuzzle.core.files import write_atomic, write_json
-from minipuzzle.core.published import find_config
+from minipuzzle.core.published import find_config, read_config
 from minipuzzle.core.rundir import digest
 from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import cost
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.search.candidate import Candidate, to_frame
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.milp import solve_architectures
 from minipuzzle.search.space import Space, resolve_space

@@ -15,16 +15,16 @@ import numpy as np
 import pandas as pd
 
 from minipuzzle._version import __version__
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import human_bytes
-from minipuzzle.core.candidate import Candidate
-from minipuzzle.core.cost import cost
 from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores, mamba_selection
 from minipuzzle.distill.loop import Trained, read_metrics
 from minipuzzle.distill.precision import fp8_note
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import cost
 from minipuzzle.recipes.job import STAGES, Job
 from minipuzzle.recipes.source import licence_of
 from minipuzzle.report.card import model_card
+from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.rank import rank_correlation
 
 REPORT_CANDIDATES = 200

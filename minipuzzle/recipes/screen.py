@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minipuzzle.core.architecture import ATTENTION, FFN, KIND_NAMES, MAMBA, MOE, Architecture
 from minipuzzle.core.budget import Workload, human_bytes, human_count
+from minipuzzle.families.architecture import ATTENTION, FFN, KIND_NAMES, MAMBA, MOE, Architecture
 
 COLORS = {MAMBA: "bright_blue", ATTENTION: "dark_orange", FFN: "green", MOE: "magenta"}
 MEMORY = (("weights", "weights_bytes"), ("KV cache", "kv_cache_bytes"), ("Mamba state", "mamba_state_bytes"))
@@ -21,7 +21,7 @@ def layer_string(pattern: str) -> Text:
 
 
 def print_inspection(arch: Architecture, workload: Workload, data: dict[str, Any]) -> None:
-    """`core.cost.inspect` as tables on stdout; colours only on a terminal."""
+    """`families.cost.inspect` as tables on stdout; colours only on a terminal."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(f"{arch.model_type}: {arch}"))
     console.print(layer_string(arch.pattern), "\n")

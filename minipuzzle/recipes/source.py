@@ -11,9 +11,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from minipuzzle.core.config import read_config
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.published import find_config
+from minipuzzle.core.published import find_config, read_config
 from minipuzzle.core.rundir import digest
 from minipuzzle.models.weights import ModelFolder
 from minipuzzle.recipes.schema import Recipe

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from minipuzzle.core.candidate import Candidate
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.files import write_atomic, write_json
 from minipuzzle.core.rundir import digest
@@ -39,6 +38,7 @@ from minipuzzle.recipes.job import Job
 from minipuzzle.recipes.plan import students_in_memory
 from minipuzzle.recipes.progress import Update
 from minipuzzle.recipes.research import find_candidates
+from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.prices import KINDS
 from minipuzzle.search.rank import diverse, rank
 from minipuzzle.surgery.gate import reload_gate

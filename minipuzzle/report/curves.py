@@ -11,9 +11,9 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from minipuzzle.core.architecture import ATTENTION, FFN, KINDS, MAMBA, MOE, Architecture
 from minipuzzle.core.budget import human_bytes, human_count
-from minipuzzle.core.cost import block_parameters, cost
+from minipuzzle.families.architecture import ATTENTION, FFN, KINDS, MAMBA, MOE, Architecture
+from minipuzzle.families.cost import block_parameters, cost
 from minipuzzle.report import facts
 from minipuzzle.report.facts import at
 from minipuzzle.report.plots import HALF, METRIC_WORDS, TALL, WIDE, in_units, layer_ticks, plain_ticks, wide_scale

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from minipuzzle.core.architecture import ATTENTION, FFN, KINDS, MAMBA, Architecture
 from minipuzzle.core.budget import BUDGET_KEYS, Workload, human_bytes, human_count
 from minipuzzle.core.errors import UnsupportedModel
+from minipuzzle.families.architecture import ATTENTION, FFN, KINDS, MAMBA, Architecture
 
 KIND_WORDS = {MAMBA: "Mamba", ATTENTION: "attention", FFN: "FFN"}
 WIDTH_WORDS = {"hidden_size": "hidden size", "ffn_size": "FFN width", "mamba_num_heads": "Mamba heads",

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from minipuzzle.core.architecture import KINDS
 from minipuzzle.core.budget import BUDGET_KEYS, human_budget
+from minipuzzle.families.architecture import KINDS
 from minipuzzle.report import facts
 from minipuzzle.report.facts import at
 from minipuzzle.report.svg import (

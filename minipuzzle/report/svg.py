@@ -17,7 +17,7 @@ import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-from minipuzzle.core.architecture import ATTENTION, FFN, MAMBA
+from minipuzzle.families.architecture import ATTENTION, FFN, MAMBA
 
 INK, MUTED, LINE, CARD = "#1a1b1c", "#6a6b6c", "#d8d9da", "#fdfefe"
 # Okabe and Ito's palette; the dark page lightens the blue. A kind also has its marker and its letter.

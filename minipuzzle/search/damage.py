@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.scores import LAYER_METRICS, WIDTH_AXES, LayerScores, WidthCurves
+from minipuzzle.families.architecture import Architecture
 from minipuzzle.search.prices import KINDS
 from minipuzzle.search.space import Space
 

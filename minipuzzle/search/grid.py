@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import Budget, Workload
-from minipuzzle.core.candidate import Candidate
-from minipuzzle.core.cost import cost
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.scores import WIDTH_AXES, LayerScores, WidthCurves
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import cost
+from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.damage import Damage, predict
 from minipuzzle.search.infeasible import refuse_infeasible
 from minipuzzle.search.prices import KINDS, check_range, fits, prices
@@ -140,7 +140,7 @@ def width_values(space: Space, index_W4: np.ndarray) -> np.ndarray:
 
 def _candidates(parent: Architecture, space: Space, budget: Budget, workload: Workload, damage: Damage,
                 points: _Points) -> list[Candidate]:
-    """The points as candidates: every cost again by core/cost.py, and checked."""
+    """The points as candidates: every cost again by families/cost.py, and checked."""
     drops_C = list(itertools.product(*space.drops))
     shape_4 = tuple(len(values) for values in space.widths)
     c_P, w_P = np.divmod(points.number_P, math.prod(shape_4))

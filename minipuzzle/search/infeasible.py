@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload, human_budget, parse_quantity
-from minipuzzle.core.cost import cost
 from minipuzzle.core.errors import Infeasible
 from minipuzzle.core.scores import WIDTH_AXES
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import cost
 from minipuzzle.search.prices import KINDS
 from minipuzzle.search.space import DROPS, WIDTHS, Space, axes_of
 

@@ -36,12 +36,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minipuzzle.core.architecture import FFN, Architecture
 from minipuzzle.core.budget import Budget, Workload
-from minipuzzle.core.candidate import Candidate
-from minipuzzle.core.cost import cost
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.scores import WIDTH_AXES, LayerScores, WidthCurves
+from minipuzzle.families.architecture import FFN, Architecture
+from minipuzzle.families.cost import cost
+from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.damage import Damage, predict
 from minipuzzle.search.grid import CHUNK, kept_counts, width_values
 from minipuzzle.search.infeasible import refuse_infeasible

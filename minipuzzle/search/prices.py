@@ -1,4 +1,4 @@
-"""The costs of core/cost.py over a whole grid at once, in int64.
+"""The costs of families/cost.py over a whole grid at once, in int64.
 
 For given widths every cost is a line in the numbers of layers: base + sum over kinds of count x (cost of one).
 Bytes are counted in sixteenths, since an NVFP4 weight takes 9/2 bit, so that everything stays an integer.
@@ -14,10 +14,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from minipuzzle.core.architecture import ATTENTION, FFN, KIND_NAMES, MAMBA, Architecture
 from minipuzzle.core.budget import BITS, STATE_BITS, Workload
-from minipuzzle.core.cost import block_parameters, cost, kv_cache_bytes
 from minipuzzle.core.errors import RecipeError
+from minipuzzle.families.architecture import ATTENTION, FFN, KIND_NAMES, MAMBA, Architecture
+from minipuzzle.families.cost import block_parameters, cost, kv_cache_bytes
 
 KINDS = (MAMBA, FFN, ATTENTION)  # the order of the columns of counts_C3
 SIXTEENTHS = {"memory": 16, "kv_cache": 16}  # budgets whose prices are in sixteenths of a byte

@@ -16,8 +16,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from minipuzzle.core.architecture import ATTENTION, FFN, Architecture
 from minipuzzle.core.errors import ResourceError
+from minipuzzle.families.architecture import ATTENTION, FFN, Architecture
 from minipuzzle.search.prices import KINDS, SIXTEENTHS, Line
 
 INFEASIBLE = 2  # status of scipy.optimize.milp

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 from scipy import stats
 
-from minipuzzle.core.architecture import KINDS
-from minipuzzle.core.candidate import Candidate
+from minipuzzle.families.architecture import KINDS
+from minipuzzle.search.candidate import Candidate
 
 
 def rank(candidates: list[Candidate]) -> list[Candidate]:

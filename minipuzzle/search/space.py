@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from minipuzzle.core.architecture import ATTENTION, FFN, KIND_NAMES, MAMBA, MOE, Architecture
 from minipuzzle.core.errors import RecipeError, UnsupportedModel
+from minipuzzle.families.architecture import ATTENTION, FFN, KIND_NAMES, MAMBA, MOE, Architecture
 
 # The axes, in the order in which points are numbered, and the kind of layer each belongs to.
 DROPS = {"drop_mamba": MAMBA, "drop_ffn": FFN, "drop_attention": ATTENTION}

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minipuzzle.core.architecture import FFN, MAMBA, Architecture
 from minipuzzle.core.scores import WidthScores
-from minipuzzle.models.axes import Selection, select, slice_weights
-from minipuzzle.models.base import Weights
+from minipuzzle.families.architecture import FFN, MAMBA, Architecture
+from minipuzzle.families.base import Weights
+from minipuzzle.families.selection import Selection, select, slice_weights
 from minipuzzle.models.walk import Model, Path, Source
 from minipuzzle.surgery.refit import BlockFit, refit
 from minipuzzle.surgery.rotate import Rotation, rotate, rotate_weights

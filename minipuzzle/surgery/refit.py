@@ -36,9 +36,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minipuzzle.core.architecture import Architecture
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
-from minipuzzle.models.base import Family
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.base import Family
 from minipuzzle.models.walk import Model, Source, batches, floats_per_sample
 
 RIDGES = tuple(10.0 ** (x / 2) for x in range(-8, 5))

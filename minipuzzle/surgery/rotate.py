@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from minipuzzle.core.errors import CorruptArtifact
-from minipuzzle.models.base import Weights
+from minipuzzle.families.base import Weights
 from minipuzzle.models.walk import BLOCK_BYTES, Model, Source, Whole, samples_per_walk, walk
 
 

@@ -1,10 +1,10 @@
 """Architecture: the layers and widths of a hybrid language model, and their spelling in a config.json.
 
 A pattern is the string of the blocks, one character a layer: `M` Mamba-2, `*` attention, `-` FFN, `E` MoE.
-How it stands in a config.json is core/config.py's part for reading and `to_config`'s for writing.
+How it stands in a config.json is families/config.py's part for reading and `to_config`'s for writing.
 
-All kinds and both families can be counted (core/cost.py). Only `M * -` of nemotron_h can be pruned so far, which
-models/__init__.py checks before a weight is read.
+All kinds and both families can be counted (families/cost.py). Only `M * -` of nemotron_h can be pruned so far, which
+families/registry.py checks before a weight is read.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from minipuzzle.core.config import ATTENTION, FFN, MAMBA, MOE, NEMOTRON, read_config, read_pattern, read_values
 from minipuzzle.core.errors import UnsupportedModel
+from minipuzzle.families.config import ATTENTION, FFN, MAMBA, MOE, NEMOTRON, read_pattern, read_values
 
-__all__ = ["ALL_KINDS", "ATTENTION", "FFN", "KINDS", "KIND_NAMES", "MAMBA", "MOE", "Architecture", "read_config",
-           "read_pattern"]
+__all__ = ["ALL_KINDS", "ATTENTION", "FFN", "KINDS", "KIND_NAMES", "MAMBA", "MOE", "Architecture", "read_pattern"]
 
 KINDS = (MAMBA, ATTENTION, FFN)  # what can be scored, searched and pruned
 ALL_KINDS = (*KINDS, MOE)  # what can be counted
@@ -162,7 +161,7 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Architecture:
-        """Read a Hugging Face config.json of nemotron_h or nemotron, in any spelling (core/config.py).
+        """Read a Hugging Face config.json of nemotron_h or nemotron, in any spelling (families/config.py).
 
         Raises:
             UnsupportedModel: another family, sizes that are no numbers or do not divide, unknown layers.

@@ -25,9 +25,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from minipuzzle.core.architecture import ALL_KINDS, ATTENTION, FFN, KIND_NAMES, MAMBA, MOE, Architecture
 from minipuzzle.core.budget import BITS, STATE_BITS, Workload
-from minipuzzle.core.config import NEMOTRON
+from minipuzzle.families.architecture import ALL_KINDS, ATTENTION, FFN, KIND_NAMES, MAMBA, MOE, Architecture
+from minipuzzle.families.config import NEMOTRON
 
 PREFILL_CHUNK = 2048  # tokens of prompts that are computed at once: an engine's usual limit
 

@@ -1,10 +1,10 @@
 """What a model family must tell: its named axes, and how one block is computed.
 
 Every dimension of every weight has a name. Pruning is one index list per axis and layer, slicing
-one generic function over the table (models/axes.py). What the table does not list is an error.
+one generic function over the table (families/selection.py). What the table does not list is an error.
 
 To add a family: subclass `Family`, fill the two tables, write `block`, `embed` and `final_norm`, add it
-to `FAMILIES` in models/__init__.py, and subclass tests/test_family.py's class for it.
+to `FAMILIES` in families/registry.py, and subclass tests/test_family.py's class for it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from minipuzzle.core.architecture import Architecture
+from minipuzzle.families.architecture import Architecture
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from minipuzzle.models.axes import Selection
+    from minipuzzle.families.selection import Selection
 
 Axes = tuple[str, ...]
 Weights = Mapping[str, "torch.Tensor"]

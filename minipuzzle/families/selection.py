@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from minipuzzle.core.architecture import FFN, MAMBA, Architecture
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.scores import WidthScores, mamba_selection, top
-from minipuzzle.models.base import Family, Weights
+from minipuzzle.families.architecture import FFN, MAMBA, Architecture
+from minipuzzle.families.base import Family, Weights
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from minipuzzle.core.architecture import KIND_NAMES, KINDS, Architecture
 from minipuzzle.core.budget import human_bytes, human_count
-from minipuzzle.core.cost import Cost
+from minipuzzle.families.architecture import KIND_NAMES, KINDS, Architecture
+from minipuzzle.families.cost import Cost
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def kernel(device: torch.device) -> str:
     """Which code computes the scan there, in words."""
     if device.type == "cuda" and _triton() is not None:
         return "mamba-ssm's Triton kernels"
-    return "plain torch, in chunks (models/ssd.py)"
+    return "plain torch, in chunks (families/ssd.py)"
 
 
 @functools.cache

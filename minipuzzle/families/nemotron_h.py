@@ -6,7 +6,7 @@ Shapes: B batch, T time, D hidden, H Mamba heads, P channels of a head, G groups
 I = H P (z, x, the gated norm and out_proj), F FFN, Q attention heads, V vocabulary.
 
 Axes whose rows are made of parts: `mamba_in` = [z: I | x: I | B: G N | C: G N | dt: H],
-`mamba_conv` = [x: I | B: G N | C: G N]. models/axes.py builds their index lists.
+`mamba_conv` = [x: I | B: G N | C: G N]. families/selection.py builds their index lists.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minipuzzle.core.architecture import ATTENTION, FFN, MAMBA, Architecture
-from minipuzzle.models.axes import Selection
-from minipuzzle.models.base import Axes, Family, Probe, Weights
-from minipuzzle.models.ssd import causal_conv, ssd
+from minipuzzle.families.architecture import ATTENTION, FFN, MAMBA, Architecture
+from minipuzzle.families.base import Axes, Family, Probe, Weights
+from minipuzzle.families.selection import Selection
+from minipuzzle.families.ssd import causal_conv, ssd
 
 
 class NemotronH(Family):

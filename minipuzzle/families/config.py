@@ -14,11 +14,9 @@ Beyond it: `|` (pipeline stages) and `/` (MTP depths) in a pattern, as Megatron 
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError, UnsupportedModel
+from minipuzzle.core.errors import UnsupportedModel
 
 MAMBA, ATTENTION, FFN, MOE = "M", "*", "-", "E"
 NEMOTRON_H, NEMOTRON = "nemotron_h", "nemotron"
@@ -27,25 +25,6 @@ _BLOCK_TYPES = {"mamba": MAMBA, "mamba2": MAMBA, "linear_attention": MAMBA, "att
 _MTP_PATTERN = ATTENTION + MOE  # the default of one MTP depth
 
 Config = dict[str, Any]
-
-
-def read_config(path: Path) -> Config:
-    """config.json of a folder, or the file itself.
-
-    Raises:
-        RecipeError: there is none.
-        CorruptArtifact: it is not a JSON object.
-    """
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise RecipeError(f"{path} has no config.json; give a Hugging Face model folder")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptArtifact(f"{file} is not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise CorruptArtifact(f"{file} is not a JSON object")
-    return config
 
 
 def read_values(config: Config) -> dict[str, Any]:
