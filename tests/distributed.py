@@ -44,14 +44,14 @@ def train(folder: Path, stop: int, options: dict[str, Any], ranks: Ranks) -> dic
 
 def kill_in_state(number: int) -> None:
     """A state after every step; the main process is killed in the middle of writing this one."""
-    real, calls = state.write_json, itertools.count(1)
+    real, calls = state.write_sealed, itertools.count(1)
 
     def killed(path: Path, data: Any) -> None:
         if next(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         real(path, data)
 
-    state.write_json, loop.SAVE_EVERY_S = killed, 0.0
+    state.write_sealed, loop.SAVE_EVERY_S = killed, 0.0
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,12 @@ def test_killed_between_two_states(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     whole = train(tmp_path / "whole")
     with pytest.raises(Interrupted):
         train(tmp_path / "parts", progress=stop_at(7))
-    state = (tmp_path / "parts" / "state.safetensors").read_bytes()
+    shutil.copytree(tmp_path / "parts" / "state-7", tmp_path / "kept")
     with pytest.raises(Interrupted):
         train(tmp_path / "parts", progress=stop_at(12))
-    (tmp_path / "parts" / "state.safetensors").write_bytes(state)
-    (tmp_path / "parts" / "state.tmp").write_bytes(b"half a state")
+    (tmp_path / "parts" / "state-12").rename(tmp_path / "parts" / "state.tmp")
+    (tmp_path / "parts" / "state.tmp" / "index.json").unlink()
+    (tmp_path / "kept").rename(tmp_path / "parts" / "state-7")
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "tok')
     assert_same(train(tmp_path / "parts"), whole)
@@ -138,7 +140,7 @@ def test_the_trained_student_can_be_loaded(tmp_path: Path) -> None:
     other = student()
     load_student(tmp_path, other)
     assert_same(other, trained)
-    stored = load_file(tmp_path / "state.safetensors")
+    stored = load_file(tmp_path / f"state-{STEPS}" / "rank-00000-of-00001.safetensors")
     assert all(torch.equal(stored[f"model.{name}"], value) for name, value in weights(trained).items())
 
 
@@ -266,21 +268,47 @@ def test_a_learning_rate_that_is_far_too_high_does_not_poison_the_weights(tmp_pa
         train(tmp_path, pupil, wild)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
-def test_a_damaged_state_is_corrupt(tmp_path: Path, damage: str) -> None:
+def damaged(path: Path, damage: str) -> None:
+    data = path.read_bytes()
+    match damage:
+        case "truncated":
+            path.write_bytes(data[: len(data) // 2])
+        case "empty":
+            path.write_bytes(b"")
+        case "text":
+            path.write_bytes(b"not a safetensors file" * 9)
+        case "missing":
+            path.unlink()
+        case "a sign":
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 0x80]))
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that was stopped after 4 steps."""
+    folder = tmp_path_factory.mktemp("stopped")
     with pytest.raises(Interrupted):
-        train(tmp_path, progress=stop_at(4))
-    state = tmp_path / "state.safetensors"
-    data = state.read_bytes()
-    state.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "text": b"not a safetensors file" * 9}[damage])
-    with pytest.raises(CorruptArtifact, match=r"state\.safetensors cannot be read .*delete it"):
+        train(folder, progress=stop_at(4))
+    return folder
+
+
+@pytest.mark.parametrize("file", ["rank-00000-of-00001.safetensors", "index.json"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "missing", "a sign"])
+def test_a_damaged_state_is_corrupt(stopped: Path, tmp_path: Path, file: str, damage: str) -> None:
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    damaged(tmp_path / "state-4" / file, damage)
+    with pytest.raises(CorruptArtifact, match=r"state-4.* with --redo, or delete it, to train again from the start"):
         train(tmp_path)
-    with pytest.raises(CorruptArtifact):
+    with pytest.raises(CorruptArtifact, match=r"state-4.* with --redo, or delete it"):
         load_student(tmp_path, student())
-    state.unlink()
-    assert rows(tmp_path)[-1]["step"] == 4
-    assert_same(train(tmp_path), train(tmp_path / "whole"))  # as the message says
-    assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
+
+
+def test_a_damaged_state_is_deleted_and_all_is_well(stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "state-4")
+    assert rows(tmp_path / "parts")[-1]["step"] == 4
+    assert_same(train(tmp_path / "parts"), train(tmp_path / "whole"))  # as the message says
+    assert [row["step"] for row in rows(tmp_path / "parts")] == list(range(1, STEPS + 1))
 
 
 def test_a_state_of_another_student_is_corrupt(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ JSON and YAML not deeper than DEPTH. Nothing that is read can run code: JSON, sa
     open_tensors(path)            a safetensors file
     replacing(path)               a name to write under: flushed and renamed where the block ends
     write_atomic, write_json      a whole file, through `replacing`
+    write_sealed, read_sealed     JSON that holds the hash of what it says
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -257,3 +259,28 @@ def write_atomic(path: Path, text: str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Write JSON atomically; NaN is a bug."""
     write_atomic(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+# JSON with a hash of itself ---------------------------------------------------------------------------
+
+
+def write_sealed(path: Path, data: dict[str, Any]) -> None:
+    """Write JSON atomically, with `sha256`, the hash of what it says."""
+    write_atomic(path, json.dumps({**data, "sha256": _seal(data)}, allow_nan=False) + "\n")
+
+
+def read_sealed(path: Path, hint: str = "", limit: int = JSON_BYTES) -> dict[str, Any]:
+    """What `write_sealed` wrote.
+
+    Raises:
+        RecipeError, ResourceError: see `check_regular`.
+        CorruptArtifact: not JSON, or changed after it was written.
+    """
+    data: dict[str, Any] = read_json(path, hint=hint, limit=limit)
+    if data.pop("sha256", None) != _seal(data):
+        raise CorruptArtifact(f"{_shown(path)} was changed after it was written{_then(hint)}")
+    return data
+
+
+def _seal(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

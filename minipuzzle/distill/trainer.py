@@ -196,7 +196,7 @@ class Trainer:
             raise RecipeError(f"{path} was trained with other settings ({'; '.join(different)}); go on with those, or "
                               "delete it to train again from the start")
         moments = self._moments()
-        state.load(path, self._weights() | moments)
+        state.load(path, self._weights() | moments, self.ranks)
         self.pupil.step, self.pupil.skipped, self.pupil.best = about["step"], about["skipped"], about["best"]
         self.adam_steps = about["adam_steps"]
         if self.adam_steps:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from minipuzzle.core.errors import ResourceError
+from minipuzzle.core.errors import MinipuzzleError, ResourceError
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,18 @@ class Ranks:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block of which all leave together: what one of them raises for the user, all raise."""
+        error: Exception | None = None
+        try:
+            yield
+        except (MinipuzzleError, OSError, MemoryError) as raised:
+            error = raised
+        for found in self.gather(error):
+            if found is not None:
+                raise found
 
     def share(self, items: list[Any]) -> list[Any]:
         """The part of `items` that is this process's to work on."""
