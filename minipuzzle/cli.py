@@ -206,15 +206,18 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
         return
     run = pipeline.prune(model, recipe, output_dir, seed=seed, device=device, redo=redo, fresh=fresh,
                          candidate=candidate, reporter=reporter, command=_command(), memory_bytes=memory_bytes)
-    parent, result = run.report["parent"], run.report["result"]
+    parent, result, paired = (run.report[name] for name in ("parent", "result", "paired"))
     recovered = "" if result["recovery"] is None else f" ({result['recovery']:.0%} of the gap recovered)"
     _print(run.report, as_json, [
         f"parameters  {human_count(parent['parameters'])} -> {human_count(result['parameters'])}",
         f"memory      {human_bytes(parent['memory_bytes'])} -> {human_bytes(result['memory_bytes'])}",
         f"loss        {parent['loss']:.3f} parent, {result['loss_sliced']:.3f} sliced, "
         f"{result['loss_distilled']:.3f} distilled{recovered}",
+        f"            {paired['loss_minus_parent']:+.3f} against the parent"
+        + ("" if paired["stderr"] is None else f", standard error {paired['stderr']:.3f} (paired)"),
         f"model       {run.model_path}",
         f"report      {run.report_path}",
+        *(f"warning     {warning}" for warning in run.report["warnings"]),
     ])
 
 
@@ -334,7 +337,8 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
         raise RecipeError("--limit is for --tasks")
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     data = single.evaluate(model, teacher, recipe, device, latency, names, limit)
-    parts = (data, data.get("latency") or {}, *_scores_of(data))
+    paired = {f"{'' if k.startswith('loss') else 'paired_'}{k}": v for k, v in (data.get("paired") or {}).items()}
+    parts = (data, paired, data.get("latency") or {}, *_scores_of(data))
     _print(data, as_json, [f"{key:26} {value:.5g}" if isinstance(value, float) else f"{key:26} {value}"
                            for part in parts for key, value in part.items()
                            if value is not None and not isinstance(value, dict)])

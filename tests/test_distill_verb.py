@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import distributed
@@ -198,8 +197,7 @@ def test_held_out_loss_of_several_processes(processes: int) -> None:
 
     for rank in range(processes):
         reads = pupil.register_forward_pre_hook(lambda model, args: batches.append((rank, len(args[0]))))  # noqa: B023
-        job = SimpleNamespace(evaluation_ids=ids, ranks=One(torch.device("cpu"), rank, processes))
-        last = verb._sharded_loss(pupil, job)  # type: ignore[arg-type]
+        last = verb._sharded_loss(pupil, ids, One(torch.device("cpu"), rank, processes))
         reads.remove()
     assert len(found) == 4
     assert len({length for _, length in batches}) == 1

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -30,9 +31,11 @@ from minipuzzle.core.errors import CorruptArtifact, RecipeError, ResourceError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blocks import load_blocks
+from minipuzzle.data.held_out import two_parts
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
+from minipuzzle.models.logits import compare
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
@@ -42,6 +45,7 @@ from minipuzzle.recipes.progress import Reporter, Update
 from minipuzzle.recipes.source import bundled_model
 from minipuzzle.surgery import gate
 from minipuzzle.surgery.cut import Cutter
+from minipuzzle.surgery.rotate import Rotation
 
 RECIPE = """
 recipe: 1
@@ -216,7 +220,8 @@ def test_report_json(finished: Run, model_folder: Path) -> None:
 def test_the_numbers_are_those_of_the_written_folder(finished: Run, model_folder: Path) -> None:
     report, parent = finished.report, Model.load(open_model(model_folder))
     (folder,) = (finished.path / "tokens").iterdir()
-    reference = Reference(parent, torch.from_numpy(load_blocks(folder, "held_out", 32).first(8)))
+    selection, final = (torch.from_numpy(part) for part in two_parts(load_blocks(folder, "held_out", 32), 8))
+    reference = Reference(parent, final)
     written = open_model(finished.model_path)
     assert written.dtype == torch.bfloat16
     found = measure(Model.load(written), reference)
@@ -227,7 +232,22 @@ def test_the_numbers_are_those_of_the_written_folder(finished: Run, model_folder
     plain = Cutter(parent, WidthScores.read(finished.path / "scores" / "widths.safetensors")).cut(
         Architecture.from_json(report["result"]["architecture"]), tuple(report["result"]["kept_layers"]))
     rounded = Model.build(plain.family, plain.arch, ((n, t.bfloat16().float()) for n, t in plain.by_name().items()))
-    assert measure(rounded, reference)["loss"] == pytest.approx(report["result"]["loss_sliced"], rel=1e-6)
+    sliced = measure(rounded, reference)
+    assert sliced["loss"] == pytest.approx(report["result"]["loss_sliced"], rel=1e-6)
+    # differences to the parent are paired: block by block
+    losses = [[compare(h, (), (), lambda a, b, m=m: [m.head[a:b]], 300, ids)[0].loss.item() for ids in final.split(1)
+               for h in [final_hidden(m, ids)]] for m in (Model.load(written), parent)]
+    apart = np.subtract(*losses)
+    assert report["paired"]["loss_minus_parent"] == pytest.approx(apart.mean(), rel=1e-5)
+    assert report["paired"]["stderr"] == pytest.approx(apart.std(ddof=1) / 8**0.5, rel=1e-4)
+    assert report["paired"]["sliced"]["stderr"] == pytest.approx(sliced["loss_minus_parent_stderr"], rel=1e-5)
+    # what selected is measured on other blocks
+    assert (report["evaluation"]["blocks"], report["evaluation"]["selection_blocks"]) == (8, 8)
+    cutter = Cutter(parent, WidthScores.read(finished.path / "scores" / "widths.safetensors"),
+                    Rotation.read(finished.path / "scores" / "rotation.safetensors"), open_model(model_folder).dtypes(tuple(range(9))))
+    first = next(c for c in report["candidates"] if c["measured"])
+    cut = cutter.cut(Architecture.from_json(first["architecture"]), tuple(first["kept_layers"]))
+    assert measure(cut, Reference(parent, selection))["kl"] == pytest.approx(first["measured"]["kl"], rel=1e-4)
 
 
 def test_a_parent_larger_than_the_memory(finished: Run, model_folder: Path, texts: Path, tmp_path: Path,

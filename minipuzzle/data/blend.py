@@ -40,11 +40,11 @@ class BlendedBlocks(Blocks):
         return self.parts[part].block(i - int(self._starts[part]))
 
     def first(self, count: int) -> np.ndarray:
-        return np.concatenate([p.first(n) for p, n in zip(self.parts, self._shares(count), strict=True) if n])
+        return np.concatenate([p.first(n) for p, n in zip(self.parts, self.shares(count), strict=True) if n])
 
     def numbers(self, seed: int, first: int, count: int) -> list[int]:
         """In every round of 1000 blocks each source has its share; a source's own blocks come once an epoch."""
-        shares, starts, out = self._shares(ROUND), self._starts, []
+        shares, starts, out = self.shares(ROUND), self._starts, []
         for number in range(first // ROUND, (first + count - 1) // ROUND + 1):
             order = np.random.default_rng([seed, number, ROUND]).permutation(np.repeat(np.arange(len(shares)), shares))
             places = np.empty(ROUND, dtype=np.int64)
@@ -56,7 +56,7 @@ class BlendedBlocks(Blocks):
                 out.append(int(starts[part]) + own)
         return out
 
-    def _shares(self, count: int) -> list[int]:
+    def shares(self, count: int) -> list[int]:
         """`count` split by the weights, rounded so that it adds up; at least one for each source if it can be."""
         exact = np.array(self.weights) * count
         shares = np.maximum(np.floor(exact), 1 if count >= len(self.parts) else 0)

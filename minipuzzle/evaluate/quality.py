@@ -9,7 +9,7 @@ import torch
 
 from minipuzzle.core.partial import Arrays
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.models.logits import TokenMetrics, compare, token_metrics
+from minipuzzle.models.logits import TokenMetrics, compare
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import (
     Model,
@@ -41,22 +41,27 @@ class Reference:
 
     def quality(self) -> dict[str, float]:
         """The parent's own, as `measure` gives it."""
-        return self.compare(self.arch, self.head, lambda first, ids: self.hidden[first : first + len(ids)])
+        own = self.compare(self.arch, self.head, lambda first, ids: self.hidden[first : first + len(ids)])
+        return {name: value for name, value in own.items() if not name.startswith("loss_minus")}
 
     def compare(self, arch: Architecture, head: torch.Tensor,
                 hidden: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """`hidden` gives what enters `head` for (first sample, ids)."""
-        parts: list[TokenMetrics] = []
+        parts: list[np.ndarray] = []
         done = 0
         for ids in batches(self.ids, floats_per_sample(arch, self.ids.shape[1])):
-            known = self.hidden[done : done + len(ids)]
-            parts += token_metrics([hidden(done, ids)], head, ids, known, self.head)
+            known, other = self.hidden[done : done + len(ids)], hidden(done, ids)
+            parent, found, _ = compare(known, [other], [1], lambda a, b: [self.head[a:b], head[a:b]],
+                                       len(head), ids)
+            parts.append(_values([*found, parent]))
             done += len(ids)
-        return summary(np.concatenate([_values([p]) for p in parts], -1)[:, 0])
+        values = np.concatenate(parts, -1)
+        return summary(values[:, 0], values[0, 1])
 
 
 def measure(model: Model, reference: Reference) -> dict[str, float]:
-    """loss (nats per token), accuracy, kl to the reference (nats per token), agreement; loss and kl with stderr."""
+    """loss (nats per token), accuracy, kl to the reference (nats per token), agreement; loss, kl, and the difference of
+    the loss to the reference's with stderr."""
     return reference.compare(model.arch, model.head, lambda first, ids: final_hidden(model, ids))
 
 
@@ -67,13 +72,13 @@ def measure_paths(parts: Parts, full: Path, paths: Sequence[Path], run: Pass) ->
     """
     def make(first: int, ids_BT: torch.Tensor) -> Arrays:
         reference, *hidden = walk(parts, [full, *paths], ids_BT)
-        _, found, _ = compare(reference, hidden, *heads_of(parts, [p.root for p in (full, *paths)]),
-                              parts.source.arch.vocab_size, ids_BT)
-        return {"values": _values(found)}
+        parent, found, _ = compare(reference, hidden, *heads_of(parts, [p.root for p in (full, *paths)]),
+                                   parts.source.arch.vocab_size, ids_BT)
+        return {"values": _values([*found, parent])}
 
     batches = run.run(0, len(run.ids_NT), run.size(len(paths) + 1), make)
     values = np.concatenate([b["values"] for b in batches], -1)
-    return [summary(values[:, i]) for i in range(len(paths))]
+    return [summary(values[:, i], values[0, -1]) for i in range(len(paths))]
 
 
 def _values(found: Sequence[TokenMetrics]) -> np.ndarray:
@@ -81,12 +86,17 @@ def _values(found: Sequence[TokenMetrics]) -> np.ndarray:
     return np.stack([np.stack([getattr(m, name).numpy(force=True) for m in found]) for name in _VALUES])
 
 
-def summary(values: np.ndarray) -> dict[str, float]:
-    """Means over samples of [value, sample], and the standard errors of loss and kl."""
+def summary(values: np.ndarray, parent_losses: np.ndarray) -> dict[str, float]:
+    """Means over samples of [value, sample], with standard errors of loss and kl; and the loss minus the parent's.
+
+    That difference is paired: its standard error is of the differences sample by sample, from which most of what makes
+    a text easy or hard has gone.
+    """
+    rows = dict(zip(_VALUES, values, strict=True))
+    rows["loss_minus_parent"] = rows["loss"] - parent_losses
     out: dict[str, float] = {}
-    for name, row in zip(_VALUES, values, strict=True):
+    for name, row in rows.items():
         out[name] = float(row.mean())
-        if name in ("loss", "kl") and len(row) > 1:
+        if name not in ("accuracy", "agreement") and len(row) > 1:
             out[f"{name}_stderr"] = float(row.std(ddof=1) / np.sqrt(len(row)))
     return out
-

@@ -23,6 +23,7 @@ from minipuzzle.distill.track import open_tracker
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.module import HybridLM
+from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
 from minipuzzle.recipes import stages
@@ -66,16 +67,21 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
         else:
             # in several processes the shards go to the device, the whole stays on the CPU
             source = job.model if ranks.size == 1 else Model.load(big, "cpu")
-        reference = job.reference if cache_teacher is None and ranks.main else None
-        before = _measure(Model.load(small, ranks.device), reference, job) if ranks.main else None
+        compared = cache_teacher is None and ranks.main
+        before = None
+        if ranks.main:
+            before = _measure(Model.load(small, ranks.device), job.final_ids,
+                              job.reference(job.final_ids) if compared else None)
+        selection = job.reference(job.selection_ids) if compared and ranks.size == 1 else None
         pupil = HybridLM(small.family, small.arch,
                          Model.load(small, ranks.device if ranks.size == 1 else "cpu").by_name())
         dtypes = small.dtypes(tuple(range(small.arch.num_layers)))
 
         def evaluate(s: HybridLM) -> dict[str, float]:
             if ranks.size > 1:
-                return _sharded_loss(s, job)
-            return _measure(stages.as_written(s, dtypes), reference, job)
+                return _sharded_loss(s, job.selection_ids, ranks)
+            written = stages.as_written(s, dtypes)
+            return _measure(written, job.selection_ids, selection)
 
         if ranks.main:
             job.run.commit("distill", what, [], 0.0)  # from its first step on it is this training and no other
@@ -85,10 +91,11 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
                                  evaluate=evaluate, track=tracker if ranks.main else lambda row: None,
                                  evaluate_every=max(1, settings.steps(blocks.sequence_length) // stages.EVALUATIONS),
                                  progress=lambda tokens, loss: update(tokens, f"{tokens:,} tokens, loss {loss:.3f}"))
+        selection = None
         weights = dict(stages.rounded(pupil, dtypes))  # all processes: the shards are put together
         found = {}
         if before is not None:
-            final, after, parent = _finish(job, small, layers, weights, before, reference, done)
+            final, after, parent = _finish(job, small, layers, weights, before, compared, done)
             write_atomic(job.run.path / "metrics.jsonl", (state / "metrics.jsonl").read_text())
             found = {"path": str(final), "tokens": done.tokens, "seconds": done.seconds, "loss_before": before["loss"],
                      "kl_before": before.get("kl"), "loss": after["loss"], "kl": after.get("kl"),
@@ -143,13 +150,14 @@ def _begin(job: Job, inputs: dict[str, Any], cached: bool) -> None:
 
 
 def _finish(job: Job, small: ModelFolder, layers: tuple[int, ...], weights: dict[str, torch.Tensor],
-            before: dict[str, float], reference: Reference | None, done: Trained,
+            before: dict[str, float], compared: bool, done: Trained,
             ) -> tuple[Path, dict[str, float], dict[str, float]]:
     """(OUTPUT_DIR/model, its quality, the teacher's if known): written, through the gate, measured, with its card."""
     unchecked, final = job.run.path / "model-unchecked", job.run.path / "model"
     write_model(unchecked, small.arch.to_config(small.config), weights.items(), small.path)
-    reload_gate(unchecked, job.evaluation_ids[:2])
-    after = _measure(Model.load(open_model(unchecked), job.device), reference, job)
+    reload_gate(unchecked, job.final_ids[:2])
+    reference = job.reference(job.final_ids) if compared else None
+    after = _measure(Model.load(open_model(unchecked), job.device), job.final_ids, reference)
     parent = {} if reference is None else reference.quality()
     report = distilled_report(job, small.arch, layers, {"parent": parent, "pruned": before, "distilled": after}, done)
     for name, text in model_card_files(report).items():
@@ -188,26 +196,24 @@ def _cached(job: Job, folder: Path, blocks: Blocks, settings: TrainSettings) -> 
     return CachedTeacher(folder, job.device)
 
 
-def _measure(model: Model, reference: Reference | None, job: Job) -> dict[str, float]:
+def _measure(model: Model, ids_NT: torch.Tensor, reference: Reference | None) -> dict[str, float]:
     """Against the teacher, or alone."""
     if reference is not None:
         return measure(model, reference)
-    ids = job.evaluation_ids
-    parts = [token_metrics([final_hidden(model, part)], model.head, part)[0] for part in torch.split(ids, 4)]
+    parts = [token_metrics([final_hidden(model, part)], model.head, part)[0] for part in torch.split(ids_NT, 4)]
     return {"loss": float(torch.cat([part.loss for part in parts]).mean())}
 
 
 @torch.no_grad()
-def _sharded_loss(student: HybridLM, job: Job) -> dict[str, float]:
+def _sharded_loss(student: HybridLM, ids_NT: torch.Tensor, ranks: Ranks) -> dict[str, float]:
     """Held-out loss of a student in shards: each process reads its part. All read equally many blocks, since they
     put each layer together; what comes again does not count."""
-    ids, ranks = job.evaluation_ids, job.ranks
-    own = range(ranks.rank, -(-len(ids) // ranks.size) * ranks.size, ranks.size)
+    own = range(ranks.rank, -(-len(ids_NT) // ranks.size) * ranks.size, ranks.size)
     losses = []
-    for part in torch.split(ids[[i % len(ids) for i in own]], 4):
+    for part in torch.split(ids_NT[[i % len(ids_NT) for i in own]], 4):
         hidden = student(part)
         losses.append(token_metrics([hidden], student.head, part)[0].loss)
     reshard(student)
-    mine = torch.cat(losses)[: sum(i < len(ids) for i in own)].tolist()
+    mine = torch.cat(losses)[: sum(i < len(ids_NT) for i in own)].tolist()
     values = [float(x) for found in ranks.gather(mine) for x in found]
     return {"loss": sum(values) / len(values)}

@@ -21,6 +21,7 @@ from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blend import BlendedBlocks
 from minipuzzle.data.blocks import Blocks, load_blocks
 from minipuzzle.data.corpus import identity, parse_blend
+from minipuzzle.data.held_out import two_parts
 from minipuzzle.evaluate.quality import Reference
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.ranks import Ranks
@@ -96,10 +97,9 @@ class Job:
         partial = Partial(self.run.path / "partial" / f"{stage}-{digest(self.inputs[stage])}")
         return Pass(self.source, ids_NT, partial, self.ranks, self.plan.stream_bytes, progress)
 
-    @cached_property
-    def reference(self) -> Reference:
-        """The parent on the held-out blocks."""
-        return Reference(self.source, self.evaluation_ids, self.plan.stream_bytes)
+    def reference(self, ids_NT: torch.Tensor) -> Reference:
+        """The parent on one part of the held-out blocks; its activations live as long as what is returned."""
+        return Reference(self.source, ids_NT, self.plan.stream_bytes)
 
     @cached_property
     def cutter(self) -> Cutter:
@@ -150,9 +150,20 @@ class Job:
     def evaluation_blocks(self) -> Blocks:
         return self.blocks(self.plan.recipe.evaluation.data, "held_out", self.plan.recipe.calibration.sequence_length)
 
+    @cached_property
+    def _held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        selection, final = two_parts(self.evaluation_blocks, self.plan.recipe.evaluation.samples)
+        return self._ids(selection), self._ids(final)
+
     @property
-    def evaluation_ids(self) -> torch.Tensor:
-        return self._ids(self.evaluation_blocks.first(self.plan.recipe.evaluation.samples))
+    def selection_ids(self) -> torch.Tensor:
+        """Held-out blocks that candidates and weights are chosen by."""
+        return self._held_out[0]
+
+    @property
+    def final_ids(self) -> torch.Tensor:
+        """Held-out blocks that choose nothing: what is reported is measured on them."""
+        return self._held_out[1]
 
     def _ids(self, blocks: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(blocks).to(self.device)

@@ -104,7 +104,8 @@ class Plan:
         c, d, seq = self.recipe.calibration, self.recipe.distillation, self.recipe.calibration.sequence_length
         return None if has_end(source) else {
             "train": c.samples * seq + d.tokens + d.batch_tokens + d.sequence_length,
-            "held_out": self.recipe.evaluation.samples * seq}
+            # two parts, and a quarter more: documents are shared out whole
+            "held_out": 5 * self.recipe.evaluation.samples * seq // 2}
 
     def passes(self) -> str:
         """How often scoring goes through the weights, and from where, in words."""

@@ -31,7 +31,8 @@ REPORT_CANDIDATES = 200
 
 
 def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
-    """report.json (docs/files.md). Losses in nats per token, all on the same held-out blocks."""
+    """report.json (docs/files.md). Losses in nats per token; those of the result are all on the final part of the
+    held-out blocks, those of the candidates on the part that selects."""
     chosen = next(c for c in candidates if c.chosen)
     found = json.loads((job.result.path / "search" / "result.json").read_text())
     parent, plain, pruned, final = (found[name] for name in ("parent", "sliced", "pruned", "distilled"))
@@ -50,6 +51,7 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
                    "recovery": (plain["loss"] - final["loss"]) / gap if gap > 0 else None,
                    "gap_left": final["loss"] - parent["loss"], "reload_difference": found["reload_difference"],
                    "refit": found.get("refit")},
+        "paired": _paired(final) | {"sliced": _paired(plain), "pruned": _paired(pruned)},
         "budget": job.plan.budget.to_json(),
         "scores": _scores(job, chosen),
         "search": {"points": job.plan.points, "feasible": job.plan.feasible,
@@ -79,8 +81,9 @@ def distilled_report(job: Job, student: Architecture, kept_layers: Sequence[int]
                    "agreement_distilled": final.get("agreement"), "path": str(job.run.path / "model"),
                    "architecture": student.to_json(), "cost": price.to_json(),
                    "kept_layers": list(kept_layers) or None},
+        "paired": _paired(final) | {"pruned": _paired(pruned)},
         "distillation": {"tokens": trained.tokens, "seconds": trained.seconds},
-        "warnings": training_notes(job),
+        "warnings": held_out_notes(job) + training_notes(job),
     }
 
 
@@ -98,8 +101,9 @@ def _about(job: Job, parent: Mapping[str, Any]) -> dict[str, Any]:
                    "loss": parent.get("loss"), "loss_stderr": parent.get("loss_stderr"), "path": str(job.folder.path),
                    "architecture": job.plan.parent.to_json(), "cost": job.plan.parent_cost.to_json()},
         "workload": job.plan.workload.to_json(),
-        "evaluation": {"blocks": len(job.evaluation_ids), "sequence_length": held_out.sequence_length,
-                       "tokens": job.evaluation_ids.numel(), "bytes_per_token": held_out.bytes_per_token,
+        "evaluation": {"blocks": len(job.final_ids), "sequence_length": held_out.sequence_length,
+                       "tokens": job.final_ids.numel(), "selection_blocks": len(job.selection_ids),
+                       "bytes_per_token": held_out.bytes_per_token,
                        "source": held_out.source, "corpus_hash": held_out.corpus_hash},
         "recipe": job.plan.recipe.dump(),
         "versions": versions(),
@@ -107,6 +111,11 @@ def _about(job: Job, parent: Mapping[str, Any]) -> dict[str, Any]:
                    "corpus": held_out.corpus_hash},
         "hardware": hardware(),
     }
+
+
+def _paired(quality: Mapping[str, float]) -> dict[str, float | None]:
+    """The loss minus the parent's on the same blocks, and its standard error; null without a parent."""
+    return {"loss_minus_parent": quality.get("loss_minus_parent"), "stderr": quality.get("loss_minus_parent_stderr")}
 
 
 def _scores(job: Job, chosen: Candidate) -> dict[str, Any]:
@@ -168,11 +177,11 @@ def _warnings(job: Job, gap: float) -> list[str]:
     if not job.plan.resident:
         out.append(f"the parent does not fit into {human_bytes(job.plan.memory_bytes)}: it was read from the disk "
                    "layer by layer, and wrote no sample")
-    for what, asked, got in (("calibration", recipe.calibration.samples, len(job.calibration_ids)),
-                             ("evaluation", recipe.evaluation.samples, len(job.evaluation_ids))):
-        if got < asked:
-            out.append(f"{what}.samples is {asked}, the data has {got} blocks of {recipe.calibration.sequence_length} "
-                       "tokens: all were used")
+    asked, got = recipe.calibration.samples, len(job.calibration_ids)
+    if got < asked:
+        out.append(f"calibration.samples is {asked}, the data has {got} blocks of {recipe.calibration.sequence_length} "
+                   "tokens: all were used")
+    out += held_out_notes(job)
     scoring = json.loads((job.run.path / "scores" / "scoring.json").read_text())
     if scoring["samples"] < scoring["available"]:
         out.append(f"scores.racing: {scoring['samples']} of {scoring['available']} samples were enough")
@@ -192,6 +201,14 @@ def _warnings(job: Job, gap: float) -> list[str]:
         out.append(f"memory is counted for {workload.precision}; the folder stays in {job.folder.dtype} and must be "
                    "quantised to reach it")
     return out
+
+
+def held_out_notes(job: Job) -> list[str]:
+    """That there are fewer held-out blocks than asked for."""
+    asked, got = job.plan.recipe.evaluation.samples, len(job.final_ids)
+    return [] if got >= asked else [
+        f"evaluation.samples is {asked}, the held-out text gives {got} blocks of {job.final_ids.shape[1]} tokens to "
+        f"select by and {got} others to report"]
 
 
 def training_notes(job: Job) -> list[str]:
@@ -234,8 +251,8 @@ def stage_list(job: Job) -> list[dict[str, Any]]:
 
 def model_card_files(report: dict[str, Any]) -> dict[str, str]:
     """README.md and minipuzzle.json for the result's folder."""
-    keys = ("schema", "model", "license", "generated", "command", "seed", "parent", "result", "budget", "workload",
-            "evaluation", "recipe", "versions", "hashes", "hardware", "warnings")
+    keys = ("schema", "model", "license", "generated", "command", "seed", "parent", "result", "paired", "budget",
+            "workload", "evaluation", "recipe", "versions", "hashes", "hardware", "warnings")
     about = json.dumps({k: report[k] for k in keys if k in report}, indent=1, allow_nan=False) + "\n"
     return {"README.md": model_card(report), "minipuzzle.json": about}
 

@@ -102,7 +102,8 @@ class SearchSection(_Section):
 
 
 class EvaluationSection(_Section):
-    """Held-out blocks: about every 50th document, never calibrated on or trained on."""
+    """Held-out documents, about every 50th, never calibrated on or trained on. `samples` blocks of them select
+    candidates and weights; as many of other documents are measured only for the report."""
 
     data: str = "stdlib"
     samples: int = Field(64, ge=2)

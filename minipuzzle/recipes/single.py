@@ -71,7 +71,8 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
 
 def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, device: str = "cpu",
              speed: bool = False, task_names: Sequence[str] = (), limit: int | None = None) -> dict[str, Any]:
-    """Held-out loss (nats per token and per byte), perplexity, accuracy; against a teacher KL and agreement.
+    """Held-out loss (nats per token and per byte), perplexity, accuracy; against a teacher KL, agreement, and the
+    paired difference of the losses. On the final part of the held-out blocks, the one that `prune` reports.
 
     With `speed` also latency, at the recipe's context and batch; with `task_names` also lm-eval's results.
     """
@@ -89,10 +90,10 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
         try:
             stages.tokenize_data(job)
             if teacher is None:
-                reference = job.reference
+                reference = job.reference(job.final_ids)
                 found = reference.quality()
             else:
-                reference = Reference(Model.load(other, device), job.evaluation_ids)
+                reference = Reference(Model.load(other, device), job.final_ids)
                 found = measure(job.model, reference)
             bytes_per_token = job.evaluation_blocks.bytes_per_token
         finally:
@@ -101,6 +102,9 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
                            "tokens": reference.ids.numel()}
     alone = ("loss", "loss_stderr", "accuracy")
     out |= {k: v for k, v in found.items() if teacher is not None or k in alone}
+    if teacher is not None:
+        out["paired"] = {"loss_minus_parent": out.pop("loss_minus_parent"),
+                         "stderr": out.pop("loss_minus_parent_stderr", None)}
     out |= {"loss_per_byte": found["loss"] / bytes_per_token, "perplexity": _perplexity(found["loss"])}
     if speed:
         out["latency"] = latency(folder.path, device, recipe.workload.context, recipe.workload.batch)

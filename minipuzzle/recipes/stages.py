@@ -20,11 +20,12 @@ from minipuzzle.core.rundir import digest
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.data.blocks import Blocks, load_blocks, tokenize
 from minipuzzle.data.corpus import parse_blend
+from minipuzzle.data.held_out import two_parts
 from minipuzzle.distill.loop import distill_model, distill_together, load_student
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import whole
 from minipuzzle.distill.trainer import Pupil
-from minipuzzle.evaluate.quality import Reference, measure, measure_paths
+from minipuzzle.evaluate.quality import measure, measure_paths
 from minipuzzle.evaluate.sample import greedy
 from minipuzzle.importance.curves import measure_curves
 from minipuzzle.importance.layers import Scored, score_iteratively
@@ -45,8 +46,7 @@ from minipuzzle.surgery.gate import reload_gate
 from minipuzzle.surgery.refit import BlockFit, check_samples, read_refit, write_refit
 from minipuzzle.surgery.rotate import find_rotation
 
-EVALUATIONS = 12  # looks at held-out blocks during the long distillation
-EVALUATION_BLOCKS = 16
+EVALUATIONS = 12  # looks at the selection part of the held-out blocks during a whole distillation
 
 
 def tokenize_data(job: Job) -> None:
@@ -60,7 +60,7 @@ def tokenize_data(job: Job) -> None:
         for i, source in enumerate(sources):
             folder = job.token_folder(source)
             tokenize(source, job.tokenizer, folder, job.tokenizer_hash, partial(_say_documents, update, i, source),
-                     enough=job.plan.enough(source), least=recipe.calibration.sequence_length)
+                     enough=job.plan.enough(source), least=2 * recipe.calibration.sequence_length)
             files += [folder / "tokens.json", folder / "train.bin", folder / "held_out.bin"]
         _check_tokens(job)
         return files
@@ -73,7 +73,7 @@ def _say_documents(update: Update, place: int, source: str, done: int) -> None:
 
 
 def _check_tokens(job: Job) -> None:
-    """Raise RecipeError if a part of the data is shorter than one block, or the tokenizer is not the model's."""
+    """Raise RecipeError if a part of the data is too short, or the tokenizer is not the model's."""
     recipe, d = job.plan.recipe, job.plan.recipe.distillation
     wanted = [(recipe.calibration.data, "train", recipe.calibration.sequence_length),
               (recipe.evaluation.data, "held_out", recipe.calibration.sequence_length)]
@@ -81,7 +81,10 @@ def _check_tokens(job: Job) -> None:
         wanted.append((d.data, "train", d.sequence_length))
     for source, split, length in ((n, split, length) for data, split, length in wanted for n in parse_blend(data)):
         try:
-            largest = int(load_blocks(job.token_folder(source), split, length).tokens.max())
+            blocks = load_blocks(job.token_folder(source), split, length)
+            if split == "held_out":
+                two_parts(blocks, 1)
+            largest = int(blocks.tokens.max())
             if largest >= job.plan.parent.vocab_size:
                 raise RecipeError(f"the tokenizer of {job.folder.path} makes token {largest}, the model has "
                                   f"{job.plan.parent.vocab_size}; put the model's own tokenizer there")
@@ -160,12 +163,12 @@ def search(job: Job) -> None:
 
 
 def measure_candidates(job: Job) -> None:
-    """The best predicted candidates, cut and measured on held-out blocks -> RUN/search/measured.json"""
+    """The best predicted candidates, cut and measured on the blocks that select -> RUN/search/measured.json"""
     chosen = diverse(job.read_candidates("predicted"), job.plan.recipe.search.measure)
 
     def make(update: Update) -> list[Path]:
         parent = job.plan.parent
-        run = job.passes("measure", job.evaluation_ids, lambda done: update(done, f"{len(chosen)} candidates"))
+        run = job.passes("measure", job.selection_ids, lambda done: update(done, f"{len(chosen)} candidates"))
         paths = [job.cutter.path(c.architecture, c.kept_layers) for c in chosen]
         full = job.cutter.path(parent, tuple(range(parent.num_layers)))
         found = measure_paths(job.cutter, full, paths, run)
@@ -190,6 +193,7 @@ def tournament(job: Job) -> None:
         if share == 0 or len(finalists) == 1:
             finalists = []
         results: dict[str, dict[str, float]] = {}
+        reference = job.reference(job.selection_ids)
         together = students_in_memory(job.plan)
         for i in range(0, len(finalists), together):
             # in lock-step: the teacher reads each batch once for all of them
@@ -197,7 +201,7 @@ def tournament(job: Job) -> None:
             pupils = [Pupil(_student(job, c), job.state_folder(c), c.kept_layers) for c in group]
             distill_together(pupils, job.model, training_blocks(job), settings(job), share,
                              progress=partial(_say_loss, update, i * share, "best", len(group)))
-            results |= {c.name: measure(_as_written(job, c, p.student), job.reference)
+            results |= {c.name: measure(_as_written(job, c, p.student), reference)
                         for c, p in zip(group, pupils, strict=True)}
         path = job.run.path / "search" / "tournament.json"
         every = rank([dataclasses.replace(c, after_distillation=results.get(c.name)) for c in every])
@@ -286,10 +290,10 @@ def distill(job: Job) -> None:
         candidate = chosen(job)
         student, state = _student(job, candidate), job.state_folder(candidate)
         show_metrics(job, state)
-        some = Reference(job.source, job.evaluation_ids[:EVALUATION_BLOCKS], job.plan.stream_bytes)
+        reference = job.reference(job.selection_ids)
         steps = settings(job).steps(d.sequence_length)
         distill_model(student, job.model, training_blocks(job), settings(job), state,
-                      evaluate=lambda s: measure(_as_written(job, candidate, s), some),
+                      evaluate=lambda s: measure(_as_written(job, candidate, s), reference),
                       evaluate_every=max(1, steps // EVALUATIONS),
                       layers=candidate.kept_layers, progress=partial(_say_loss, update, 0, candidate.name, 1))
         write_atomic(metrics, (state / "metrics.jsonl").read_text())
@@ -310,9 +314,9 @@ def export(job: Job) -> None:
     RESULT/search/result.json. RESULT is the run, or RUN/candidates/NAME for a candidate chosen by hand."""
     def make(update: Update) -> list[Path]:
         candidate = chosen(job)
-        student = _student(job, candidate)
-        pruned = measure(_as_written(job, candidate, student), job.reference)
-        plain = measure(job.plain_cutter.cut(candidate.architecture, candidate.kept_layers), job.reference)
+        student, reference = _student(job, candidate), job.reference(job.final_ids)
+        pruned = measure(_as_written(job, candidate, student), reference)
+        plain = measure(job.plain_cutter.cut(candidate.architecture, candidate.kept_layers), reference)
         if job.plan.recipe.distillation.tokens:
             load_student(job.state_folder(candidate), student)
         unchecked, final = job.result.path / "model-unchecked", job.result.path / "model"
@@ -321,15 +325,15 @@ def export(job: Job) -> None:
         dtypes = job.folder.dtypes(candidate.kept_layers)
         write_model(unchecked, config, rounded(student, dtypes), job.folder.path)
         update(0.3, "written; reloading in transformers")
-        difference = reload_gate(unchecked, job.evaluation_ids[:2])
+        difference = reload_gate(unchecked, job.final_ids[:2])
         written = open_model(unchecked)
         result = {"reload_difference": difference, "sliced": plain, "pruned": pruned, "parameters": sum(
             written.read(name).numel() for name in written.files)}
         if result["parameters"] != candidate.cost.parameters:
             raise AssertionError(f"{result['parameters']} parameters written, {candidate.cost.parameters} priced")
         model = Model.load(written, job.device)
-        result["distilled"] = measure(model, job.reference)
-        result["parent"] = job.reference.quality()
+        result["distilled"] = measure(model, reference)
+        result["parent"] = reference.quality()
         update(0.7, "writing samples")
         if job.refits:
             result["refit"] = [fit.to_json() for fit in _refitted(job, candidate)[1]]
@@ -349,8 +353,8 @@ def export(job: Job) -> None:
 
 def _samples(job: Job, models: dict[str, Model], prompt_tokens: int = 48, new_tokens: int = 48) -> dict[str, str]:
     """The same held-out prompt continued greedily by each model."""
-    prompt = job.evaluation_blocks.block(0)[:prompt_tokens]
+    prompt = job.final_ids[0, :prompt_tokens]
     out = {"prompt": job.tokenizer.decode(prompt.tolist())}
     for name, model in models.items():
-        out[name] = job.tokenizer.decode(greedy(model, torch.from_numpy(prompt), new_tokens).tolist())
+        out[name] = job.tokenizer.decode(greedy(model, prompt, new_tokens).tolist())
     return out

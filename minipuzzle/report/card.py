@@ -89,6 +89,7 @@ def _numbers(report: dict[str, Any]) -> str:
          facts.size(result.get("memory_bytes"))),
         ("held-out loss (nats per token)", number(parent.get("loss"), ".4f"),
          number(result.get("loss_distilled"), ".4f")),
+        ("held-out loss, minus the parent's", "", facts.difference(report)),
         ("held-out loss, sliced only", "", number(result.get("loss_sliced"), ".4f")),
         ("KL to the parent (nats per token)", "", number(result.get("kl_distilled"), ".4f")),
         ("same most likely token as the parent", "", facts.percent(result.get("agreement_distilled"))),

@@ -221,11 +221,12 @@ def distillation(report: dict[str, Any]) -> Figure | None:
 
 
 def _losses(axis: Axes, report: dict[str, Any]) -> None:
-    result, win = at(report, "result") or {}, facts.chosen(report)
-    steps = [("parent", at(report, "parent", "loss"), at(report, "parent", "loss_stderr")),
-             ("sliced", result.get("loss_sliced"), None), ("pruned", result.get("loss_pruned"), None),
-             ("tournament", at(win, "after_distillation", "loss"), at(win, "after_distillation", "loss_stderr")),
-             ("distilled", result.get("loss_distilled"), result.get("loss_distilled_stderr"))]
+    result = at(report, "result") or {}
+    paired = at(report, "paired") or {}
+    steps = [("parent", at(report, "parent", "loss"), None),
+             ("sliced", result.get("loss_sliced"), at(paired, "sliced", "stderr")),
+             ("pruned", result.get("loss_pruned"), at(paired, "pruned", "stderr")),
+             ("distilled", result.get("loss_distilled"), at(paired, "stderr"))]
     steps = [s for s in steps if s[1] is not None]
     y = range(len(steps))
     if not steps:

@@ -221,6 +221,12 @@ def recovery(report: dict[str, Any]) -> str:
             + (f" and leaves {number(left)} nats per token." if left is not None else "."))
 
 
+def difference(report: dict[str, Any]) -> str:
+    """The result's loss minus the parent's, with the paired standard error."""
+    value, error = (at(report, "paired", key) for key in ("loss_minus_parent", "stderr"))
+    return number(value, "+.4f") + (f" ± {error:.4f}" if value is not None and error is not None else "")
+
+
 def removed(report: dict[str, Any]) -> str:
     """Which layers by kind and which widths went, as a phrase; '' where that is not known."""
     parent, result = architecture_of(at(report, "parent")), architecture_of(at(report, "result"))
@@ -262,9 +268,9 @@ def key_figures(report: dict[str, Any]) -> list[dict[str, str]]:
         before, after = parent.get(key), result.get(key)
         note = f"{percent(after / before)} of the parent's {form(before)}" if before and after else ""
         add(label, after, form(after), note)
-    error = result.get("loss_distilled_stderr")
+    more = difference(report)
     add("held-out loss", result.get("loss_distilled"), number(result.get("loss_distilled")),
-        f"parent {number(parent.get('loss'))}" + (f"; ± {number(error)} standard error" if error else ""))
+        f"parent {number(parent.get('loss'))}" + (f"; difference {more}" if more != ABSENT else ""))
     add("gap recovered", result.get("recovery"), percent(result.get("recovery")),
         f"{number(result.get('gap_left'))} nats per token are left")
     agreement = result.get("agreement_distilled")

@@ -41,9 +41,10 @@ FIGURES = (
         (curves.ranks, "Rank of the finalists, best on top: lines that cross are candidates that overtook another."),
         (curves.tournament, "Short distillation of each finalist; lower is closer to the parent."))),
     ("distillation", "Distillation", (
-        (curves.distillation, "Left: what training minimises; the held-out points are measured on a part of the "
-                              "held-out blocks. Right: all held-out blocks, bars are one standard error; sliced is "
-                              "plain selection of the same architecture."),)),
+        (curves.distillation, "Left: what training minimises; the held-out points are on the blocks that select the "
+                              "weights. Right: the held-out blocks that select nothing; bars are one standard error "
+                              "of the difference to the parent, block by block; sliced is plain selection of the same "
+                              "architecture."),)),
     ("memory", "Where the memory goes", (
         (curves.memory, "As the context grows, weights and Mamba state stay, the KV cache does not. Under the dashed "
                         "line is within the budget, on the dotted one the workload."),)),
