@@ -19,7 +19,7 @@ from minipuzzle._version import __version__
 from minipuzzle.core import interrupt
 from minipuzzle.core.budget import human_bytes, human_count, parse_quantity
 from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError
-from minipuzzle.core.files import our_error
+from minipuzzle.core.files import CANDIDATES_BYTES, our_error, read_json
 
 if TYPE_CHECKING:
     from minipuzzle.recipes.progress import Reporter
@@ -410,11 +410,7 @@ def _report_of(run: Path) -> dict[str, Any]:
     path = run / "report.json"
     if not path.is_file():
         raise RecipeError(f"{path} does not exist; the run is not finished: 'minipuzzle prune' continues it")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptArtifact(f"{path} is not JSON ({error}); 'minipuzzle prune' writes it again") from None
-    return dict(data)
+    return dict(read_json(path, hint="'minipuzzle prune' writes it again", limit=CANDIDATES_BYTES))
 
 
 @main.command()

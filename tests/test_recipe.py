@@ -192,7 +192,7 @@ def test_files_and_names(tmp_path: Path) -> None:
     assert Recipe.load(str(file), settings={"search.measure": 6}).search.measure == 6
     with pytest.raises(RecipeError, match="did you mean 'default'"):
         Recipe.load("defaults")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match="cannot be opened"):
         Recipe.load(tmp_path / "missing.yaml")
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(RecipeError, match="cannot be read"):

@@ -29,24 +29,42 @@ _UNITS = {
     "decimal": {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12},
     "binary": {"": 1, "k": 2**10, "m": 2**20},
 }
-_NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+# The exponent has two digits: 1e1000000000 is a number that takes all memory to write out
+_NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,2})?)\s*([A-Za-z]*)\s*")
+LONGEST, LARGEST = 64, 2**63 - 1  # characters of a size, and its value
 # Bits of a weight, or of an element of the KV cache. NVFP4: 4 bits + an 8-bit scale for each 16.
 BITS = {"bf16": Fraction(16), "fp8": Fraction(8), "nvfp4": Fraction(9, 2)}
 STATE_BITS = {"fp32": 32, "bf16": 16}
+MOST_SERVED = 10**18  # tokens of context, and sequences at once
 
 
 def parse_quantity(text: str | int | float, units: str) -> int:
     """An integer from `text` in `units`: bytes, decimal or binary. Rounds down.
 
     Raises:
-        RecipeError: not a number, or a unit that does not belong here.
+        RecipeError: not a number, one above LARGEST, or a unit that does not belong here.
     """
-    match = _NUMBER.fullmatch(str(text))
+    match = _NUMBER.fullmatch(_short(text))
     unit = match[2].lower() if match else ""
     if match is None or unit not in _UNITS[units]:
         names = {"bytes": "B, KiB, MiB, GiB, TiB", "decimal": "k, M, B, T", "binary": "k, M"}[units]
         raise RecipeError(f"{text!r} is not a size; write a number with one of the units {names}")
-    return int(Fraction(match[1]) * _UNITS[units][unit])
+    value = int(Fraction(match[1]) * _UNITS[units][unit])
+    if value > LARGEST:
+        raise RecipeError(f"{text!r} is too large; at most {LARGEST:,} can be counted")
+    return value
+
+
+def _short(text: str | int | float) -> str:
+    """The text of a size, a budget or a part.
+
+    Raises:
+        RecipeError: longer than LONGEST.
+    """
+    written = str(text) if not isinstance(text, int) or abs(text) <= LARGEST else "x" * (LONGEST + 1)
+    if len(written) > LONGEST:
+        raise RecipeError(f"a size of more than {LONGEST} characters cannot be read")
+    return written
 
 
 @dataclass(frozen=True)
@@ -68,8 +86,9 @@ class Workload:
         unknown = sorted(set(self.keep_16bit) - set(QUANTISED))
         if unknown:
             raise RecipeError(f"keep_16bit {', '.join(unknown)}: known are {', '.join(QUANTISED)}")
-        if self.context < 1 or self.batch < 1:
-            raise RecipeError(f"context {self.context} and batch {self.batch} must be at least 1")
+        for what, number in (("context", self.context), ("batch", self.batch)):
+            if not 1 <= number <= MOST_SERVED:
+                raise RecipeError(f"{what} {number} must be 1 to {MOST_SERVED:,}")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"keep_16bit": list(self.keep_16bit)}
@@ -100,7 +119,7 @@ class Budget:
             if key not in BUDGET_KEYS:
                 raise RecipeError(f"unknown budget {key!r}; known: {', '.join(BUDGET_KEYS)}")
             cost, units = BUDGET_KEYS[key]
-            factor = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*x\s*", str(text))
+            factor = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*x\s*", _short(text))
             if factor:
                 if not 0 < Fraction(factor[1]) <= 1:
                     raise RecipeError(f"budget {key}={text}: a part of the parent is above 0 and at most 1x")

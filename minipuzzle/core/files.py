@@ -31,7 +31,8 @@ from safetensors import SafetensorError, safe_open
 
 from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError, ResourceError
 
-JSON_BYTES = 2**26  # the largest JSON file; candidates.json may be larger, and says so
+JSON_BYTES = 2**26  # the largest JSON file that a stranger may have written
+CANDIDATES_BYTES = 2**32  # of ours: each candidate has a whole architecture
 YAML_BYTES = 2**18  # PyYAML reads about 100 kB a second
 DEPTH = 100  # of nested JSON and YAML; Python's own stack ends at 1000
 
@@ -132,11 +133,16 @@ def read_text(path: Path, corrupt: type[MinipuzzleError] = CorruptArtifact, hint
         RecipeError, ResourceError: see `check_regular`.
         corrupt: larger than `limit` bytes, or not UTF-8.
     """
+    with reading(path, corrupt, hint):
+        return _read_bytes(path, corrupt, hint, limit).decode("utf-8")
+
+
+def _read_bytes(path: Path, corrupt: type[MinipuzzleError], hint: str, limit: int) -> bytes:
     size = check_regular(path)
     if size > limit:
         raise corrupt(f"{_shown(path)} has {size:,} bytes, the most is {limit:,}{_then(hint)}")
     with reading(path, corrupt, hint), path.open("rb") as file:
-        return file.read(limit).decode("utf-8")
+        return file.read(limit)
 
 
 def read_json(path: Path, corrupt: type[MinipuzzleError] = CorruptArtifact, hint: str = "", top: type = dict,
@@ -147,10 +153,10 @@ def read_json(path: Path, corrupt: type[MinipuzzleError] = CorruptArtifact, hint
         RecipeError, ResourceError: see `check_regular`.
         corrupt: anything that `parse_json` refuses, or more than `limit` bytes.
     """
-    return parse_json(read_text(path, corrupt, hint, limit), path, corrupt, hint, top)
+    return parse_json(_read_bytes(path, corrupt, hint, limit), path, corrupt, hint, top)
 
 
-def parse_json(text: str, name: Path | str, corrupt: type[MinipuzzleError] = CorruptArtifact, hint: str = "",
+def parse_json(text: str | bytes, name: Path | str, corrupt: type[MinipuzzleError] = CorruptArtifact, hint: str = "",
                top: type = dict) -> Any:
     """The JSON of a text that comes from `name`.
 
@@ -159,6 +165,7 @@ def parse_json(text: str, name: Path | str, corrupt: type[MinipuzzleError] = Cor
             digits, half of a surrogate pair.
     """
     try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
         data = json.loads(text, object_pairs_hook=_once)
         if "\\ud" in text.lower():
             json.dumps(data, ensure_ascii=False).encode()

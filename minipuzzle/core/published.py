@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import os
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.files import read_json
 
 
 def published(name: str) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def find_config(model: str) -> dict[str, Any]:
         CorruptArtifact: the file is not a JSON object.
     """
     path = Path(model)
-    if path.exists():
+    if os.path.exists(path):
         return read_config(path)
     if path.suffix == ".json":
         raise RecipeError(f"{model}: no such file; give a model folder, its config.json or a published name")
@@ -66,12 +68,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise RecipeError(f"{path} has no config.json; give a Hugging Face model folder")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptArtifact(f"{file} is not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise CorruptArtifact(f"{file} is not a JSON object")
+    config: dict[str, Any] = read_json(file)
     return config
 
 

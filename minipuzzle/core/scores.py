@@ -6,6 +6,7 @@ with `layer,kind` and one metric column.
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.files import open_tensors, read_text, reading
 
 LAYER_METRICS = ("mse", "nmse", "kl", "loss_delta", "cosine")
 INTERACTIONS = "interactions.safetensors"
@@ -80,28 +82,34 @@ class LayerScores:
             path = path / "layers.csv"
         if not path.is_file():
             raise RecipeError(f"no scores at {path}; make them with 'minipuzzle score'")
-        try:
-            table = pd.read_csv(path)
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise CorruptArtifact(f"{path} is not a CSV file ({error})") from None
+        table = _read_csv(path)
         if not {"layer", "kind"} <= set(table.columns) or not set(LAYER_METRICS) & set(table.columns):
             raise RecipeError(f"{path} needs the columns layer, kind and one of {', '.join(LAYER_METRICS)}; "
                               f"it has {', '.join(map(str, table.columns))}")
-        table = table.sort_values("layer", kind="stable").reset_index(drop=True)
+        with reading(path):  # layers may be words
+            table = table.sort_values("layer", kind="stable").reset_index(drop=True)
         if list(table["layer"]) != list(range(len(table))):
             raise CorruptArtifact(f"{path}: layers must be 0 to {len(table) - 1}, each once")
-        if table["kind"].isna().any():
-            raise CorruptArtifact(f"{path}: layer {int(table['kind'].isna().argmax())} has no kind")
+        for layer, kind in enumerate(table["kind"]):
+            if kind not in ("M", "*", "-", "E"):
+                raise CorruptArtifact(f"{path}: layer {layer} has no kind; it is one of M, *, - and E")
         beside = path.parent / INTERACTIONS
         if path.name != "layers.csv" or not beside.is_file():
             return cls(table, str(path))
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        return cls(table, str(path), _read_arrays(beside, "delete it and score again")[0])
 
-        try:
-            return cls(table, str(path), load_file(beside))
-        except (SafetensorError, OSError) as error:
-            raise CorruptArtifact(f"{beside} cannot be read ({error}); delete it and score again") from None
+
+def _read_csv(path: Path, hint: str = "") -> pd.DataFrame:
+    """Read through `read_text`: pandas would unpack what ends in .gz, and follow a URL."""
+    text = read_text(path, hint=hint)
+    with reading(path, hint=hint):
+        return pd.read_csv(io.StringIO(text))
+
+
+def _read_arrays(path: Path, hint: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(arrays by name, metadata) of a safetensors file."""
+    with open_tensors(path, "numpy", hint=hint) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
 
 
 def _numbers(column: pd.Series) -> np.ndarray:
@@ -136,20 +144,20 @@ class WidthScores:
 
     @classmethod
     def read(cls, path: Path) -> WidthScores:
-        from safetensors import SafetensorError, safe_open
+        """What `write` wrote.
 
-        try:
-            with safe_open(path, framework="numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                samples = int((file.metadata() or {}).get("samples", 0))
-        except (SafetensorError, OSError) as error:
-            raise CorruptArtifact(f"{path} cannot be read ({error}); delete it and run again") from None
+        Raises:
+            CorruptArtifact: it cannot be read.
+        """
+        hint = "delete it and run again"
+        arrays, about = _read_arrays(path, hint)
         per_layer: dict[str, dict[int, np.ndarray]] = {"ffn": {}, "mamba": {}}
-        for name, array in arrays.items():
-            if name != "hidden":
-                _, layer, axis = name.split(".")
-                per_layer[axis][int(layer)] = array
-        return cls(arrays["hidden"], per_layer["ffn"], per_layer["mamba"], samples)
+        with reading(path, hint=hint):
+            for name, array in arrays.items():
+                if name != "hidden":
+                    _, layer, axis = name.split(".")
+                    per_layer[axis][int(layer)] = array
+            return cls(arrays["hidden"], per_layer["ffn"], per_layer["mamba"], int(about.get("samples", 0)))
 
 
 WIDTH_AXES = ("hidden_size", "ffn_size", "mamba_num_heads", "mamba_head_dim")
@@ -178,10 +186,7 @@ class WidthCurves:
 
     @classmethod
     def read(cls, path: Path) -> WidthCurves:
-        try:
-            table = pd.read_csv(path)
-        except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise CorruptArtifact(f"{path} cannot be read ({error}); delete it and run again") from None
+        table = _read_csv(path, "delete it and run again")
         if not {"axis", "width"} <= set(table.columns) or not set(table["axis"]) <= set(WIDTH_AXES):
             raise CorruptArtifact(f"{path} needs the columns axis (one of {', '.join(WIDTH_AXES)}) and width")
         return cls(table)

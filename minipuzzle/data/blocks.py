@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 import os
 import time
 from abc import ABC, abstractmethod
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
-from minipuzzle.core.files import write_json
+from minipuzzle.core.files import read_json, write_json
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data.corpus import Document, documents, is_held_out, name_hash
 
@@ -132,14 +131,14 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
     """
     manifest, part = folder / "tokens.json", folder / "progress.json"
     if manifest.is_file():
-        about = json.loads(manifest.read_text())
+        about = read_json(manifest, hint=f"delete {folder} and run again")
         known, held_out = about["tokenizer"] == identity and "end_token" in about, about["tokens"]["held_out"]
         if known and _reaches(about["stopped_at"], enough) and least <= max(held_out, about.get("least", 1)):
             return
     folder.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     about_part = {"source": source, "tokenizer": identity, "also_held_out": [*also_held_out]}
-    earlier = json.loads(part.read_text()) if part.is_file() else {}
+    earlier = read_json(part, hint=f"delete {folder} and run again") if part.is_file() else {}
     tmp = {split: folder / f"{split}.bin.tmp" for split in SPLITS}
     if {k: earlier.get(k) for k in about_part} != about_part or not all(path.is_file() for path in tmp.values()):
         earlier = {}
@@ -213,12 +212,9 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
         return tokenize(source, tokenizer, folder, identity, progress, tuple(lowest[:more]), enough, least)
     for split in SPLITS:
         os.replace(tmp[split], folder / f"{split}.bin")
-    text = json.dumps({"source": source, "corpus_hash": digest.hexdigest(), "tokenizer": identity, "documents": done,
-                       "dtype": np.dtype(dtype).name, "end_token": tokenizer.eos_token_id, "tokens": counts,
-                       "bytes": sizes, "stopped_at": dict(enough) if enough else None, "least": least}, indent=1)
-    temporary = manifest.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, manifest)
+    write_json(manifest, {"source": source, "corpus_hash": digest.hexdigest(), "tokenizer": identity, "documents": done,
+                          "dtype": np.dtype(dtype).name, "end_token": tokenizer.eos_token_id, "tokens": counts,
+                          "bytes": sizes, "stopped_at": dict(enough) if enough else None, "least": least})
 
 
 def _reaches(stopped_at: Mapping[str, int] | None, enough: Mapping[str, int] | None) -> bool:
@@ -234,7 +230,7 @@ def load_blocks(folder: Path, split: str, sequence_length: int) -> TokenBlocks:
         RecipeError: the split is shorter than one block.
         CorruptArtifact: the file is not as long as its manifest says.
     """
-    about = json.loads((folder / "tokens.json").read_text())
+    about = read_json(folder / "tokens.json", hint=f"delete {folder} and run again")
     count = about["tokens"][split]
     if count < sequence_length:
         raise RecipeError(f"data {about['source']!r}: the {split} part has {count} tokens, less than one block of "

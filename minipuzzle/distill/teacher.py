@@ -9,19 +9,16 @@ Log-probabilities are at the run's temperature; log_rest is the log of the mass 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
-from minipuzzle.core.files import write_json
+from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.files import open_tensors, read_json, reading, replacing, write_json
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loss import Target, chunk_tokens, top_words
 from minipuzzle.models.module import HybridLM
@@ -29,6 +26,7 @@ from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
 
 SHARD_BLOCKS = 256
+_AGAIN = "delete it, and the same command makes it again"
 Streams = dict[int, torch.Tensor]
 
 
@@ -78,7 +76,7 @@ class CachedTeacher:
         rows = []
         for number in numbers:
             shard, row = self.places[number]
-            with _open(_shard(self.folder, shard)) as file:
+            with open_tensors(_shard(self.folder, shard), hint=_AGAIN) as file:
                 rows.append([file.get_slice(name)[row] for name in ("words", "log_p", "log_rest")])
         words, log_p, rest = (torch.cat(parts).to(self.device) for parts in zip(*rows, strict=True))
         log_p, rest = log_p.float(), rest.float()
@@ -122,11 +120,8 @@ def cache_teacher(folder: Path, teacher: Callable[[], Teacher], blocks: Blocks, 
             progress(done * SHARD_BLOCKS + len(parts))
         tensors = {name: torch.stack(values) for name, values in
                    zip(("words", "log_p", "log_rest"), zip(*parts, strict=True), strict=True)}
-        temporary = _shard(folder, shard).with_suffix(".tmp")
-        save_file(tensors, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, _shard(folder, shard))
+        with replacing(_shard(folder, shard)) as temporary:
+            save_file(tensors, temporary)
     ranks.barrier()
 
 
@@ -153,17 +148,9 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        about: dict[str, Any] = json.loads((folder / "teacher.json").read_text())
-        return about
-    except (OSError, json.JSONDecodeError) as error:
-        raise CorruptArtifact(f"{folder}/teacher.json cannot be read ({error}); delete {folder}, and the same "
-                              "command makes it again") from None
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CorruptArtifact(f"{path} cannot be read ({error}); delete it, and the same command makes it "
-                              "again") from None
+    path, hint = folder / "teacher.json", f"delete {folder}{_AGAIN.removeprefix('delete it')}"
+    about: dict[str, Any] = read_json(path, hint=hint)
+    with reading(path, hint=hint):
+        if not isinstance(about["key"], dict) or not all(type(n) is int for shard in about["shards"] for n in shard):
+            raise ValueError("not the cache's table of contents")
+    return about

@@ -23,6 +23,7 @@ NEMOTRON_H, NEMOTRON = "nemotron_h", "nemotron"
 _BLOCK_TYPES = {"mamba": MAMBA, "mamba2": MAMBA, "linear_attention": MAMBA, "attention": ATTENTION,
                 "full_attention": ATTENTION, "mlp": FFN, "moe": MOE}
 _MTP_PATTERN = ATTENTION + MOE  # the default of one MTP depth
+MOST_LAYERS, LARGEST = 10_000, 2**31 - 1  # beyond them a number is a mistake, and a loop over it does not end
 
 Config = dict[str, Any]
 
@@ -38,7 +39,7 @@ def read_values(config: Config) -> dict[str, Any]:
         return _nemotron_h(config)
     if model_type == NEMOTRON:
         return _nemotron(config)
-    raise UnsupportedModel(f"model_type {model_type!r} is not supported; supported: {NEMOTRON_H} "
+    raise UnsupportedModel(f"model_type {_shown(model_type)} is not supported; supported: {NEMOTRON_H} "
                            f"({NEMOTRON} only to be counted)")
 
 
@@ -49,7 +50,7 @@ def read_pattern(config: Config) -> str:
         return _pattern_of(names)
     if not config.get("hybrid_override_pattern"):
         raise UnsupportedModel("config.json has neither hybrid_override_pattern nor layers_block_type")
-    return str(config["hybrid_override_pattern"]).split("/")[0].replace("|", "")
+    return _spelled(config, "hybrid_override_pattern").split("/")[0]
 
 
 def read_mtp_pattern(config: Config) -> str:
@@ -57,13 +58,16 @@ def read_mtp_pattern(config: Config) -> str:
 
     Either in the layer string itself (`M-M*-/*E/*E`), or one pattern for `num_nextn_predict_layers` depths.
     """
-    spelled = str(config.get("hybrid_override_pattern") or "").replace("|", "").split("/")[1:]
+    spelled = _spelled(config, "hybrid_override_pattern").split("/")[1:]
     if any(spelled):
         return "/".join(depth for depth in spelled if depth)
-    depths = _size(config, 0, "num_nextn_predict_layers", least=0)
+    depths = _size(config, 0, "num_nextn_predict_layers", least=0, most=MOST_LAYERS)
     pattern = _pattern_of(config.get("mtp_layers_block_type") or []) or _MTP_PATTERN
     if pattern == _MTP_PATTERN:
-        pattern = str(config.get("mtp_hybrid_override_pattern") or pattern)
+        pattern = _spelled(config, "mtp_hybrid_override_pattern") or pattern
+    if depths * len(pattern) > MOST_LAYERS:
+        raise UnsupportedModel(f"config.json: {depths} MTP depths of {len(pattern)} layers; at most {MOST_LAYERS} "
+                               "layers are read")
     return "/".join([pattern] * depths)
 
 
@@ -86,10 +90,10 @@ def _nemotron_h(config: Config) -> dict[str, Any]:
         "num_key_value_heads": _size(config, 8, "num_key_value_heads"),
         "head_dim": _size(config, 128, "head_dim"),
         "conv_kernel": _size(config, 4, "mamba_d_conv", "conv_kernel"),
-        "use_bias": bool(config.get("use_bias", False)),
-        "conv_bias": bool(config.get("mamba_conv_bias", config.get("use_conv_bias", True))),
-        "mlp_bias": bool(config.get("mlp_bias", False)),
-        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "use_bias": _flag(config, False, "use_bias"),
+        "conv_bias": _flag(config, True, "mamba_conv_bias", "use_conv_bias"),
+        "mlp_bias": _flag(config, False, "mlp_bias"),
+        "norm_eps": _epsilon(config, "layer_norm_epsilon"),
     }
     if MOE in pattern + mtp_pattern:
         shared = _size(config, 7688, "moe_shared_expert_intermediate_size", least=0)
@@ -110,7 +114,7 @@ def _nemotron(config: Config) -> dict[str, Any]:
     hidden, heads = _size(config, 6144, "hidden_size"), _size(config, 48, "num_attention_heads")
     return {
         "model_type": NEMOTRON,
-        "pattern": (ATTENTION + FFN) * _size(config, 32, "num_hidden_layers"),
+        "pattern": (ATTENTION + FFN) * _size(config, 32, "num_hidden_layers", most=MOST_LAYERS // 2),
         "vocab_size": _size(config, 256000, "vocab_size"),
         "hidden_size": hidden,
         "ffn_size": _size(config, 24576, "intermediate_size"),
@@ -121,36 +125,68 @@ def _nemotron(config: Config) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": _size(config, heads, "num_key_value_heads"),
         "head_dim": _size(config, hidden // heads, "head_dim"),
-        "mlp_bias": bool(config.get("mlp_bias", False)),
-        "attention_bias": bool(config.get("attention_bias", False)),
-        "norm_eps": config.get("norm_eps", 1e-5),
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "mlp_bias": _flag(config, False, "mlp_bias"),
+        "attention_bias": _flag(config, False, "attention_bias"),
+        "norm_eps": _epsilon(config, "norm_eps"),
+        "tie_word_embeddings": _flag(config, False, "tie_word_embeddings"),
     }
 
 
-def _size(config: Config, default: int, *keys: str, least: int = 1) -> int:
+def _size(config: Config, default: int, *keys: str, least: int = 1, most: int = LARGEST) -> int:
     """The first of the keys that the config has; null is as good as missing."""
-    for key in keys:
-        value = config.get(key)
-        if value is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UnsupportedModel(f"config.json: {key} is {value!r}, not a whole number of at least {least}")
-            return value
-    return default
+    key, value = next(((key, config[key]) for key in keys if config.get(key) is not None), (keys[-1], default))
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise UnsupportedModel(f"config.json: {key} is {_shown(value)}, not a whole number of {least} to {most:,}")
+    return value
+
+
+def _flag(config: Config, default: bool, *keys: str) -> bool:
+    key, value = next(((key, config[key]) for key in keys if config.get(key) is not None), (keys[-1], default))
+    if not isinstance(value, bool):
+        raise UnsupportedModel(f"config.json: {key} is {_shown(value)}, not true or false")
+    return value
+
+
+def _epsilon(config: Config, key: str) -> float:
+    value = config.get(key)
+    value = 1e-5 if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise UnsupportedModel(f"config.json: {key} is {_shown(value)}, not a number of 0 to 1")
+    return float(value)
+
+
+def _spelled(config: Config, key: str) -> str:
+    """A layer string without the marks of pipeline stages; empty if the config has none."""
+    value = config.get(key) or ""
+    if not isinstance(value, str) or len(value) > MOST_LAYERS:
+        raise UnsupportedModel(f"config.json: {key} is {_shown(value)}, not a string of at most {MOST_LAYERS} layers")
+    return value.replace("|", "")
+
+
+def _shown(value: object) -> str:
+    """A value from outside, in a line."""
+    if isinstance(value, int) and abs(value) > 10**20:
+        return "a number of more than 20 digits"
+    text = repr(value)
+    return text if len(text) <= 40 else text[:40] + "..."
 
 
 def _widths(config: Config, default: int) -> int | tuple[int, ...]:
     """`intermediate_size`: one, or one for each FFN layer."""
     value = config.get("intermediate_size")
     if isinstance(value, list):
+        if len(value) > MOST_LAYERS:
+            raise UnsupportedModel(f"config.json: intermediate_size has {len(value)} widths, at most {MOST_LAYERS}")
         return tuple(_size({"intermediate_size": width}, 0, "intermediate_size") for width in value)
     return _size(config, default, "intermediate_size")
 
 
 def _pattern_of(names: Any) -> str:
-    if not isinstance(names, list):
-        raise UnsupportedModel(f"layer types {names!r} are no list; known: {', '.join(_BLOCK_TYPES)}")
-    unknown = sorted({str(name) for name in names} - set(_BLOCK_TYPES))
+    if not isinstance(names, list) or len(names) > MOST_LAYERS:
+        raise UnsupportedModel(f"layer types {_shown(names)} are no list of at most {MOST_LAYERS}; known: "
+                               f"{', '.join(_BLOCK_TYPES)}")
+    unknown = [name for name in names if not isinstance(name, str) or name not in _BLOCK_TYPES]
     if unknown:
-        raise UnsupportedModel(f"unknown layer types {', '.join(unknown)}; known: {', '.join(_BLOCK_TYPES)}")
+        names = ", ".join(sorted({str(name) for name in unknown}))
+        raise UnsupportedModel(f"unknown layer types {names[:100]}; known: {', '.join(_BLOCK_TYPES)}")
     return "".join(_BLOCK_TYPES[name] for name in names)

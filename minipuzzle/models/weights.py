@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minipuzzle.core.errors import CorruptArtifact, UnsupportedModel
+from minipuzzle.core.files import open_tensors, read_json, reading
 from minipuzzle.core.published import read_config
 from minipuzzle.core.rundir import file_hash
 from minipuzzle.families.architecture import Architecture
@@ -68,11 +68,8 @@ class ModelFolder:
             CorruptArtifact: it can't be read.
         """
         file, stored = self.files[name]
-        try:
-            with safe_open(file, framework="pt") as shard:
-                tensor: torch.Tensor = shard.get_tensor(stored)
-        except (SafetensorError, OSError) as error:
-            raise CorruptArtifact(f"{file}: {name} cannot be read ({error}); fetch the file again") from None
+        with open_tensors(file) as shard:
+            tensor: torch.Tensor = shard.get_tensor(stored)
         return tensor
 
     def weights(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
@@ -94,7 +91,7 @@ class ModelFolder:
         out = {}
         for name, old_name in origin.items():
             file, stored = self.files[old_name]
-            with safe_open(file, framework="pt") as shard:
+            with open_tensors(file) as shard:
                 out[name] = shard.get_slice(stored)[:0].dtype
         return out
 
@@ -122,11 +119,8 @@ def open_model(path: Path) -> ModelFolder:
         raise UnsupportedModel(f"{path} has no .safetensors file{' (only ' + others[0] + ')' if others else ''}; "
                                "convert the weights to safetensors first")
     index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            listed = set(json.loads(index.read_text())["weight_map"].values())
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise CorruptArtifact(f"{index} cannot be read ({error})") from None
+    if os.path.lexists(index):
+        listed = _listed(index)
         missing = sorted(listed - {s.name for s in shards})
         if missing:
             raise CorruptArtifact(f"{path}: {len(missing)} of {len(listed)} shards are missing, first {missing[0]}")
@@ -134,27 +128,40 @@ def open_model(path: Path) -> ModelFolder:
     found: dict[str, tuple[Path, str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as file:
-                for stored in file.keys():  # noqa: SIM118 (not a dict)
-                    name = _TYPOS.get(stored, stored)
-                    name = "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
-                    if name.startswith("mtp."):
-                        continue  # multi-token prediction: not part of the model, as in transformers
-                    found[name] = (shard, stored)
-                    weight = file.get_slice(stored)
-                    shapes[name] = tuple(weight.get_shape())
-                    if weight.get_dtype() not in _DTYPES:
-                        raise UnsupportedModel(f"{shard}: {name} is {weight.get_dtype()}, not one of "
-                                               f"{', '.join(_DTYPES)}; prune the model before it is quantised")
-        except (SafetensorError, OSError) as error:
-            raise CorruptArtifact(f"{shard} cannot be read ({error}); fetch the file again") from None
+        with open_tensors(shard) as file:
+            for stored in file.keys():  # noqa: SIM118 (not a dict)
+                name = _TYPOS.get(stored, stored)
+                name = "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
+                if name.startswith("mtp."):
+                    continue  # multi-token prediction: not part of the model, as in transformers
+                if name in found:
+                    raise CorruptArtifact(f"{path} has {name} twice, in {found[name][0].name} and in {shard.name}; "
+                                          "remove the file that does not belong there")
+                found[name] = (shard, stored)
+                weight = file.get_slice(stored)
+                shapes[name] = tuple(weight.get_shape())
+                if weight.get_dtype() not in _DTYPES:
+                    raise UnsupportedModel(f"{shard}: {name} is {weight.get_dtype()}, not one of "
+                                           f"{', '.join(_DTYPES)}; prune the model before it is quantised")
     wanted = family.shapes(arch)
     _check_names(path, set(wanted), set(found))
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise CorruptArtifact(f"{found[name][0]}: {name} is {list(shapes[name])}, config.json says {list(shape)}")
     return ModelFolder(path, config, arch, {name: found[name] for name in wanted})
+
+
+def _listed(index: Path) -> set[str]:
+    """The shards that an index names: files beside it, whatever it says of other places.
+
+    Raises:
+        CorruptArtifact: not an index.
+    """
+    with reading(index):
+        listed = set(read_json(index)["weight_map"].values())
+        if odd := next((name for name in listed if not isinstance(name, str) or name != os.path.basename(name)), None):
+            raise ValueError(f"its weight_map leads to {odd!r}, which is no file of this folder")
+    return listed
 
 
 def _check_names(path: Path, wanted: set[str], found: set[str]) -> None:

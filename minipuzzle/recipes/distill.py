@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.files import write_atomic, write_json
+from minipuzzle.core.errors import MinipuzzleError, RecipeError
+from minipuzzle.core.files import read_json, reading, write_atomic, write_json
 from minipuzzle.core.rundir import digest
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loop import Trained, distill_model
@@ -172,10 +171,12 @@ def _layer_map(small: ModelFolder, big: ModelFolder) -> tuple[int, ...]:
     if small.arch.pattern == big.arch.pattern:
         return tuple(range(big.arch.num_layers))
     try:
-        kept = tuple(json.loads((small.path / "minipuzzle.json").read_text())["result"]["kept_layers"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError):
+        path = small.path / "minipuzzle.json"
+        with reading(path):
+            kept = tuple(read_json(path)["result"]["kept_layers"])
+    except MinipuzzleError:
         return ()
-    fits = len(kept) == small.arch.num_layers and all(0 <= i < big.arch.num_layers for i in kept)
+    fits = len(kept) == small.arch.num_layers and all(type(i) is int and 0 <= i < big.arch.num_layers for i in kept)
     return kept if fits else ()
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading, write_atomic
 from minipuzzle.core.partial import Partial
 from minipuzzle.core.rundir import RunDir, digest
 from minipuzzle.core.scores import WidthScores
@@ -229,12 +230,11 @@ class Job:
     # candidates ------------------------------------------------------------------------------------
 
     def write_candidates(self, path: Path, candidates: list[Candidate]) -> None:
-        text = json.dumps([c.to_json() for c in candidates], allow_nan=False)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+        write_atomic(path, json.dumps([c.to_json() for c in candidates], allow_nan=False))
 
     def read_candidates(self, name: str) -> list[Candidate]:
         """The candidates as a stage left them, best first."""
-        found = [Candidate.from_json(c) for c in json.loads((self.run.path / "search" / f"{name}.json").read_text())]
-        return rank(found)
+        path, hint = self.run.path / "search" / f"{name}.json", "run with --redo to make it again"
+        found = read_json(path, hint=hint, top=list, limit=CANDIDATES_BYTES)
+        with reading(path, hint=hint):
+            return rank([Candidate.from_json(c) for c in found])

@@ -7,7 +7,6 @@ Every stage leaves files and a manifest (core/rundir.py): the same command conti
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.files import write_atomic, write_json
+from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading, write_atomic, write_json
 from minipuzzle.core.rundir import RunDir
 from minipuzzle.distill.loss import loss_kernel
 from minipuzzle.distill.precision import check_precision
@@ -67,11 +66,10 @@ class Run:
             RecipeError: it is not a finished one.
         """
         path = Path(path)
-        try:
-            report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        hint = "'minipuzzle prune' finishes it"
+        report = read_json(path / "report.json", RecipeError, hint, limit=CANDIDATES_BYTES)
+        with reading(path / "candidates.csv", RecipeError, hint):
             return cls(path, report, pd.read_csv(path / "candidates.csv"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise RecipeError(f"{path} is not a finished run ({error}); 'minipuzzle prune' finishes it") from None
 
     plot_tradeoff = _figure(plots.tradeoff)
     plot_layers = _figure(plots.layers)

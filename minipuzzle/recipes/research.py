@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import platform
 import re
 import time
@@ -20,8 +20,8 @@ import pandas as pd
 
 from minipuzzle._version import __version__
 from minipuzzle.core.budget import Budget, Workload, split_sweep
-from minipuzzle.core.errors import CorruptArtifact, Infeasible, RecipeError, ResourceError
-from minipuzzle.core.files import write_atomic, write_json
+from minipuzzle.core.errors import Infeasible, RecipeError, ResourceError
+from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading, write_atomic, write_json
 from minipuzzle.core.published import find_config, read_config
 from minipuzzle.core.rundir import digest
 from minipuzzle.core.scores import LayerScores, WidthCurves
@@ -109,7 +109,8 @@ def candidates_document(budget: Budget, workload: Workload, parent_name: str, pa
 
 def parent_of_config(config: Path) -> tuple[str, Architecture]:
     """(name, architecture) of a model folder, a config.json or a published name."""
-    name = config.resolve().parent.name if config.name == "config.json" else config.resolve().stem
+    there = Path(os.path.abspath(config))  # links as they are: resolve() fails on a loop
+    name = there.parent.name if config.name == "config.json" else there.stem
     return name, Architecture.from_config(find_config(str(config)))
 
 
@@ -125,16 +126,14 @@ def parent_of_run(run: Path) -> tuple[str, Architecture]:
         return model.name, Architecture.from_config(read_config(model))
     document = _read(run / "candidates.json", f"the model of {run}, {model}, is gone and the run has no "
                                               "candidates.json yet; give --model and --scores instead of a run")
-    try:
-        return document["parent"]["name"], Architecture.from_json(document["parent"]["architecture"])
-    except (KeyError, TypeError) as error:
-        raise CorruptArtifact(f"{run / 'candidates.json'} does not tell the parent's architecture ({error})") from None
+    with reading(run / "candidates.json"):
+        return str(document["parent"]["name"]), Architecture.from_json(document["parent"]["architecture"])
 
 
 def run_recipe(run: Path, budget: Mapping[str, str], settings: Mapping[str, Any]) -> Recipe:
     """The recipe of a run, with another budget and other settings."""
     about = _read(run / "run.json", f"{run} is not a run of minipuzzle")
-    recipe = Recipe.parse(json.dumps(about.get("recipe", {})), str(run / "run.json"))
+    recipe = Recipe.from_json(about.get("recipe", {}), str(run / "run.json"))
     return recipe.with_overrides(budget=budget, settings=settings)
 
 
@@ -164,13 +163,7 @@ def sweep(budget: Mapping[str, str]) -> list[dict[str, str]]:
 def _read(path: Path, missing: str) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(missing)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptArtifact(f"{path} is not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise CorruptArtifact(f"{path} is not a JSON object")
-    return data
+    return dict(read_json(path, limit=CANDIDATES_BYTES))
 
 
 # the search -------------------------------------------------------------------------------------------
@@ -240,8 +233,8 @@ def _open(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MARKER).is_file():
-            for name in _read(folder / MARKER, "").get("files", []):
-                file = folder / name
+            for name in _read(folder / MARKER, "").get("files") or []:
+                file = folder / str(name)
                 if file.resolve().is_relative_to(folder.resolve()):
                     file.unlink(missing_ok=True)
         write_json(folder / MARKER, {"schema": 1, "files": []})

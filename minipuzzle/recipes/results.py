@@ -16,6 +16,7 @@ import pandas as pd
 
 from minipuzzle._version import __version__
 from minipuzzle.core.budget import human_bytes
+from minipuzzle.core.files import read_json
 from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores, mamba_selection
 from minipuzzle.distill.loop import Trained, read_metrics
 from minipuzzle.distill.precision import fp8_note
@@ -28,13 +29,14 @@ from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.rank import rank_correlation
 
 REPORT_CANDIDATES = 200
+_AGAIN = "run with --redo to make it again"
 
 
 def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
     """report.json (docs/files.md). Losses in nats per token; those of the result are all on the final part of the
     held-out blocks, those of the candidates on the part that selects."""
     chosen = next(c for c in candidates if c.chosen)
-    found = json.loads((job.result.path / "search" / "result.json").read_text())
+    found = read_json(job.result.path / "search" / "result.json", hint=_AGAIN)
     parent, plain, pruned, final = (found[name] for name in ("parent", "sliced", "pruned", "distilled"))
     stages = stage_list(job)
     seconds = {s["name"]: s["seconds"] for s in stages}
@@ -122,7 +124,7 @@ def _scores(job: Job, chosen: Candidate) -> dict[str, Any]:
     folder = job.run.path / "scores"
     layers, curves = LayerScores.read(folder / "layers.csv"), WidthCurves.read(folder / "width_curves.csv")
     return {"metric": job.plan.recipe.scores.layer_metric, "layers": records(layers.table),
-            "curves": records(curves.table), "scoring": json.loads((folder / "scoring.json").read_text())
+            "curves": records(curves.table), "scoring": read_json(folder / "scoring.json", hint=_AGAIN)
             } | width_shares(job.cutter.turned, job.plan.parent, chosen)
 
 
@@ -182,7 +184,7 @@ def _warnings(job: Job, gap: float) -> list[str]:
         out.append(f"calibration.samples is {asked}, the data has {got} blocks of {recipe.calibration.sequence_length} "
                    "tokens: all were used")
     out += held_out_notes(job)
-    scoring = json.loads((job.run.path / "scores" / "scoring.json").read_text())
+    scoring = read_json(job.run.path / "scores" / "scoring.json", hint=_AGAIN)
     if scoring["samples"] < scoring["available"]:
         out.append(f"scores.racing: {scoring['samples']} of {scoring['available']} samples were enough")
     if scoring["toss_ups"]:

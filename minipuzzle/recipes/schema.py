@@ -6,6 +6,7 @@ Precedence, weakest first: these defaults, the YAML, `--data`, `--budget`, `--se
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -22,12 +23,15 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload, parse_quantity, split_sweep
+from minipuzzle.core.budget import BUDGET_KEYS, MOST_SERVED, Budget, Workload, parse_quantity, split_sweep
 from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.files import YAML_BYTES, parse_yaml, read_text
 from minipuzzle.data.corpus import absolute
 from minipuzzle.search.space import check_range
 
 DATA_SECTIONS = ("calibration", "evaluation", "distillation")
+# Upper bounds are far beyond what is of use: a number above is a typing error, which would fill the memory or the disk
+_SAMPLES, _LENGTH, _TOKENS = 10**7, 2**24, 10**15
 
 
 def _quantity(value: Any, units: str) -> int:
@@ -57,8 +61,8 @@ class WorkloadSection(_Section):
     kv_precision: Literal["bf16", "fp8", "nvfp4"] = "bf16"
     state_precision: Literal["fp32", "bf16"] = "fp32"
     keep_16bit: list[str] = []
-    context: Binary = 1024
-    batch: int = Field(1, ge=1)
+    context: Binary = Field(1024, ge=1, le=MOST_SERVED)
+    batch: int = Field(1, ge=1, le=MOST_SERVED)
 
     def build(self) -> Workload:
         return Workload(self.precision, self.kv_precision, self.state_precision, tuple(self.keep_16bit),
@@ -68,9 +72,9 @@ class WorkloadSection(_Section):
 class CalibrationSection(_Section):
     """What the scores are measured on."""
 
-    data: str = "stdlib"
-    samples: int = Field(64, ge=2)
-    sequence_length: Binary = Field(256, ge=2)
+    data: str = Field("stdlib", min_length=1)
+    samples: int = Field(64, ge=2, le=_SAMPLES)
+    sequence_length: Binary = Field(256, ge=2, le=_LENGTH)
 
 
 class ScoresSection(_Section):
@@ -96,17 +100,17 @@ class SearchSection(_Section):
     strategy: Literal["grid", "milp"] = "grid"
     damage: Literal["auto", "additive", "quadratic"] = "auto"
     export: Literal["uniform", "per_layer"] = "uniform"
-    measure: int = Field(48, ge=1)
-    finalists: int = Field(4, ge=1)
-    keep: int = Field(10_000, ge=1)
+    measure: int = Field(48, ge=1, le=100_000)
+    finalists: int = Field(4, ge=1, le=1000)
+    keep: int = Field(10_000, ge=1, le=1_000_000)
 
 
 class EvaluationSection(_Section):
     """Held-out documents, about every 50th, never calibrated on or trained on. `samples` blocks of them select
     candidates and weights; as many of other documents are measured only for the report."""
 
-    data: str = "stdlib"
-    samples: int = Field(64, ge=2)
+    data: str = Field("stdlib", min_length=1)
+    samples: int = Field(64, ge=2, le=_SAMPLES)
 
 
 class SurgerySection(_Section):
@@ -117,16 +121,16 @@ class SurgerySection(_Section):
 class DistillationSection(_Section):
     """`tokens` includes the winner's share of the tournament; 0 prunes only."""
 
-    data: str = "stdlib"
-    tournament_tokens: Decimal = Field(80_000, ge=0)
-    tokens: Decimal = Field(600_000, ge=0)
-    sequence_length: Binary = Field(256, ge=2)
-    batch_tokens: Binary = Field(1024, ge=1)
-    learning_rate: float = Field(2.0e-3, gt=0)
-    temperature: float = Field(1.0, gt=0)
-    lm_loss_weight: float = Field(0.0, ge=0)
-    hidden_loss_weight: float = Field(0.0, ge=0)
-    top_k: int = Field(0, ge=0)  # of the teacher's words; 0: all of them
+    data: str = Field("stdlib", min_length=1)
+    tournament_tokens: Decimal = Field(80_000, ge=0, le=_TOKENS)
+    tokens: Decimal = Field(600_000, ge=0, le=_TOKENS)
+    sequence_length: Binary = Field(256, ge=2, le=_LENGTH)
+    batch_tokens: Binary = Field(1024, ge=1, le=2**32)
+    learning_rate: float = Field(2.0e-3, gt=0, le=1)
+    temperature: float = Field(1.0, ge=1e-3, le=1e3)
+    lm_loss_weight: float = Field(0.0, ge=0, le=1e3)
+    hidden_loss_weight: float = Field(0.0, ge=0, le=1e3)
+    top_k: int = Field(0, ge=0, le=2**31)  # of the teacher's words; 0: all of them
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     activation_checkpointing: bool = False
 
@@ -158,7 +162,7 @@ class Recipe(_Section):
     @classmethod
     def parse(cls, text: str, origin: str) -> Recipe:
         try:
-            data = yaml.safe_load(text)
+            data = parse_yaml(text)
             lines = _line_numbers(yaml.compose(text, Loader=yaml.SafeLoader))
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
@@ -169,6 +173,17 @@ class Recipe(_Section):
         if "recipe" not in data:
             raise RecipeError(f"{origin}: the first line must be 'recipe: 1'")
         return _validate(data, origin, lines)
+
+    @classmethod
+    def from_json(cls, data: Any, origin: str) -> Recipe:
+        """What `model_dump` gave, from a file.
+
+        Raises:
+            RecipeError: it was not.
+        """
+        if not isinstance(data, dict):
+            raise RecipeError(f"{origin} holds no recipe")
+        return _validate(data, origin, {})
 
     def with_overrides(self, budget: Mapping[str, str] | None = None, data: str | None = None,
                        settings: Mapping[str, Any] | None = None) -> Recipe:
@@ -208,12 +223,8 @@ def json_schema() -> dict[str, Any]:
 
 def recipe_text(name: str) -> tuple[str, str]:
     """(text, where it is from) of a shipped recipe or of a file."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        try:
-            return path.read_text(encoding="utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe {name} cannot be read ({error})") from None
+    if name.endswith((".yaml", ".yml")) or os.path.isfile(name):
+        return read_text(Path(name), RecipeError, limit=YAML_BYTES), name
     shipped = {file.name.removesuffix(".yaml"): file for file in shipped_recipes()}
     if name not in shipped:
         raise RecipeError(f"no recipe {name!r}{_suggest(name, list(shipped))}; shipped: {', '.join(sorted(shipped))}")

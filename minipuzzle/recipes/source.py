@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import MinipuzzleError, RecipeError
+from minipuzzle.core.files import parse_yaml, read_json, read_text
 from minipuzzle.core.published import find_config, read_config
 from minipuzzle.core.rundir import digest
 from minipuzzle.models.weights import ModelFolder
 from minipuzzle.recipes.schema import Recipe
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def bundled_model() -> Path:
@@ -32,19 +34,15 @@ def find_model(model: str | Path) -> Path:
         RecipeError: neither.
     """
     path = Path(model)
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
-    if path.exists() or not HUB_ID.fullmatch(str(model)):
+    if os.path.lexists(path) or not HUB_ID.fullmatch(str(model)):
         raise RecipeError(f"{model}: no such model folder, and not a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
+    with _hub(str(model), "it"):  # no file that is code
         return Path(snapshot_download(str(model), allow_patterns=[
             "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise RecipeError(f"{model}: no such folder, and the Hub did not give it "
-                          f"({str(error).strip().splitlines()[0]})") from None
 
 
 def config_of(model: str) -> dict[str, Any]:
@@ -53,24 +51,34 @@ def config_of(model: str) -> dict[str, Any]:
     Raises:
         RecipeError: none of them.
     """
-    if Path(model).exists() or not HUB_ID.fullmatch(model):
+    if os.path.lexists(model) or not HUB_ID.fullmatch(model):
         return find_config(model)
     from huggingface_hub import hf_hub_download
 
+    with _hub(model, "its config.json"):
+        file = hf_hub_download(model, "config.json")
+    return read_config(Path(file))
+
+
+@contextmanager
+def _hub(model: str, what: str) -> Iterator[None]:
+    """Errors of the Hub and of the network as a RecipeError."""
     try:
-        return read_config(Path(hf_hub_download(model, "config.json")))
-    except OSError as error:  # of the Hub and of the network
-        raise RecipeError(f"{model}: no such folder, and the Hub did not give its config.json "
-                          f"({str(error).strip().splitlines()[0]})") from None
+        yield
+    except MinipuzzleError:
+        raise
+    except Exception as error:  # of the HTTP library, which is another in each release of huggingface_hub
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RecipeError(f"{model}: no such folder, and the Hub did not give {what} ({reason})") from None
 
 
 def licence_of(folder: Path) -> dict[str, str]:
     """The licence keys of a model card, as the folder has them: what comes of a model inherits its licence."""
     try:
-        _, front, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-        card = yaml.safe_load(front)
+        _, front, _ = read_text(folder / "README.md").split("---\n", 2)
+        card = parse_yaml(front)
         found = {key: str(card[key]) for key in ("license", "license_name", "license_link") if card.get(key)}
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):
+    except (MinipuzzleError, ValueError, yaml.YAMLError, AttributeError, TypeError):
         found = {}
     files = [name for name in ("LICENSE", "LICENSE.txt", "LICENSE.md") if (folder / name).is_file()]
     return found or ({"license": "other", "license_link": files[0]} if files else {})
@@ -90,11 +98,12 @@ def reopen(run: str | Path | None, given: list[str]) -> tuple[str, Recipe, Path,
     """
     path = Path(run or "")
     try:
-        about = json.loads((path / "run.json").read_text())
-        recipe = Recipe.model_validate(about["recipe"])
-    except (OSError, KeyError, json.JSONDecodeError, ValidationError):
-        raise RecipeError(f"--candidate needs a run directory as MODEL, {run} is none") from None
+        about = read_json(path / "run.json")
+        recipe = Recipe.from_json(about.get("recipe"), str(path / "run.json"))
+        model, seed = about["model"], about["seed"]
+    except (MinipuzzleError, KeyError) as error:
+        raise RecipeError(f"--candidate needs a run directory as MODEL, {run} is none ({error})") from None
     if given:
         raise RecipeError(f"--candidate goes on with the recipe of {run}; leave out the options for "
                           f"{', '.join(given)}, or prune into another folder")
-    return about["model"], recipe, path, about["seed"]
+    return str(model), recipe, path, seed if type(seed) is int and seed >= 0 else 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from minipuzzle.core.files import parse_yaml
 from minipuzzle.report import facts
 from minipuzzle.report.facts import at
 
@@ -64,7 +65,7 @@ def _front_matter(report: dict[str, Any]) -> str:
 def _sources(report: dict[str, Any]) -> list[str]:
     """The data that the recipe names, each once."""
     try:
-        recipe = yaml.safe_load(str(report.get("recipe") or "")) or {}
+        recipe = parse_yaml(str(report.get("recipe") or ""))
     except yaml.YAMLError:
         return []
     return list(dict.fromkeys(str(at(recipe, part, "data")) for part in ("calibration", "distillation", "evaluation")

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
-from minipuzzle.core.files import write_atomic
+from minipuzzle.core.files import parse_yaml, write_atomic
 from minipuzzle.report import facts
 from minipuzzle.report.facts import at
 from minipuzzle.report.html import environment, figures_of, unbroken
@@ -51,10 +51,11 @@ def comparison(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 def _flat(report: dict[str, Any]) -> dict[str, Any]:
     """section.key: value of the recipe in the report."""
     try:
-        recipe = yaml.safe_load(str(report.get("recipe") or "")) or {}
+        recipe = parse_yaml(str(report.get("recipe") or ""))
     except yaml.YAMLError:
         return {}
-    return {f"{section}.{key}": value for section, values in recipe.items() if isinstance(values, dict)
+    sections = recipe.items() if isinstance(recipe, dict) else ()
+    return {f"{section}.{key}": value for section, values in sections if isinstance(values, dict)
             for key, value in values.items()}
 
 

@@ -25,7 +25,6 @@ n inputs of a writer, N samples of T tokens.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,10 +32,10 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.files import open_tensors, replacing
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Family
 from minipuzzle.models.walk import Model, Source, batches, floats_per_sample
@@ -158,12 +157,9 @@ def ridge_step(gram_nn: torch.Tensor, cross_kn: torch.Tensor,
 def write_refit(path: Path, model: Model, fits: list[BlockFit]) -> None:
     """A refitted model and what was found, whole or not at all."""
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in model.by_name().items()}, temporary,
-              metadata={"fits": json.dumps([fit.to_json() for fit in fits])})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in model.by_name().items()}, temporary,
+                  metadata={"fits": json.dumps([fit.to_json() for fit in fits])})
 
 
 def read_refit(path: Path, family: Family, arch: Architecture,
@@ -173,9 +169,6 @@ def read_refit(path: Path, family: Family, arch: Architecture,
     Raises:
         CorruptArtifact: it cannot be read.
     """
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            model = Model.build(family, arch, ((name, file.get_tensor(name)) for name in file.keys()))  # noqa: SIM118
-            return model, [BlockFit(**fit) for fit in json.loads(file.metadata()["fits"])]
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise CorruptArtifact(f"{path} cannot be read ({error}); delete it and run again") from None
+    with open_tensors(path, device=str(device), hint="delete it and run again") as file:
+        model = Model.build(family, arch, ((name, file.get_tensor(name)) for name in file.keys()))  # noqa: SIM118
+        return model, [BlockFit(**fit) for fit in json.loads(file.metadata()["fits"])]

@@ -21,10 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from minipuzzle.core.errors import CorruptArtifact
+from minipuzzle.core.files import open_tensors
 from minipuzzle.families.base import Weights
 from minipuzzle.models.walk import BLOCK_BYTES, Model, Source, Whole, samples_per_walk, walk
 
@@ -51,10 +50,13 @@ class Rotation:
 
     @classmethod
     def read(cls, path: Path) -> Rotation:
-        try:
-            return cls(**load_file(path))
-        except (SafetensorError, OSError, TypeError) as error:
-            raise CorruptArtifact(f"{path} cannot be read ({error}); delete it and run again") from None
+        """What `write` wrote.
+
+        Raises:
+            CorruptArtifact: it cannot be read.
+        """
+        with open_tensors(path, "numpy", hint="delete it and run again") as file:
+            return cls(file.get_tensor("basis"), file.get_tensor("energies"))
 
 
 def fold_norms(weights: Weights, readers: dict[str, tuple[str, ...]]) -> dict[str, torch.Tensor]:
