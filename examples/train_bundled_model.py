@@ -56,7 +56,7 @@ CONFIG = {
     "mamba_hidden_act": "silu", "mamba_proj_bias": False, "mamba_ssm_cache_dtype": "float32", "mlp_bias": False,
     "mlp_hidden_act": "relu2", "max_position_embeddings": 8192, "num_logits_to_keep": 1, "rms_norm_eps": 1e-5,
     "rescale_prenorm_residual": True, "residual_in_fp32": False, "sliding_window": None, "time_step_floor": 1e-4,
-    "time_step_max": 0.1, "time_step_min": 0.001, "use_bias": False, "use_cache": True, "use_conv_bias": True,
+    "time_step_max": 0.1, "use_bias": False, "use_cache": True, "use_conv_bias": True,
 }
 
 

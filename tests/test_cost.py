@@ -211,7 +211,9 @@ def test_config_in_every_spelling(arch: Architecture) -> None:
             assert Architecture.from_config(listed | {key: [names[k] for k in arch.pattern]}) == arch
     assert Architecture.from_config(config | {"hybrid_override_pattern": "|".join(arch.pattern) + "/*-"}).pattern \
         == arch.pattern
-    assert arch.to_config(config) == config  # written again, it is the same
+    written = arch.to_config(config)
+    assert written == config | {"time_step_min": 1e-30, "d_head": arch.mamba_head_dim}
+    assert arch.to_config(written) == written  # written again, it is the same
 
 
 @pytest.mark.parametrize("arch", [ARCH, ARCH.keep((0, 1)), dataclasses.replace(ARCH, use_bias=True, n_groups=4)])
@@ -225,12 +227,13 @@ def test_what_transformers_saves_is_read_and_made_portable(arch: Architecture, t
     assert "hybrid_override_pattern" not in saved
     assert Architecture.from_config(saved) == arch
     smaller = dataclasses.replace(arch.keep((0, 1)), hidden_size=24, mamba_num_heads=4)
-    ours = smaller.to_config(saved | {"_provenance": "x", "auto_map": {"AutoConfig": "x.Y"}, "attention_head_dim": 16})
+    ours = smaller.to_config(saved | {"_provenance": "x", "auto_map": {"AutoConfig": "x.Y"}, "attention_head_dim": 16,
+                                      "mamba_dt_min": 0.001, "mamba_dt_limit": [0.001, float("inf")], "d_head": 64})
     text = json.dumps(ours)
     assert "nfinity" not in text
     foreign = ("layers_block_type", "layer_types", "moe_", "mtp_", "n_routed_experts", "n_shared_experts", "n_group",
                "topk_group", "norm_topk_prob", "num_experts_per_tok", "routed_scaling_factor", "output_router_logits",
-               "num_nextn", "time_step_limit", "auto_map", "_provenance")
+               "num_nextn", "time_step_limit", "mamba_dt_min", "mamba_dt_limit", "auto_map", "_provenance")
     found = [key for key in ours for name in foreign if key == name or (name.endswith("_") and key.startswith(name))]
     assert found == []
     assert ours["hybrid_override_pattern"] == "M-"
@@ -241,6 +244,8 @@ def test_what_transformers_saves_is_read_and_made_portable(arch: Architecture, t
     read = NemotronHConfig.from_pretrained(tmp_path)
     assert read.layers_block_type == ["linear_attention", "mlp"]
     assert read.hidden_size == 24
+    assert read.time_step_min == 1e-30  # of two spellings the older one wins there
+    assert ours["d_head"] == smaller.mamba_head_dim == 8
     model = built({k: v for k, v in ours.items() if k != "architectures"})
     assert sum(p.numel() for p in model.parameters()) == cost(smaller, Workload()).parameters
 

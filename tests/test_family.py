@@ -188,15 +188,21 @@ class TestNemotronH(FamilyContract):
             assert relative(mine, clamped(ids, use_cache=False).logits) > 1e-3
 
     def test_the_bundled_model(self) -> None:
-        """Real weights: the logits of transformers, and an SSM that matters."""
+        """Real weights: the logits of transformers, unpatched, and an SSM that matters."""
         from transformers import AutoModelForCausalLM
 
         folder = open_model(bundled_model())
         model = Model.load(folder)
         ids = tokens(2, 150, vocab=folder.arch.vocab_size)
-        theirs = tiny.without_dt_limit(AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32).eval())
+        assert folder.arch.to_config(folder.config) == folder.config  # as we write it, with time_step_min
+        theirs = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32).eval()
         with torch.no_grad():
             expected = theirs(ids, use_cache=False).logits
+            assert torch.equal(tiny.without_dt_limit(theirs)(ids, use_cache=False).logits, expected)  # needs no patch
+            for layer in theirs.model.layers:
+                layer.mixer.time_step_limit = (0.001, float("inf"))  # as published models come
+            clamped = theirs(ids, use_cache=False).logits
+        assert 3e-4 < float((clamped - expected).norm() / expected.norm()) < 3e-3
         mine = final_hidden(model, ids) @ model.head.T
         assert relative(mine, expected) < 1e-5
         for i in folder.arch.layers_of("M"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
-from tiny import ARCH, relative, tokens, trained_like, without_dt_limit, write_folder
+from tiny import ARCH, relative, tokens, trained_like, write_folder
 
 from minipuzzle import Recipe, prune
 from minipuzzle.cli import main
@@ -36,9 +37,11 @@ from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
 from minipuzzle.models.logits import compare
+from minipuzzle.models.module import HybridLM
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
+from minipuzzle.recipes import stages
 from minipuzzle.recipes.job import STAGES
 from minipuzzle.recipes.pipeline import Run
 from minipuzzle.recipes.progress import Reporter, Update
@@ -92,9 +95,9 @@ def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reload gate in this process, where the fresh one is not what is tested: it takes seconds to import."""
     from transformers import AutoModelForCausalLM
 
-    def check(folder: Path, ids: torch.Tensor) -> float:
+    def check(folder: Path, ids: torch.Tensor, student_logits: torch.Tensor) -> float:
         model = Model.load(open_model(folder))
-        theirs = without_dt_limit(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         with torch.no_grad():
             difference = relative(final_hidden(model, ids) @ model.head.T, theirs(ids, use_cache=False).logits)
         assert difference < 1e-4
@@ -331,18 +334,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model, about = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, output_loading_info=True)
 assert not about["missing_keys"] and not about["unexpected_keys"] and not about["mismatched_keys"], about
 model.eval()
-limited = 0
-for layer in model.model.layers:
-    if hasattr(layer.mixer, "time_step_limit"):
-        layer.mixer.time_step_limit = (0.0, float("inf"))
-        limited += 1
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 prompt = tokenizer("the state of a hybrid model", return_tensors="pt")
 assert tokenizer.decode(prompt["input_ids"][0]) == "the state of a hybrid model"
 with torch.no_grad():
     logits = model(load_file(sys.argv[2] + "/ids")["ids"], use_cache=False).logits
 text = model.generate(input_ids=prompt["input_ids"], max_new_tokens=5, do_sample=False)
-save_file({"logits": logits.contiguous(), "limited": torch.tensor(limited), "text": text}, sys.argv[2] + "/out")
+save_file({"logits": logits.contiguous(), "text": text}, sys.argv[2] + "/out")
 assert not any(name.split(".")[0] == "minipuzzle" for name in sys.modules)
 """
     child = subprocess.run([sys.executable, "-I", "-c", program, str(finished.model_path), str(tmp_path)],
@@ -351,7 +349,7 @@ assert not any(name.split(".")[0] == "minipuzzle" for name in sys.modules)
     out = load_file(tmp_path / "out")
     folder = open_model(finished.model_path)
     model = Model.load(folder)
-    assert int(out["limited"]) == folder.arch.pattern.count("M") > 0
+    assert folder.arch.pattern.count("M") > 0
     assert relative(final_hidden(model, ids) @ model.head.T, out["logits"]) < 1e-4
     prompt, greedy = out["text"][:, :-5], out["text"]
     for _ in range(5):  # with a cache, one token after another, against the whole prefix every time
@@ -566,18 +564,81 @@ def test_a_changed_file_is_noticed_and_made_again(copy: Path, finished: Run, mod
     assert_same_result(copy, finished.path)
 
 
-def test_the_gate_closes(finished: Run, model_folder: Path, texts: Path, tmp_path: Path,
-                         monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def unexported(copy: Path) -> Path:
+    """The finished run but for its last stage."""
+    (copy / "stages" / "export.json").unlink()
+    shutil.rmtree(copy / "model")
+    return copy
+
+
+def test_the_gate_closes(unexported: Path, model_folder: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that transformers reads differently is not handed out, and says so with exit code 5."""
-    path = Path(shutil.copytree(finished.path, tmp_path / "run"))
-    (path / "stages" / "export.json").unlink()
-    shutil.rmtree(path / "model")
     monkeypatch.setattr(gate, "final_hidden", lambda model, ids: final_hidden(model, ids) * 1.001)
     with pytest.raises(CorruptArtifact, match="other logits in transformers") as error:
-        prune(model_folder, recipe_for(texts), path)
+        prune(model_folder, recipe_for(texts), unexported)
     assert error.value.exit_code == 5
-    assert not (path / "model").exists()
-    assert not (path / "stages" / "export.json").exists()
+    assert not (unexported / "model").exists()
+    assert not (unexported / "stages" / "export.json").exists()
+
+
+def test_untrained_weights_do_not_pass_the_gate(unexported: Path, model_folder: Path, texts: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers and this engine agree on the folder, but it is not what was trained."""
+    untrained: dict[str, torch.Tensor] = {}
+    load, write = stages.load_student, stages.write_model
+
+    def remember(state: Path, student: HybridLM, *name: str) -> None:
+        untrained.update({name: p.detach().clone() for name, p in student.parameters_by_name().items()})
+        load(state, student, *name)
+
+    def write_the_other(folder: Path, config: dict[str, Any], tensors: Any, parent: Path) -> None:
+        write(folder, config, ((name, untrained[name].to(t.dtype)) for name, t in tensors), parent)
+
+    monkeypatch.setattr(stages, "load_student", remember)
+    monkeypatch.setattr(stages, "write_model", write_the_other)
+    with pytest.raises(CorruptArtifact, match="other logits in transformers than the student in memory"):
+        prune(model_folder, recipe_for(texts), unexported)
+    assert not (unexported / "model").exists()
+
+
+def gate_process(parent: int) -> int | None:
+    """The fresh process of the reload gate of a process, if it runs."""
+    for pid in map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()):
+        try:
+            if b"AutoModelForCausalLM" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+        except OSError:  # it has ended
+            continue
+    return None
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the process of the gate")
+@pytest.mark.usefixtures("quick_gate")
+def test_interrupted_in_the_gate(unexported: Path, finished: Run, model_folder: Path, recipe_file: Path,
+                                 texts: Path) -> None:
+    """A signal to all processes of the terminal, as Ctrl-C is, does not blame the model and leaves no process; the
+    same command continues."""
+    line = command("prune", model_folder, "--recipe", recipe_file, "-o", unexported)
+    for signum, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              start_new_session=True) as process:
+            wait_for(lambda process=process: gate_process(process.pid) is not None, process)
+            child = gate_process(process.pid)
+            os.killpg(process.pid, signum)
+            _, err = process.communicate(timeout=120)
+        assert process.returncode == code, err
+        assert err.splitlines()[-1] == "minipuzzle: interrupted; what is finished is kept, the same command continues"
+        assert "Traceback" not in err
+        assert child is not None
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+        assert not (unexported / "model").exists()
+    recorder = Recorder()
+    prune(model_folder, recipe_for(texts), unexported, reporter=recorder)
+    assert recorder.made == ["export"]
+    assert leftovers(unexported) == []
+    assert_same_result(unexported, finished.path)
 
 
 @pytest.mark.usefixtures("quick_gate")

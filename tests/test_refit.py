@@ -34,7 +34,7 @@ from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.recipes.pipeline import Run
 from minipuzzle.recipes.plan import check_memory, make_plan
 from minipuzzle.surgery.cut import Cutter
-from minipuzzle.surgery.gate import reload_gate
+from minipuzzle.surgery.gate import reload_gate, sample_logits
 from minipuzzle.surgery.refit import FOLDS, RIDGES, BlockFit, refit, refit_bytes, ridge_step, samples_needed
 from minipuzzle.surgery.rotate import Rotation, find_rotation, rotate
 
@@ -272,7 +272,9 @@ def test_the_written_model_opens_in_transformers(tmp_path: Path) -> None:
     small, fits = cutter_of(Model.load(folder), True).refitted(target, kept, IDS)
     assert any(f.ridge is not None for f in fits)
     write_model(tmp_path / "child", target.to_config(folder.config), small.by_name().items())
-    assert reload_gate(tmp_path / "child", tokens(2, 40)) < 1e-4
+    ids = tokens(2, 40)
+    wanted = sample_logits(small.family, small.arch, small.by_name().items(), ids)
+    assert reload_gate(tmp_path / "child", ids, wanted) < 1e-5
     assert open_model(tmp_path / "child").arch == target
 
 

@@ -234,9 +234,6 @@ def test_transformers_counts_the_same_and_computes_the_same(tmp_path: Path, chan
     assert not about["missing_keys"]
     assert not about["unexpected_keys"]
     assert sum(p.numel() for p in loaded.parameters()) == cost(target, Workload()).parameters
-    for layer in loaded.model.layers:
-        if hasattr(layer.mixer, "time_step_limit"):
-            layer.mixer.time_step_limit = (0.0, float("inf"))
     ids = tokens(2, 40)
     with torch.no_grad():
         theirs = loaded.eval()(ids, use_cache=False).logits

@@ -35,10 +35,11 @@ PARENT_CONFIG: dict[str, Any] = {
 
 
 def config_of(arch: Architecture, **more: Any) -> dict[str, Any]:
-    """A config.json for an architecture."""
+    """A config.json for an architecture, as published models have it: with a dt limit in transformers."""
     flags = {"use_bias": arch.use_bias, "use_conv_bias": arch.conv_bias, "mlp_bias": arch.mlp_bias,
              "attention_bias": arch.attention_bias}
-    return arch.to_config(PARENT_CONFIG | flags) | more
+    ours = arch.to_config(PARENT_CONFIG | flags)
+    return {k: v for k, v in ours.items() if k != "d_head"} | {"time_step_min": 0.001} | more
 
 
 def trained_like(arch: Architecture, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -25,8 +25,11 @@ KIND_NAMES = {MAMBA: "mamba", ATTENTION: "attention", FFN: "ffn", MOE: "moe"}
 # What `save_pretrained` adds to a dense model, and what makes other readers take it for another.
 _MOE_KEYS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",
              "routed_scaling_factor", "output_router_logits", "num_nextn_predict_layers")
-_DROPPED_KEYS = (*_MOE_KEYS, "layers_block_type", "layer_types", "time_step_limit", "auto_map", "_provenance",
-                 "use_mamba_kernels", "_name_or_path", "dtype")
+_DROPPED_KEYS = (*_MOE_KEYS, "layers_block_type", "layer_types", "time_step_limit", "mamba_dt_limit", "mamba_dt_min",
+                 "auto_map", "_provenance", "use_mamba_kernels", "_name_or_path", "dtype")
+# The original code and the serving engines do not bound dt. transformers takes `time_step_min` for its lower bound
+# where it reads a prompt. Not 0: an initialiser there takes its logarithm.
+NO_DT_LIMIT = 1e-30
 
 _NO_MOE: dict[str, Any] = {"n_routed_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0,
                            "moe_shared_expert_intermediate_size": 0, "moe_latent_size": None}
@@ -171,8 +174,9 @@ class Architecture:
     def to_config(self, parent: dict[str, Any]) -> dict[str, Any]:
         """The parent's config.json with this architecture, in the spelling that all engines read.
 
-        Written: `hybrid_override_pattern`, `num_hidden_layers`, `head_dim`. Left out: the layer list,
-        MoE and MTP keys of a dense model, infinities, remote code. (docs/method.md)
+        Written: `hybrid_override_pattern`, `num_hidden_layers`, `head_dim`; `time_step_min` for equal logits in
+        transformers; `d_head` for llama.cpp's converter, which wants a Mamba inner size that it divides and else takes
+        64. Left out: the layer list, MoE and MTP keys of a dense model, infinities, remote code. (docs/method.md)
 
         Raises:
             UnsupportedModel: another family, MoE layers, FFN widths that differ.
@@ -194,6 +198,8 @@ class Architecture:
             "intermediate_size": ffn[0] if ffn else self.ffn_size,
             "mamba_num_heads": self.mamba_num_heads,
             "mamba_head_dim": self.mamba_head_dim,
+            "d_head": self.mamba_head_dim,
+            "time_step_min": NO_DT_LIMIT,
             "n_groups": self.n_groups,
             "ssm_state_size": self.state_size,
             "conv_kernel": self.conv_kernel,

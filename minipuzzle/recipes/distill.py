@@ -34,7 +34,7 @@ from minipuzzle.recipes.results import distilled_report, model_card_files, train
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.recipes.single import open_job
 from minipuzzle.recipes.source import find_model
-from minipuzzle.surgery.gate import reload_gate
+from minipuzzle.surgery.gate import reload_gate, sample_logits
 
 
 def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir: Path, seed: int, device: str,
@@ -153,8 +153,10 @@ def _finish(job: Job, small: ModelFolder, layers: tuple[int, ...], weights: dict
             ) -> tuple[Path, dict[str, float], dict[str, float]]:
     """(OUTPUT_DIR/model, its quality, the teacher's if known): written, through the gate, measured, with its card."""
     unchecked, final = job.run.path / "model-unchecked", job.run.path / "model"
+    ids = job.final_ids[:2]
+    wanted = sample_logits(small.family, small.arch, weights.items(), ids)
     write_model(unchecked, small.arch.to_config(small.config), weights.items(), small.path)
-    reload_gate(unchecked, job.final_ids[:2])
+    reload_gate(unchecked, ids, wanted)
     reference = job.reference(job.final_ids) if compared else None
     after = _measure(Model.load(open_model(unchecked), job.device), job.final_ids, reference)
     parent = {} if reference is None else reference.quality()

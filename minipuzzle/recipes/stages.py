@@ -42,7 +42,7 @@ from minipuzzle.recipes.research import find_candidates
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.prices import KINDS
 from minipuzzle.search.rank import diverse, rank
-from minipuzzle.surgery.gate import reload_gate
+from minipuzzle.surgery.gate import reload_gate, sample_logits
 from minipuzzle.surgery.refit import BlockFit, check_samples, read_refit, write_refit
 from minipuzzle.surgery.rotate import find_rotation
 
@@ -322,10 +322,11 @@ def export(job: Job) -> None:
         unchecked, final = job.result.path / "model-unchecked", job.result.path / "model"
         config = candidate.architecture.to_config(job.folder.config)
         config["torch_dtype"] = str(job.folder.dtype).removeprefix("torch.")
-        dtypes = job.folder.dtypes(candidate.kept_layers)
+        dtypes, ids = job.folder.dtypes(candidate.kept_layers), job.final_ids[:2]
+        wanted = sample_logits(student.family, student.arch, rounded(student, dtypes), ids)
         write_model(unchecked, config, rounded(student, dtypes), job.folder.path)
         update(0.3, "written; reloading in transformers")
-        difference = reload_gate(unchecked, job.final_ids[:2])
+        difference = reload_gate(unchecked, ids, wanted)
         written = open_model(unchecked)
         result = {"reload_difference": difference, "sliced": plain, "pruned": pruned, "parameters": sum(
             written.read(name).numel() for name in written.files)}

@@ -11,22 +11,16 @@ from minipuzzle.core.files import parse_yaml
 from minipuzzle.report import facts
 from minipuzzle.report.facts import at
 
-# transformers (to 5.23) clamps the step size at `time_step_min`, which no other engine does: docs/method.md
 _LOAD = '''from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-for module in model.modules():  # see below
-    if hasattr(module, "time_step_limit"):
-        module.time_step_limit = (0.0, float("inf"))'''
-_DT_NOTE = """Transformers (as of 5.23) keeps the step size dt of Mamba-2 layers at 0.001 or more when it reads a whole
-sequence, though the configuration says otherwise; the original code, serving engines and its own single-token
-decoding do not. The loop removes that limit. The numbers above were measured without it; with it the model still
-works, but its logits differ slightly."""
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")'''
+_KEYS = """`time_step_min` in config.json is so small that transformers, like other engines, does not limit the
+step size of the Mamba-2 layers from below. `d_head` tells llama.cpp's converter how many channels a Mamba head has."""
 
-_ENGINES = """Serving engines need no loop. The configuration is spelt as vLLM, SGLang and llama.cpp's converter read it
-(by their source; this folder was checked in transformers alone):"""
+_ENGINES = """The configuration is spelt as vLLM, SGLang and llama.cpp's converter read it (by their source; this folder
+was checked in transformers alone):"""
 
 
 def model_card(report: dict[str, Any]) -> str:
@@ -35,7 +29,7 @@ def model_card(report: dict[str, Any]) -> str:
     name = _plain(report.get("model") or "a hybrid model")
     parts = [_front_matter(report), f"# {name}, made smaller", facts.verdict(report), facts.choice(report),
              facts.recovery(report), _architecture(report), "## Numbers", _numbers(report), "## Load it",
-             _fence(_LOAD, "python"), _DT_NOTE, _ENGINES,
+             _fence(_LOAD, "python"), _KEYS, _ENGINES,
              _fence("vllm serve path/to/this/folder", "sh"), "## How it was made", _made(report), _licence(report)]
     if report.get("command"):
         parts.append(_fence(str(report["command"]), "sh"))
