@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Spinning OpenMP threads slow two processes at once down by up to 20x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install prune test browser test-browser lint docs clean
+.PHONY: install prune test browser test-browser lint docs gpu-wheels clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,10 @@ test-browser: install browser
 docs: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/pdoc -o build/docs -d google $$(find minipuzzle -name '*.py' ! -name '_*' | sort | sed 's|/|.|g; s|\.py$$||')
+
+# What a machine with a GPU and no network lacks -> build/wheels; docs/guide.md, section 6
+gpu-wheels: install
+	$(BIN)/python benchmarks/gpu/wheels.py
 
 lint: install
 	$(BIN)/ruff check .

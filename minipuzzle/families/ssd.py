@@ -13,6 +13,7 @@ repeated per head, which is where the time goes in the straightforward version.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -41,6 +42,17 @@ def _triton() -> Callable[..., torch.Tensor] | None:
         return None
     found: Callable[..., torch.Tensor] = mamba_chunk_scan_combined
     return found
+
+
+def kernel_reason(device: torch.device) -> str | None:
+    """Why the plain scan computes there; None where mamba-ssm's kernels do."""
+    if device.type != "cuda":
+        return f"the kernels need a CUDA device, this is {device.type}"
+    try:
+        importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    except ImportError as error:
+        return f"mamba_ssm.ops.triton.ssd_combined does not import: {error}"
+    return None
 
 
 def ssd(

@@ -1,0 +1,225 @@
+"""Step `step`: distillation steps of an 8B into a 4B at 8192 tokens a sequence, with random
+weights.
+
+The product's own trainer, loss and teacher, in bf16 autocast with activation checkpointing: Adam's
+moments, gradients and weights of the student and the weights of the teacher as the product holds
+them. Weights are made on the device. If the tokens of a pass do not fit, one sequence a pass is
+tried; what did not fit, and the peak that it reached, is kept.
+
+    model FLOP/s utilisation = tokens/s x (3 F(student) + F(teacher)) / peak FLOP/s of the card
+
+F: FLOPs of a forward pass per token with the LM head (2 per multiply-add, a token attends to half
+of the sequence on average); a backward pass is two forward passes; what checkpointing computes
+twice is not counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from common import memory, out_of_memory, peak_flops, reset_memory, seconds_of
+
+from minipuzzle.core.budget import Workload
+from minipuzzle.core.published import published
+from minipuzzle.distill.loop import PASS_TOKENS
+from minipuzzle.distill.loss import loss_kernel, next_tokens
+from minipuzzle.distill.precision import autocast
+from minipuzzle.distill.settings import TrainSettings
+from minipuzzle.distill.teacher import LiveTeacher
+from minipuzzle.distill.trainer import Batch, Pupil, Trainer
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import parameters_by_kind, prefill_flops_per_token
+from minipuzzle.families.registry import family_of
+from minipuzzle.families.ssd import kernel
+from minipuzzle.models.module import HybridLM
+from minipuzzle.models.ranks import Ranks
+from minipuzzle.models.walk import Model
+
+if TYPE_CHECKING:
+    from check import Run
+
+TEACHER, STUDENT = "nemotron-h-8b", "nemotron-h-4b"
+SEQUENCE = 8192
+STEPS = 3  # timed, after one that compiles kernels
+TINY_LAYERS = "M-M*-"
+
+
+def step(run: Run) -> None:
+    device, length = torch.device(run.device), 64 if run.tiny else SEQUENCE
+    big, small = (shape_of(name, run.tiny) for name in (TEACHER, STUDENT))
+    sequences = max(1, PASS_TOKENS[device.type] // SEQUENCE)
+    settings = TrainSettings(
+        tokens=10**9,
+        batch_tokens=sequences * length,
+        learning_rate=1e-4,
+        precision="bf16",
+        activation_checkpointing=True,
+    )
+    flops = 3 * forward_flops(small, length) + forward_flops(big, length)
+    run.put(
+        teacher=about(big),
+        student=about(small),
+        sequence_length=length,
+        settings=dataclasses.asdict(settings),
+        scan=kernel(device),
+        loss=loss_kernel(big.vocab_size, device),
+        flops_per_token=flops,
+        formula="tokens/s x (3 F(student) + F(teacher)) / peak",
+        peak_flops=peak_flops(run.device),
+        attempts=[],
+    )
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as distill/loop.py does for bf16
+    attempts: list[dict[str, Any]] = []
+    for count in dict.fromkeys((sequences, 1)):
+        attempt: dict[str, Any] = {"sequences_per_pass": count}
+        attempts.append(attempt)
+        try:
+            train(run, attempt, attempts, big, small, settings, sequences, count, length)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            attempt |= {"error": str(error).splitlines()[0], **(memory(run.device) or {})}
+        run.put(attempts=attempts)
+        reset_memory(run.device)
+        if "error" not in attempt:
+            break
+    done = attempts[-1]
+    run.check("error" not in done, f"out of memory {done.get('stage')}: {done.get('error')}")
+    if "error" in done:
+        return
+    speed = sequences * length / done["median_seconds"]
+    peak = peak_flops(run.device)
+    run.put(
+        tokens_per_second=speed,
+        flops_per_second=speed * flops,
+        utilisation=speed * flops / peak if peak else None,
+        memory=memory(run.device)
+        and {k: done[k] for k in ("peak_allocated_bytes", "peak_reserved_bytes")},
+    )
+    for name in ("loss", "grad_norm"):
+        run.check(
+            all(row[name] is not None for row in done["rows"]),
+            f"{name} is not finite: {done['rows']}",
+        )
+
+
+def train(
+    run: Run,
+    attempt: dict[str, Any],
+    attempts: list[dict[str, Any]],
+    big: Architecture,
+    small: Architecture,
+    settings: TrainSettings,
+    sequences: int,
+    count: int,
+    length: int,
+) -> None:
+    """STEPS + 1 steps of `sequences`, `count` of them in a pass; what it measures goes into
+    `attempt` as it comes.
+    """
+    device = torch.device(run.device)
+
+    def at(stage: str) -> None:
+        attempt["stage"] = stage
+        run.put(attempts=attempts)
+
+    reset_memory(run.device)
+    at("while the teacher was made")
+    teacher = LiveTeacher(
+        random_model(big, device, 0), autocast=lambda: autocast(settings.precision, device)
+    )
+    at("while the student was made")
+    student = HybridLM(family_of(small.model_type), small, random_model(small, device, 1).by_name())
+    reset_memory(run.device)
+    at("while the trainer was made")
+    trainer = Trainer(
+        Pupil(student, run.scratch / f"training{count}"), settings, length, Ranks(device)
+    )
+    gen = torch.Generator(device).manual_seed(2)
+    rows: list[dict[str, Any]] = attempt.setdefault("rows", [])
+
+    def one() -> None:
+        ids = torch.randint(0, big.vocab_size, (sequences, length), generator=gen, device=device)
+        labels = next_tokens(ids)
+        batch = Batch(
+            ids,
+            torch.ones_like(ids, dtype=torch.bool),
+            labels,
+            list(range(sequences)),
+            ids.numel(),
+            int((labels >= 0).sum()),
+        )
+        trainer.begin()
+        for part in batch.split(count):
+            target, streams = teacher.look(part.ids_BT, part.numbers, [])
+            trainer.backward(part, target, streams)
+        rows.append(trainer.end(ids.numel()))
+        at(f"after {len(rows)} steps")
+
+    at("in the first step")
+    attempt |= seconds_of(one, run.device, 1, STEPS)
+    attempt |= memory(run.device) or {}
+
+
+def shape_of(name: str, tiny: bool) -> Architecture:
+    """The published architecture; `tiny`: a few narrow layers of it."""
+    config = published(name)
+    if tiny:
+        config |= {
+            "hybrid_override_pattern": TINY_LAYERS,
+            "num_hidden_layers": len(TINY_LAYERS),
+            "vocab_size": 256,
+            **{key: config[key] // 64 for key in ("hidden_size", "intermediate_size")},
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "n_groups": 2,
+            "ssm_state_size": 16,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+        }
+    return Architecture.from_config(config)
+
+
+def about(arch: Architecture) -> dict[str, Any]:
+    return {"parameters": parameters_by_kind(arch)["total"], "architecture": arch.to_json()}
+
+
+def forward_flops(arch: Architecture, length: int) -> int:
+    """Per token of a sequence, the LM head at every place."""
+    return (
+        prefill_flops_per_token(arch, Workload(context=length))
+        + 2 * arch.vocab_size * arch.hidden_size
+    )
+
+
+def random_model(arch: Architecture, device: torch.device, seed: int) -> Model:
+    """float32 weights, made on the device. The SSM is scaled up: with a usual initialisation it
+    adds almost nothing.
+    """
+    gen = torch.Generator(device).manual_seed(seed)
+    family = family_of(arch.model_type)
+
+    def uniform(shape: tuple[int, ...], low: float, high: float) -> torch.Tensor:
+        return torch.empty(shape, device=device).uniform_(low, high, generator=gen)
+
+    def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name.endswith("A_log"):
+            return uniform(shape, 1, 16).log_()
+        if name.endswith("dt_bias"):
+            return (
+                uniform(shape, math.log(1e-3), math.log(0.1)).exp_().expm1_().log_()
+            )  # the inverse of softplus
+        if name.endswith(("mixer.D", "norm.weight", "norm_f.weight")):
+            return uniform(shape, 0.5, 1.5)
+        scale = 2.0 if "in_proj" in name else 0.5 if "conv1d" in name else 1.0
+        fan_in = 1 if len(shape) == 1 or "conv1d" in name or "embeddings" in name else shape[-1]
+        return torch.empty(shape, device=device).normal_(0, scale * fan_in**-0.5, generator=gen)
+
+    return Model.build(
+        family, arch, ((name, weight(name, shape)) for name, shape in family.shapes(arch).items())
+    )
