@@ -10,6 +10,7 @@ JSON and YAML not deeper than DEPTH. Nothing that is read can run code: JSON, sa
     open_tensors(path)            a safetensors file
     replacing(path)               a name to write under: flushed and renamed where the block ends
     write_atomic, write_json      a whole file, through `replacing`
+    replace_folder(new, target)   a whole folder in place of another
     write_sealed, read_sealed     JSON that holds the hash of what it says
 """
 
@@ -20,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -257,6 +259,32 @@ def flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
+def replace_folder(new: Path, target: Path) -> None:
+    """Give a finished folder its name, in place of an older one, which is not deleted before the new one is there.
+
+    Killed in between, the older one is at TARGET.old; `restore_folder` brings it back.
+    """
+    older = _older(target)
+    if target.exists():
+        shutil.rmtree(older, ignore_errors=True)
+        os.replace(target, older)
+    os.replace(new, target)
+    flush_to_disk(target.parent)
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def restore_folder(target: Path) -> None:
+    """After a kill inside `replace_folder`: the older folder under its name again, or deleted where it has followed."""
+    older = _older(target)
+    if older.is_dir() and not target.exists():
+        os.replace(older, target)
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def _older(target: Path) -> Path:
+    return target.with_name(target.name + ".old")
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` so that `path` is the old file or the whole new one, also after a power cut."""
     with replacing(path) as temporary:
@@ -271,9 +299,9 @@ def write_json(path: Path, data: Any) -> None:
 # JSON with a hash of itself ---------------------------------------------------------------------------
 
 
-def write_sealed(path: Path, data: dict[str, Any]) -> None:
+def write_sealed(path: Path, data: dict[str, Any], indent: int | None = None) -> None:
     """Write JSON atomically, with `sha256`, the hash of what it says."""
-    write_atomic(path, json.dumps({**data, "sha256": _seal(data)}, allow_nan=False) + "\n")
+    write_atomic(path, json.dumps({**data, "sha256": _seal(data)}, indent=indent, allow_nan=False) + "\n")
 
 
 def read_sealed(path: Path, hint: str = "", limit: int = JSON_BYTES) -> dict[str, Any]:

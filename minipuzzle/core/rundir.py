@@ -1,15 +1,17 @@
 """RunDir: a run on disk. Stages with manifests, so that the same command continues where it stopped.
 
-A stage is done if its manifest exists, its inputs are the ones asked for now, and its files have the sizes and
-hashes written there. Files are written under a temporary name, flushed to disk and renamed; the manifest is
-last. One process at a time: a lock is held while the object lives.
+A stage is done if its manifest exists, its inputs are the ones asked for now, and its files are as they were written:
+by size and time where a finished stage is skipped, by the hash of every byte where the time differs and in `verify`.
+Files are written under a temporary name, flushed to disk and renamed; the manifest is last. One process at a time: a
+lock is held while the object lives.
 
     RUN/run.json            what the run is; its `stages` list is for people
-    RUN/stages/NAME.json    {inputs, files, seconds}: the truth about a stage
+    RUN/stages/NAME.json    {stage, inputs, files, seconds, sha256}: the truth about a stage
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -18,19 +20,39 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError, ResourceError
-from minipuzzle.core.files import write_json
+from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError, ResourceError
+from minipuzzle.core.files import read_json, read_sealed, write_sealed
+
+PIECES, PIECE_BYTES = 64, 2**16  # what `sampled_hash` reads of a file
 
 
-def file_hash(path: Path) -> str:
-    """Hash of a file's size and of up to 64 pieces of 64 KiB spread over it (all of it up to 4 MiB)."""
+def sampled_hash(path: Path) -> str:
+    """Hash of a file's size and of up to 64 pieces of 64 KiB spread over it (all of it up to 4 MiB): tells a foreign
+    file again without reading all of it."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        for offset in range(0, size, max(2**16, size // 64)):
+        for offset in range(0, size, max(PIECE_BYTES, size // PIECES)):
             file.seek(offset)
-            digest.update(file.read(2**16))
+            digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of all of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_about(run: Path) -> dict[str, Any]:
+    """run.json; one without the hash of itself is taken as it is.
+
+    Raises:
+        RecipeError: there is none. CorruptArtifact: it is damaged.
+    """
+    hint = "the command that made the run writes it again"
+    data: dict[str, Any] = read_json(run / "run.json", hint=hint)
+    return read_sealed(run / "run.json", hint) if "sha256" in data else data
 
 
 class RunDir:
@@ -49,7 +71,7 @@ class RunDir:
             return
         if path.exists() and not path.is_dir():
             raise RecipeError(f"{path} is a file; choose another output folder with -o")
-        if path.is_dir() and not (path / "run.json").is_file() and not _just_begun(path):
+        if path.is_dir() and not (path / "run.json").is_file() and not (_just_begun(path) or _lost_its_name(path)):
             raise RecipeError(f"{path} is not empty and not a run of minipuzzle; choose another output folder with -o")
         try:
             (path / "stages").mkdir(parents=True, exist_ok=True)
@@ -62,7 +84,7 @@ class RunDir:
             raise ResourceError(f"{path}: another process is working there; wait for it, or choose another folder "
                                 "with -o") from None
         if not (path / "run.json").is_file():
-            write_json(path / "run.json", {"schema": 1})
+            write_sealed(path / "run.json", {"schema": 1})
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -84,42 +106,70 @@ class RunDir:
             else:
                 entry.unlink()
         (self.path / "stages").mkdir()
-        write_json(self.path / "run.json", {"schema": 1})
+        write_sealed(self.path / "run.json", {"schema": 1})
 
     # stages ----------------------------------------------------------------------------------------
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """The manifest of a finished stage, or None."""
+        """The manifest of a finished stage, or None.
+
+        Raises:
+            CorruptArtifact: it is damaged.
+        """
         path = self.path / "stages" / f"{stage}.json"
         if not path.is_file():
             return None
-        try:
-            data: dict[str, Any] = json.loads(path.read_text())
-            return data
-        except json.JSONDecodeError as error:
-            raise CorruptArtifact(f"{path} is not JSON ({error}); delete it and run again") from None
+        data = read_sealed(path, _redo(stage))
+        entries = data.get("files")
+        whole = (isinstance(data.get("inputs"), dict) and isinstance(data.get("seconds"), int | float)
+                 and isinstance(entries, dict)
+                 and all(isinstance(e, dict) and {"bytes", "mtime_ns", "sha256"} <= e.keys() for e in entries.values()))
+        if not whole:
+            raise CorruptArtifact(f"{path} is not the manifest of a stage, or of another version's; {_redo(stage)}")
+        return data
 
     def is_done(self, stage: str, inputs: dict[str, Any]) -> bool:
         """Whether the stage is finished with these inputs and its files are as they were written.
 
+        A file of the same size and time is taken for the same one; another time, as in a copy, has it hashed.
+
         Raises:
-            CorruptArtifact: finished, but a file is missing or changed.
+            CorruptArtifact: finished, but its manifest is damaged, or a file is missing or changed.
         """
         manifest = self.manifest(stage)
         if manifest is None or manifest["inputs"] != _plain(inputs):
             return False
-        for name, expected in manifest["files"].items():
-            file = self.path / name
-            if not file.is_file() or file_hash(file) != expected:
-                what = "changed since it was written" if file.is_file() else "missing"
-                raise CorruptArtifact(f"{file} is {what}; run with --redo to make stage {stage} again")
+        self._compare(stage, manifest, every_byte=False)
         return True
+
+    def verify(self, stage: str) -> dict[str, Any] | None:
+        """The manifest of a finished stage, after every byte of its files was compared; None if it is not finished.
+
+        Raises:
+            CorruptArtifact: its manifest is damaged, or a file is missing or changed.
+        """
+        manifest = self.manifest(stage)
+        if manifest is not None:
+            self._compare(stage, manifest, every_byte=True)
+        return manifest
+
+    def _compare(self, stage: str, manifest: dict[str, Any], every_byte: bool) -> None:
+        for name, entry in manifest["files"].items():
+            file = self.path / name
+            if not file.is_file():
+                raise CorruptArtifact(f"{file} is missing; {_redo(stage)}")
+            found = file.stat()
+            if found.st_size == entry["bytes"] and not every_byte and found.st_mtime_ns == entry["mtime_ns"]:
+                continue
+            if found.st_size != entry["bytes"] or content_hash(file) != entry["sha256"]:
+                raise CorruptArtifact(f"{file} is changed since it was written; {_redo(stage)}")
 
     def commit(self, stage: str, inputs: dict[str, Any], files: Iterable[Path], seconds: float) -> None:
         """Write the manifest: the stage is done. Files must lie in the run."""
-        hashes = {str(f.relative_to(self.path)): file_hash(f) for f in files}
-        write_json(self.path / "stages" / f"{stage}.json",
-                   {"stage": stage, "inputs": inputs, "files": hashes, "seconds": round(seconds, 3)})
+        entries = {str(f.relative_to(self.path)): {"bytes": f.stat().st_size, "mtime_ns": f.stat().st_mtime_ns,
+                                                   "sha256": content_hash(f)} for f in files}
+        write_sealed(self.path / "stages" / f"{stage}.json", _plain(
+            {"stage": stage, "inputs": inputs, "files": entries, "seconds": round(seconds, 3)}), indent=1)
 
     def drop(self, stage: str) -> None:
         """Forget a stage; its files are overwritten when it is made again."""
@@ -135,8 +185,21 @@ class RunDir:
 
 def _just_begun(path: Path) -> bool:
     """Whether the folder holds nothing but what is there before run.json is."""
-    return all(p.name == ".lock" or (p.name == "stages" and p.is_dir() and not any(p.iterdir()))
+    return all(p.name in (".lock", "run.json.tmp") or (p.name == "stages" and p.is_dir() and not any(p.iterdir()))
                for p in path.iterdir())
+
+
+def _lost_its_name(path: Path) -> bool:
+    """Whether a folder without run.json has the manifest of a stage: a run whose run.json was deleted."""
+    for file in path.glob("stages/*.json"):
+        with contextlib.suppress(MinipuzzleError):
+            if read_sealed(file, "").get("stage") == file.stem:
+                return True
+    return False
+
+
+def _redo(stage: str) -> str:
+    return f"run with --redo to make stage {stage} again"
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -18,14 +18,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
-from minipuzzle.core.files import read_json, write_json
+from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError
+from minipuzzle.core.files import read_sealed, write_sealed
 from minipuzzle.core.interrupt import Interrupted
+from minipuzzle.core.rundir import content_hash
 from minipuzzle.data.corpus import Document, documents, is_held_out, name_hash
 
 SPLITS = ("train", "held_out")
 _BATCH = 64  # documents handed to the tokenizer at once
 _SAVE_EVERY_S = 30.0
+_AGAIN = "run with --redo to make stage tokenize again"
 
 
 class Tokenizer(Protocol):
@@ -130,21 +132,21 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
     are held out too (`also_held_out`), at most half of all.
     """
     manifest, part = folder / "tokens.json", folder / "progress.json"
-    if manifest.is_file():
-        about = read_json(manifest, hint=f"delete {folder} and run again")
+    if (about := _made_before(folder)) is not None:
         known, held_out = about["tokenizer"] == identity and "end_token" in about, about["tokens"]["held_out"]
         if known and _reaches(about["stopped_at"], enough) and least <= max(held_out, about.get("least", 1)):
             return
     folder.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     about_part = {"source": source, "tokenizer": identity, "also_held_out": [*also_held_out]}
-    earlier = read_json(part, hint=f"delete {folder} and run again") if part.is_file() else {}
+    earlier = _begun_before(part)
     tmp = {split: folder / f"{split}.bin.tmp" for split in SPLITS}
     if {k: earlier.get(k) for k in about_part} != about_part or not all(path.is_file() for path in tmp.values()):
         earlier = {}
     digest = hashlib.sha256()
     counts = dict.fromkeys(SPLITS, 0)
     sizes = dict.fromkeys(SPLITS, 0)
+    hashes = {split: hashlib.sha256() for split in SPLITS}  # of what was written
     done, saved = 0, time.monotonic()
     lowest: list[str] = []
     files = {split: path.open("r+b" if earlier else "wb") for split, path in tmp.items()}
@@ -153,8 +155,8 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-        write_json(part, about_part | {"documents": done, "hash": digest.hexdigest(), "tokens": counts, "bytes": sizes,
-                                       "lowest": lowest})
+        write_sealed(part, about_part | {"documents": done, "hash": digest.hexdigest(), "tokens": counts,
+                                              "bytes": sizes, "lowest": lowest, "hashes": _digests(hashes)})
 
     try:
         for chunk in _chunks(documents(source), _BATCH):
@@ -163,7 +165,10 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
                     digest.update(name.encode() + b"\0" + text.encode() + b"\0")
                 done += len(chunk)
                 if done >= earlier["documents"]:
-                    if digest.hexdigest() != earlier["hash"]:  # other documents than then: from the start
+                    hashes = {split: _hash_start(tmp[split], earlier["tokens"][split] * np.dtype(dtype).itemsize)
+                              for split in SPLITS}
+                    # other documents than then, or other tokens than were written: from the start
+                    if digest.hexdigest() != earlier["hash"] or _digests(hashes) != earlier.get("hashes"):
                         part.unlink()
                         return tokenize(source, tokenizer, folder, identity, progress, also_held_out, enough, least)
                     counts, sizes, lowest = earlier["tokens"], earlier["bytes"], earlier["lowest"]
@@ -178,7 +183,9 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
                 digest.update(name.encode() + b"\0" + raw + b"\0")
                 if tokenizer.eos_token_id is not None:
                     ids = [*ids, tokenizer.eos_token_id]
-                files[split].write(np.asarray(ids, dtype=dtype).tobytes())
+                data = np.asarray(ids, dtype=dtype).tobytes()
+                files[split].write(data)
+                hashes[split].update(data)
                 counts[split] += len(ids)
                 sizes[split] += len(raw)
             done += len(chunk)
@@ -212,9 +219,44 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
         return tokenize(source, tokenizer, folder, identity, progress, tuple(lowest[:more]), enough, least)
     for split in SPLITS:
         os.replace(tmp[split], folder / f"{split}.bin")
-    write_json(manifest, {"source": source, "corpus_hash": digest.hexdigest(), "tokenizer": identity, "documents": done,
-                          "dtype": np.dtype(dtype).name, "end_token": tokenizer.eos_token_id, "tokens": counts,
-                          "bytes": sizes, "stopped_at": dict(enough) if enough else None, "least": least})
+    write_sealed(manifest, {
+        "source": source, "corpus_hash": digest.hexdigest(), "tokenizer": identity, "documents": done,
+        "dtype": np.dtype(dtype).name, "end_token": tokenizer.eos_token_id, "tokens": counts, "bytes": sizes,
+        "stopped_at": dict(enough) if enough else None, "least": least,
+        "hashes": _digests(hashes)}, indent=1)
+
+
+def _digests(hashes: Mapping[str, Any]) -> dict[str, str]:
+    return {split: found.hexdigest() for split, found in hashes.items()}
+
+
+def _hash_start(path: Path, size: int) -> Any:
+    """SHA-256 of the first `size` bytes of a file."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(min(size, 2**20)):
+            found.update(data)
+            size -= len(data)
+    return found
+
+
+def _made_before(folder: Path) -> dict[str, Any] | None:
+    """What tokens.json tells of tokens that are still as they were written, every byte; else None: made again."""
+    try:
+        about = read_sealed(folder / "tokens.json", "")
+        if all(content_hash(folder / f"{split}.bin") == about["hashes"][split] for split in SPLITS):
+            return about
+    except (MinipuzzleError, OSError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _begun_before(part: Path) -> dict[str, Any]:
+    """What progress.json tells, which is checked by its hash of the documents; empty if it is damaged or not there."""
+    try:
+        return read_sealed(part, "")
+    except MinipuzzleError:
+        return {}
 
 
 def _reaches(stopped_at: Mapping[str, int] | None, enough: Mapping[str, int] | None) -> bool:
@@ -230,14 +272,14 @@ def load_blocks(folder: Path, split: str, sequence_length: int) -> TokenBlocks:
         RecipeError: the split is shorter than one block.
         CorruptArtifact: the file is not as long as its manifest says.
     """
-    about = read_json(folder / "tokens.json", hint=f"delete {folder} and run again")
+    about = read_sealed(folder / "tokens.json", _AGAIN)
     count = about["tokens"][split]
     if count < sequence_length:
         raise RecipeError(f"data {about['source']!r}: the {split} part has {count} tokens, less than one block of "
                           f"{sequence_length}; give more data or a smaller sequence_length")
     path = folder / f"{split}.bin"
     if path.stat().st_size != count * np.dtype(about["dtype"]).itemsize:
-        raise CorruptArtifact(f"{path}: {path.stat().st_size} bytes for {count} tokens; delete {folder} and run again")
+        raise CorruptArtifact(f"{path}: {path.stat().st_size} bytes for {count} tokens; {_AGAIN}")
     tokens = np.memmap(path, dtype=about["dtype"], mode="r")
     return TokenBlocks(tokens, sequence_length, about["source"], about["corpus_hash"], about["bytes"][split],
                        about.get("end_token"))

@@ -36,6 +36,7 @@ from minipuzzle.importance.widths import gather_widths, width_scores
 from minipuzzle.models.logits import compare
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Parts, Path, Prefix, Source, Whole, heads_of, layer_forwards, walk
+from minipuzzle.models.weights import check_finite
 
 METRICS = ("mse", "nmse", "kl", "loss_delta", "cosine")
 MEMO_BYTES = 2**31
@@ -189,6 +190,7 @@ def damage(parts: Parts, full: torch.Tensor, variants: Sequence[torch.Tensor], r
     mse = errors.double().square().mean((-1, -2))
     scale = full.double().square().mean((-1, -2))
     base, others, gram_kl = compare(full, variants, *heads_of(parts, roots), parts.source.arch.vocab_size, ids_BT, gram)
+    check_finite(parts.source.family.head_name, base.loss)
     values = torch.stack([mse, mse / scale, torch.stack([o.kl for o in others]),
                           torch.stack([o.loss - base.loss for o in others])]).numpy(force=True)
     if gram_kl is None:

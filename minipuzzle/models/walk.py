@@ -23,7 +23,7 @@ import torch
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Family, Weights
 from minipuzzle.families.selection import Selection, slice_model
-from minipuzzle.models.weights import ModelFolder
+from minipuzzle.models.weights import ModelFolder, check_finite
 
 # (layer, place, activations): what a scoring pass sees inside the blocks
 LayerProbe = Callable[[int, str, torch.Tensor], None]
@@ -206,9 +206,14 @@ def walk(parts: Parts, paths: Sequence[Path], ids_BT: torch.Tensor, probe: Layer
 
     `probe` sees the insides of the first path's blocks, `watch` its stream. `memo` keeps the streams that enter each
     layer, for the next walk over the same samples: it starts at the last layer that all its paths come to as before.
+
+    Raises:
+        CorruptArtifact: the first path's stream is not finite after a layer, or too large for the next norm.
     """
     source, pattern = parts.source, parts.source.arch.pattern
     first, nodes = _begin(parts, paths, ids_BT, memo)
+    if first == 0:
+        check_finite(source.family.embedding_name, next(x for x, members in nodes if 0 in members))
     needed = [i for i in range(first, len(pattern)) if any(p.steps[i] is not None for p in paths)]
     layers = source.stream(needed)
     for i in range(first, len(pattern)):
@@ -230,6 +235,8 @@ def walk(parts: Parts, paths: Sequence[Path], ids_BT: torch.Tensor, probe: Layer
             for x, members in group_nodes:
                 seen = 0 in members
                 after = _apply(source.family, arch, pattern[i], cut, x, _at(probe, i) if seen else None)
+                if seen:
+                    check_finite(f"layer {i} ({pattern[i]}, {source.family.layer_prefix(i)[:-1]})", after)
                 if watch is not None and seen:
                     watch(i, x, after)
                 nodes.append((after, members))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -20,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 
 from minipuzzle.core.errors import CorruptArtifact, UnsupportedModel
-from minipuzzle.core.files import open_tensors, read_json, reading
+from minipuzzle.core.files import open_tensors, read_json, reading, replace_folder
 from minipuzzle.core.published import read_config
-from minipuzzle.core.rundir import file_hash
+from minipuzzle.core.rundir import sampled_hash
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Family
 from minipuzzle.families.registry import check_prunable, family_of
@@ -95,12 +96,30 @@ class ModelFolder:
                 out[name] = shard.get_slice(stored)[:0].dtype
         return out
 
+    def zero_matrices(self) -> list[str]:
+        """Names of the matrices that are all zero, of those by which a layer reads the stream or writes to it.
+
+        Cheap for any model: of a matrix that has a number in its first row no more is read.
+
+        Raises:
+            CorruptArtifact: all of them are.
+        """
+        family, names = self.family, []
+        for i, kind in enumerate(self.arch.pattern):
+            readers = [name for group in family.layer_readers(kind).values() for name in group]
+            names += [family.layer_prefix(i) + name for name in (*readers, family.layer_writers(kind)[0])]
+        zero = [name for name in names if not (matrix := self.mapped(name))[:1].any() and not matrix.any()]
+        if len(zero) == len(names):
+            raise CorruptArtifact(f"{self.path}: all {len(names)} matrices by which layers read and write are zero; "
+                                  "the model computes nothing: fetch its weights again")
+        return zero
+
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the config and of the weights files (`file_hash`)."""
+        """Hash of the config and of the weights files (`sampled_hash`)."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for path in sorted({file for file, _ in self.files.values()}):
-            digest.update(f"{path.name}:{file_hash(path)}".encode())
+            digest.update(f"{path.name}:{sampled_hash(path)}".encode())
         return digest.hexdigest()[:16]
 
 
@@ -170,6 +189,17 @@ def _check_names(path: Path, wanted: set[str], found: set[str]) -> None:
             raise CorruptArtifact(f"{path} {what} {len(names)} weights, first {sorted(names)[0]}")
 
 
+def check_finite(what: str, stream: torch.Tensor) -> None:
+    """Raise CorruptArtifact if the stream is not finite, or if its squares, which the next norm adds up, are not."""
+    wide = torch.promote_types(stream.dtype, torch.float32)
+    low, high = (float(x) for x in stream.aminmax())
+    largest = max(-low, high)
+    if not largest < math.sqrt(torch.finfo(wide).max / stream.shape[-1]):  # NaN is not
+        size = f"reaches {largest:.1e}, which no norm can square" if math.isfinite(largest) else "is not finite"
+        raise CorruptArtifact(f"{what}: its output {size}, on ordinary text in {str(wide).removeprefix('torch.')}; a "
+                              "weight is damaged or far too large, and the model cannot be used: fetch it again")
+
+
 def write_model(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]],
                 companions_from: Path | None = None, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a model folder so that it is whole or absent: all files under a temporary name, then one rename.
@@ -216,5 +246,4 @@ def write_model(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[st
         written.chmod(0o644)  # safetensors writes for the owner alone
         with written.open("rb") as handle:
             os.fsync(handle.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    replace_folder(temporary, folder)

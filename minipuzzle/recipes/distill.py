@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minipuzzle.core.errors import MinipuzzleError, RecipeError
-from minipuzzle.core.files import read_json, reading, write_atomic, write_json
+from minipuzzle.core.files import read_json, reading, replace_folder, restore_folder, write_atomic, write_sealed
 from minipuzzle.core.rundir import digest
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loop import Trained, distill_model
@@ -138,10 +137,11 @@ def _begin(job: Job, inputs: dict[str, Any], cached: bool) -> None:
         RecipeError: the folder has another training.
     """
     if job.ranks.main:
+        restore_folder(job.run.path / "model")
         if different := job.run.differences("distill", inputs):
             raise RecipeError(f"{job.run.path} distils with other settings ({'; '.join(different)}); with those the "
                               "same command continues, with another -o it starts anew")
-        write_json(job.run.path / "run.json", run_about(job) | {"student": inputs["student"]})
+        write_sealed(job.run.path / "run.json", run_about(job) | {"student": inputs["student"]}, indent=1)
     job.reporter.start({"tokenize": 5.0, "cache": 30.0 if cached else 0.0, "distill": 100.0})
     stages.tokenize_data(job)
     for note in training_notes(job):
@@ -163,8 +163,7 @@ def _finish(job: Job, small: ModelFolder, layers: tuple[int, ...], weights: dict
     report = distilled_report(job, small.arch, layers, {"parent": parent, "pruned": before, "distilled": after}, done)
     for name, text in model_card_files(report).items():
         write_atomic(unchecked / name, text)
-    shutil.rmtree(final, ignore_errors=True)
-    unchecked.replace(final)
+    replace_folder(unchecked, final)
     return final, after, parent
 
 

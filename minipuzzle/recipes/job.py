@@ -200,19 +200,20 @@ class Job:
         self.ranks.barrier()
 
     def refuse_changes(self, redo: bool | None = None) -> None:
-        """Compare the recipe with the finished stages. With `redo` forget those, and those whose files were changed.
+        """Compare the recipe with the finished stages. With `redo` forget those, and the damaged ones, every byte read.
 
         Raises:
             RecipeError: some were made with other settings, and `redo` is false, or None: the verb has no --redo.
+            CorruptArtifact: a manifest is damaged, and `redo` is false.
         """
+        for name in STAGES if redo else ():
+            try:
+                self.home(name).verify(name)
+            except CorruptArtifact as error:
+                self.reporter.say(f"made again: {error}")
+                self.home(name).drop(name)
         changed = {name: self.home(name).differences(name, self.inputs[name]) for name in STAGES}
         changed = {name: lines for name, lines in changed.items() if lines}
-        if redo:
-            for name in STAGES:
-                try:
-                    self.home(name).is_done(name, self.inputs[name])
-                except CorruptArtifact:
-                    self.home(name).drop(name)
         if not changed:
             return
         if not redo:

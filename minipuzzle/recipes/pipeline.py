@@ -16,8 +16,17 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from minipuzzle.core import interrupt
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading, write_atomic, write_json
+from minipuzzle.core.files import (
+    CANDIDATES_BYTES,
+    read_json,
+    reading,
+    restore_folder,
+    write_atomic,
+    write_json,
+    write_sealed,
+)
 from minipuzzle.core.rundir import RunDir
 from minipuzzle.distill.loss import loss_kernel
 from minipuzzle.distill.precision import check_precision
@@ -29,7 +38,7 @@ from minipuzzle.recipes.job import Job
 from minipuzzle.recipes.plan import Plan, check_disk, check_memory, find_device, make_plan, memory_to_use
 from minipuzzle.recipes.progress import Reporter
 from minipuzzle.recipes.research import candidates_document
-from minipuzzle.recipes.results import make_report, model_card_files, stage_list, versions
+from minipuzzle.recipes.results import make_report, stage_list, versions
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.recipes.source import bundled_model, default_output, find_model, reopen
 from minipuzzle.report import curves, plots
@@ -155,6 +164,7 @@ def prepare(model: str | Path | None, recipe: Recipe, memory_bytes: int | None =
 
 
 def _run(job: Job) -> Run:
+    restore_folder(job.result.path / "model")
     job.reporter.start(job.plan.estimates())
     run_stages(job, stages.tokenize_data, stages.score, stages.curves, stages.search, stages.measure_candidates,
                stages.tournament, stages.distill, stages.export)
@@ -167,23 +177,22 @@ def run_stages(job: Job, *every: Callable[[Job], None]) -> None:
     for stage in every:
         stage(job)
         _write_about(job)
+        interrupt.check()  # a signal that came after the stage's last report of progress
 
 
 def _write_about(job: Job) -> None:
     if job.ranks.main and job.candidate is None:  # another candidate's result leaves the run as it is
-        write_json(job.run.path / "run.json", run_about(job))
+        write_sealed(job.run.path / "run.json", run_about(job), indent=1)
 
 
 def report(job: Job) -> Run:
-    """Everything that was found -> candidates.csv, candidates.json, report.json, report.html, the model card."""
+    """Everything that was found -> candidates.csv, candidates.json, report.json, report.html."""
     found, path = stages.candidates(job), job.result.path
     write_json(path / "candidates.json", candidates_document(
         job.plan.budget, job.plan.workload, job.folder.path.name, job.plan.parent, found))
     frame = to_frame(found)
     write_atomic(path / "candidates.csv", frame.to_csv(index=False))
     data = make_report(job, found)
-    for name, text in model_card_files(data).items():
-        write_atomic(path / "model" / name, text)
     write_report(data, path)
     _write_about(job)
     return Run(path, data, frame)

@@ -23,7 +23,7 @@ from minipuzzle.core.budget import Budget, Workload, split_sweep
 from minipuzzle.core.errors import Infeasible, RecipeError, ResourceError
 from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading, write_atomic, write_json
 from minipuzzle.core.published import find_config, read_config
-from minipuzzle.core.rundir import digest
+from minipuzzle.core.rundir import digest, read_about
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
@@ -121,7 +121,7 @@ def parent_of_run(run: Path) -> tuple[str, Architecture]:
         RecipeError: not a run, or nothing tells its architecture any more.
         CorruptArtifact: a damaged file.
     """
-    model = Path(_read(run / "run.json", f"{run} is not a run of minipuzzle").get("model", ""))
+    model = Path(str(_about_run(run).get("model", "")))
     if (model / "config.json").is_file():
         return model.name, Architecture.from_config(read_config(model))
     document = _read(run / "candidates.json", f"the model of {run}, {model}, is gone and the run has no "
@@ -132,8 +132,7 @@ def parent_of_run(run: Path) -> tuple[str, Architecture]:
 
 def run_recipe(run: Path, budget: Mapping[str, str], settings: Mapping[str, Any]) -> Recipe:
     """The recipe of a run, with another budget and other settings."""
-    about = _read(run / "run.json", f"{run} is not a run of minipuzzle")
-    recipe = Recipe.from_json(about.get("recipe", {}), str(run / "run.json"))
+    recipe = Recipe.from_json(_about_run(run).get("recipe", {}), str(run / "run.json"))
     return recipe.with_overrides(budget=budget, settings=settings)
 
 
@@ -158,6 +157,12 @@ def sweep(budget: Mapping[str, str]) -> list[dict[str, str]]:
         raise RecipeError(f"budgets {' and '.join(several)} list several values each; sweep one at a time")
     single = {key: split_sweep(text)[0] for key, text in budget.items()}
     return [single | {several[0]: value} for value in split_sweep(budget[several[0]])] if several else [single]
+
+
+def _about_run(run: Path) -> dict[str, Any]:
+    if not (run / "run.json").is_file():
+        raise RecipeError(f"{run} is not a run of minipuzzle")
+    return read_about(run)
 
 
 def _read(path: Path, missing: str) -> dict[str, Any]:

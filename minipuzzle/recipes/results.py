@@ -175,6 +175,8 @@ def _warnings(job: Job, gap: float) -> list[str]:
     out = []
     if gap <= 0:
         out.append("slicing did not raise the loss: the share recovered by distillation is not defined")
+    if warning := zero_warning(job):
+        out.append(warning)
     recipe = job.plan.recipe
     if not job.plan.resident:
         out.append(f"the parent does not fit into {human_bytes(job.plan.memory_bytes)}: it was read from the disk "
@@ -211,6 +213,19 @@ def held_out_notes(job: Job) -> list[str]:
     return [] if got >= asked else [
         f"evaluation.samples is {asked}, the held-out text gives {got} blocks of {job.final_ids.shape[1]} tokens to "
         f"select by and {got} others to report"]
+
+
+def zero_warning(job: Job) -> str:
+    """Names the parent's matrices that are all zero; empty if there are none.
+
+    Raises:
+        CorruptArtifact: all are.
+    """
+    zero = job.folder.zero_matrices()
+    if not zero:
+        return ""
+    names = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
+    return f"all zero in the parent: {names}; look whether its weights are whole"
 
 
 def training_notes(job: Job) -> list[str]:

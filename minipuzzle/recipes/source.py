@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from minipuzzle.core.errors import MinipuzzleError, RecipeError
-from minipuzzle.core.files import parse_yaml, read_json, read_text
+from minipuzzle.core.files import parse_yaml, read_text
 from minipuzzle.core.published import find_config, read_config
-from minipuzzle.core.rundir import digest
+from minipuzzle.core.rundir import digest, read_about
 from minipuzzle.models.weights import ModelFolder
 from minipuzzle.recipes.schema import Recipe
 
@@ -95,14 +95,18 @@ def reopen(run: str | Path | None, given: list[str]) -> tuple[str, Recipe, Path,
 
     Raises:
         RecipeError: not a run, or options beside it, which the run has settled.
+        CorruptArtifact: run.json is damaged.
     """
     path = Path(run or "")
+    none = RecipeError(f"--candidate needs a run directory as MODEL, {run} is none")
+    if not (path / "run.json").is_file():
+        raise none
+    about = read_about(path)
     try:
-        about = read_json(path / "run.json")
         recipe = Recipe.from_json(about.get("recipe"), str(path / "run.json"))
         model, seed = about["model"], about["seed"]
-    except (MinipuzzleError, KeyError) as error:
-        raise RecipeError(f"--candidate needs a run directory as MODEL, {run} is none ({error})") from None
+    except (RecipeError, KeyError) as error:
+        raise RecipeError(f"{none} ({error})") from None
     if given:
         raise RecipeError(f"--candidate goes on with the recipe of {run}; leave out the options for "
                           f"{', '.join(given)}, or prune into another folder")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.files import write_atomic, write_json
+from minipuzzle.core.files import replace_folder, write_atomic, write_json
 from minipuzzle.core.rundir import digest
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.data.blocks import Blocks, load_blocks, tokenize
@@ -35,10 +35,11 @@ from minipuzzle.models.module import HybridLM
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.recipes.job import Job
+from minipuzzle.recipes.job import STAGES, Job
 from minipuzzle.recipes.plan import students_in_memory
 from minipuzzle.recipes.progress import Update
 from minipuzzle.recipes.research import find_candidates
+from minipuzzle.recipes.results import make_report, model_card_files, zero_warning
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.prices import KINDS
 from minipuzzle.search.rank import diverse, rank
@@ -98,6 +99,8 @@ def _check_tokens(job: Job) -> None:
 def score(job: Job) -> None:
     """calibration blocks -> RUN/scores/layers.csv, widths.safetensors"""
     def make(update: Update) -> list[Path]:
+        if warning := zero_warning(job):
+            job.reporter.say(warning)
         folder = job.run.path / "scores"
         folder.mkdir(exist_ok=True)
         run = job.passes("score", job.calibration_ids, lambda done: update(done, ""))
@@ -311,8 +314,14 @@ def show_metrics(job: Job, state: Path) -> None:
 
 def export(job: Job) -> None:
     """The chosen candidate's weights -> RESULT/model/, through the reload gate; measured on that folder ->
-    RESULT/search/result.json. RESULT is the run, or RUN/candidates/NAME for a candidate chosen by hand."""
+    RESULT/search/result.json. RESULT is the run, or RUN/candidates/NAME for a candidate chosen by hand.
+
+    Every byte that the earlier stages wrote is compared first, and the model card is written before the folder gets its
+    name: the manifest covers all of RESULT/model/.
+    """
     def make(update: Update) -> list[Path]:
+        for stage in STAGES[:-1]:
+            job.home(stage).verify(stage)
         candidate = chosen(job)
         student, reference = _student(job, candidate), job.reference(job.final_ids)
         pruned = measure(_as_written(job, candidate, student), reference)
@@ -342,12 +351,14 @@ def export(job: Job) -> None:
         if isinstance(job.source, Model):  # from the disk every token would be a pass over the weights
             samples["parent"] = job.source
         result["samples"] = _samples(job, samples)
-        shutil.rmtree(final, ignore_errors=True)
-        unchecked.replace(final)
         path = job.result.path / "search" / "result.json"
         path.parent.mkdir(exist_ok=True)
         write_json(path, result)
-        return [path, *sorted(final.glob("*.safetensors")), final / "config.json"]
+        for name, text in model_card_files(make_report(job, candidates(job))).items():
+            write_atomic(unchecked / name, text)
+        update(0.95, "in its place")  # the last moment to stop: from here on the result is finished
+        replace_folder(unchecked, final)
+        return [path, *sorted(p for p in final.rglob("*") if p.is_file())]
 
     job.stage("export", 1, make)
 

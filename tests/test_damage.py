@@ -1,0 +1,112 @@
+"""A finished run whose files were damaged: noticed before anything is computed, and --redo gives the same result."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from minipuzzle import Recipe, prune
+from minipuzzle.core.errors import CorruptArtifact
+
+RECIPE = """
+recipe: 1
+budget: {memory: 0.7x}
+workload: {context: 128}
+calibration: {data: DATA, samples: 4, sequence_length: 32}
+space: {drop_mamba: [0, 1], drop_ffn: [0, 1], hidden_size: [16, 32, 8], ffn_size: [24, 48, 12]}
+search: {measure: 3, finalists: 2}
+evaluation: {data: DATA, samples: 4}
+surgery: {hidden: rotate}
+distillation:
+  {data: DATA, tournament_tokens: 128, tokens: 256, sequence_length: 32, batch_tokens: 64, learning_rate: 3.0e-3}
+"""
+# every file of a finished run but those of the training, the licence and the reports' copies
+FILES = ("run.json", "candidates.json", "candidates.csv", "report.json", "metrics.jsonl", "stages/tokenize.json",
+         "stages/score.json", "stages/curves.json", "stages/search.json", "stages/measure.json",
+         "stages/distill.json", "stages/export.json", "tokens/*/tokens.json",
+         "tokens/*/train.bin", "tokens/*/held_out.bin", "scores/layers.csv", "scores/widths.safetensors",
+         "scores/interactions.safetensors", "scores/scoring.json", "scores/width_curves.csv",
+         "scores/rotation.safetensors", "search/predicted.json", "search/measured.json",
+         "search/result.json", "model/model.safetensors", "model/config.json", "model/tokenizer.json",
+         "model/generation_config.json", "model/README.md", "model/minipuzzle.json", "model/LICENSE")
+REWRITTEN = ("run.json", "candidates.json", "candidates.csv", "report.json")  # by every command
+DAMAGES = ("truncated", "empty", "{}", "[]", "flipped", "deleted")
+# what is the same in every run; the rest has times, paths, or several keys of metadata in any order
+REPEATABLE = ("candidates.csv", "candidates.json", "scores/layers.csv", "scores/width_curves.csv",
+              "scores/rotation.safetensors", "search/tournament.json", "model/config.json", "model/tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def recipe(texts: Path) -> Recipe:
+    return Recipe.parse(RECIPE.replace("DATA", str(texts)), "test")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _neither_gate_nor_page() -> Iterator[None]:
+    """They take most of the time of such a run, and are tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minipuzzle.recipes.stages.reload_gate", lambda folder, ids: 0.0)
+        patch.setattr("minipuzzle.report.html.render_html", lambda report: "")
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prune(model_folder, recipe, tmp_path_factory.mktemp("runs") / "run").path
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def damage(run: Path, pattern: str, how: str) -> Path:
+    (file,) = run.glob(pattern)
+    data = bytearray(file.read_bytes())
+    match how:
+        case "truncated":
+            file.write_bytes(data[: len(data) // 2])
+        case "flipped":
+            data[len(data) // 2] ^= 1
+            file.write_bytes(data)
+        case "deleted":
+            file.unlink()
+        case _:
+            file.write_text("" if how == "empty" else how)
+    return file
+
+
+def assert_same(run: Path, other: Path) -> None:
+    assert [name for name in REPEATABLE if (run / name).read_bytes() != (other / name).read_bytes()] == []
+    mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, other))
+    assert {n: t.tolist() for n, t in mine.items()} == {n: t.tolist() for n, t in theirs.items()}
+    results = [json.loads((folder / "report.json").read_text())["result"] for folder in (run, other)]
+    assert results[0] | {"path": ""} == results[1] | {"path": ""}
+
+
+@pytest.mark.parametrize(("pattern", "how"), [(file, DAMAGES[i % len(DAMAGES)]) for i, file in enumerate(FILES)])
+def test_a_damaged_file(copy: Path, finished: Path, model_folder: Path, recipe: Recipe, pattern: str, how: str) -> None:
+    """Written anew by the same command, or refused in one line that names it; then --redo does what the line says."""
+    file = damage(copy, pattern, how)
+    if pattern in REWRITTEN or (pattern.startswith("stages/") and how == "deleted"):
+        prune(model_folder, recipe, copy)
+    else:
+        with pytest.raises(CorruptArtifact, match=rf"^{re.escape(str(file))} .*; run with --redo[^\n]*$"):
+            prune(model_folder, recipe, copy)
+        prune(model_folder, recipe, copy, redo=True)
+    assert_same(copy, finished)
+
+
+@pytest.mark.parametrize("shift", range(len(DAMAGES)))
+def test_every_file_damaged(copy: Path, finished: Path, model_folder: Path, recipe: Recipe, shift: int) -> None:
+    """All at once, each in another way: over the rounds every file in every way."""
+    for i, pattern in enumerate(FILES[1:]):  # with neither run.json nor a manifest it is a foreign folder
+        damage(copy, pattern, DAMAGES[(i + shift) % len(DAMAGES)])
+    prune(model_folder, recipe, copy, redo=True)
+    assert_same(copy, finished)
