@@ -274,11 +274,11 @@ def full(bench: Bench, cases: list[str], chosen: list[str], seeds: list[int]) ->
             continue
         models = [bench.make(case, method, seed)[0] for method in keys]
         pupils = [Pupil(HybridLM(model.family, model.arch, model.by_name()),
-                        bench.work / "full" / f"{case} {method} {seed}".replace("/", "of")) for model, method in
+                        bench.work / "full" / f"{case} {method} {seed}".replace("/", "of"),
+                        evaluate=lambda s: measure(as_model(s), bench.reference)) for model, method in
                   zip(models, keys, strict=True)]
         distill_together(pupils, bench.parent, bench.train,
-                         TrainSettings(FULL * FULL_BATCH, FULL_BATCH, RATE, seed=seed),
-                         evaluate=lambda s: measure(as_model(s), bench.reference), evaluate_every=EVERY)
+                         TrainSettings(FULL * FULL_BATCH, FULL_BATCH, RATE, seed=seed), evaluate_every=EVERY)
         for model, pupil, key in zip(models, pupils, keys.values(), strict=True):
             bench.add(key, curve_of(model, bench, read_metrics(pupil.folder)))
 

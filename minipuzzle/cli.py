@@ -163,6 +163,10 @@ def _print(data: Any, as_json: bool, lines: list[str]) -> None:
     click.echo(json.dumps(data, indent=1, allow_nan=False) if as_json else "\n".join(lines))
 
 
+def _warnings(report: dict[str, Any]) -> list[str]:
+    return [f"{'WARNING' if text in report.get('alerts', ()) else 'warning'}     {text}" for text in report["warnings"]]
+
+
 def _given(*names: str) -> list[str]:
     """Those of the current command's options that the user wrote."""
     ctx = click.get_current_context()
@@ -217,7 +221,7 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
         + ("" if paired["stderr"] is None else f", standard error {paired['stderr']:.3f} (paired)"),
         f"model       {run.model_path}",
         f"report      {run.report_path}",
-        *(f"warning     {warning}" for warning in run.report["warnings"]),
+        *_warnings(run.report),
     ])
 
 
@@ -376,7 +380,7 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
     if int(os.environ.get("RANK", 0)) == 0:
         than = "" if data["loss_teacher"] is None else f" (teacher {data['loss_teacher']:.3f})"
         _print(data, as_json, [f"loss        {data['loss_before']:.3f} -> {data['loss']:.3f}{than}",
-                               f"model       {data['path']}"])
+                               f"model       {data['path']}", *_warnings(data)])
 
 
 @main.command()

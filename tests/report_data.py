@@ -73,8 +73,8 @@ def training_curve(start: float, end: float, tokens: int, steps: int, held_out: 
     rows = []
     for step in range(1, steps + 1):
         kl = end + (start - end) * np.exp(-6 * step / steps)
-        row: dict[str, Any] = {"step": step, "tokens": tokens * step // steps, "loss": kl * np.exp(rng.normal(0, 0.04)),
-                               "lr": 1e-3}
+        row: dict[str, Any] = {"step": step, "tokens": tokens * step // steps, "kl": kl * np.exp(rng.normal(0, 0.04)),
+                               "loss": NATS_PARENT + kl, "lr": 1e-3}
         if held_out and step % (steps // 8) == 0:
             row |= {"eval_loss": NATS_PARENT + kl, "eval_kl": kl}
         rows.append(row)
@@ -99,6 +99,8 @@ def build(count: int = 200, measure: int = 64) -> dict[str, Any]:
                    "loss_distilled_stderr": 0.021, "kl_pruned": 2.1, "kl_distilled": 0.1612,
                    "agreement_distilled": 0.842, "path": "runs/bundled/model", "candidate": chosen.name,
                    "architecture": chosen.architecture.to_json(), "cost": chosen.cost.to_json(),
+                   "exported": {"step": 132, "steps": 144, "kl": 0.162, "loss": 1.99, "last_kl": 0.163,
+                                "last_loss": 1.991},
                    "kept_layers": list(chosen.kept_layers), "gap_left": NATS_DISTILLED - NATS_PARENT,
                    "recovery": (NATS_SLICED - NATS_DISTILLED) / (NATS_SLICED - NATS_PARENT)},
         "paired": {"loss_minus_parent": NATS_DISTILLED - NATS_PARENT, "stderr": 0.0042,

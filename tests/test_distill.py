@@ -19,7 +19,7 @@ from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data.blocks import TokenBlocks
 from minipuzzle.distill import loop, trainer
-from minipuzzle.distill.loop import distill_model, load_student, read_metrics
+from minipuzzle.distill.loop import distill_model, load_best, load_student, read_metrics
 from minipuzzle.distill.loss import distillation_loss, kl_loss
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.trainer import MAX_SKIPPED
@@ -102,7 +102,18 @@ def test_the_best_is_found_with_and_without_a_kl(tmp_path: Path) -> None:
         done = distill_model(student(), tiny_model(), blocks(), SETTINGS, tmp_path, step * STEP_TOKENS,
                              evaluate=lambda s, found=found: found)
         best.append(done.best_step)
-    assert best == [1, 2, 2, 2, 5, 5]
+    assert best == [0, 2, 2, 2, 5, 5]  # the first call looks before its step too, and finds no better after it
+
+
+def test_training_that_makes_it_worse_leaves_the_weights_before_it(tmp_path: Path) -> None:
+    """The look before the first step counts; what is loaded says which step it is, and what the last look found."""
+    begin, kls = weights(student()), iter([1.0, 3.0, 2.0])
+    trained = student()
+    distill_model(trained, tiny_model(), blocks(), SETTINGS, tmp_path, evaluate_every=10,
+                  evaluate=lambda s: {"kl": next(kls), "loss": 5.0})
+    best = load_best(tmp_path, trained)
+    assert best == {"step": 0, "steps": STEPS, "kl": 1.0, "loss": 5.0, "last_kl": 2.0, "last_loss": 5.0}
+    assert all(torch.equal(value, begin[name]) for name, value in weights(trained).items())
 
 
 def test_interrupted_by_progress_and_continued(tmp_path: Path) -> None:
@@ -157,7 +168,11 @@ def test_the_first_step_is_adamw_on_the_kl(tmp_path: Path) -> None:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(pupil.parameters(), 0.1)
     optimizer.step()
-    assert rows(tmp_path)[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert rows(tmp_path)[0]["kl"] == pytest.approx(loss.item(), rel=1e-5)
+    # the loss is that of the next token, at temperature 1, whatever is minimised
+    log_q = torch.log_softmax(student()(ids) @ student().head.T, -1)[:, :-1]
+    next_token = -log_q.gather(-1, ids[:, 1:, None]).mean()
+    assert rows(tmp_path)[0]["loss"] == pytest.approx(next_token.item(), rel=1e-5)
     for name, value in weights(trained).items():
         torch.testing.assert_close(value, pupil.parameters_by_name()[name].detach(), rtol=1e-3, atol=2e-5)
 
@@ -169,7 +184,7 @@ def test_a_batch_in_parts_is_the_batch(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(loop, "PASS_TOKENS", {"cpu": SEQ})
     parts = weights(train(tmp_path / "parts", settings=short))
     for one, two in zip(rows(tmp_path / "whole"), rows(tmp_path / "parts"), strict=True):
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        assert [one["kl"], one["loss"]] == pytest.approx([two["kl"], two["loss"]], rel=1e-4)
     start = weights(student())
     moved = sum(float((whole[n] - start[n]).square().sum()) for n in whole) ** 0.5
     apart = sum(float((whole[n] - parts[n]).square().sum()) for n in whole) ** 0.5
@@ -188,13 +203,13 @@ def test_the_loss_goes_down(tmp_path: Path) -> None:
     before, frozen = kl(pupil), {n: t.clone() for n, t in teacher.by_name().items()}
     distill_model(pupil, teacher, text, longer, tmp_path)
     assert kl(pupil) < 0.5 * before
-    losses = [row["loss"] for row in rows(tmp_path)]
+    losses = [row["kl"] for row in rows(tmp_path)]
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:3])
     assert all(torch.equal(t, frozen[n]) for n, t in teacher.by_name().items())
     # a student that is its teacher has nothing to learn
     same = HybridLM(FAMILY, ARCH, teacher.by_name())
     distill_model(same, teacher, text, SETTINGS, tmp_path / "same")
-    assert abs(rows(tmp_path / "same")[0]["loss"]) < 1e-5
+    assert abs(rows(tmp_path / "same")[0]["kl"]) < 1e-5
 
 
 def test_schedule() -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCH, relative, tokens, trained_like, write_folder
 
 from minipuzzle import Recipe, prune
-from minipuzzle.cli import main
+from minipuzzle.cli import _warnings, main
 from minipuzzle.core import interrupt
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.errors import CorruptArtifact, RecipeError, ResourceError
@@ -251,6 +251,35 @@ def test_the_numbers_are_those_of_the_written_folder(finished: Run, model_folder
     first = next(c for c in report["candidates"] if c["measured"])
     cut = cutter.cut(Architecture.from_json(first["architecture"]), tuple(first["kept_layers"]))
     assert measure(cut, Reference(parent, selection))["kl"] == pytest.approx(first["measured"]["kl"], rel=1e-4)
+
+
+def test_training_cannot_make_the_result_worse(copy: Path, model_folder: Path, texts: Path, quick_gate: None) -> None:
+    """At a learning rate of 1 the best weights are those before training: they are exported, and everybody says so."""
+    settings = {"distillation.learning_rate": 1.0, "distillation.tokens": 2048, "search.finalists": 1}
+    run = prune(model_folder, recipe_for(texts).with_overrides(settings=settings), copy, redo=True)
+    result, (alert, *_) = run.report["result"], run.report["alerts"]
+    assert result["exported"]["step"] == 0 < result["exported"]["steps"] == 8
+    assert result["exported"]["last_kl"] is None or result["exported"]["last_kl"] > 2 * result["exported"]["kl"]
+    for after, before in (("loss_distilled", "loss_pruned"), ("kl_distilled", "kl_pruned")):
+        assert result[after] == pytest.approx(result[before], rel=1e-6)
+    assert "training made the model worse: its weights before training are exported" in alert
+    assert alert in run.report["warnings"]
+    assert alert[:40] in run.report_path.read_text()
+    assert "> **Warning:** training made the model worse" in (run.model_path / "README.md").read_text()
+    assert any(line.startswith("WARNING     training made the model worse") for line in _warnings(run.report))
+
+
+def test_the_weights_exported_are_the_best_that_were_seen(finished: Run) -> None:
+    exported, looks = finished.report["result"]["exported"], [r for r in metrics(finished.path) if "eval_kl" in r]
+    assert exported["steps"] == 16
+    assert {4} < {r["step"] for r in looks}  # the tournament's end among them
+    best = min(looks, key=lambda r: r["eval_kl"])
+    assert (exported["step"], exported["kl"]) == (best["step"], best["eval_kl"])
+    assert f"step {best['step']} of 16" in finished.report_path.read_text()
+    (chosen,) = (c for c in finished.report["candidates"] if c["chosen"])
+    assert chosen["after_distillation"]["kl"] == next(r["eval_kl"] for r in looks if r["step"] == 4)
+    assert finished.report["alerts"] == []
+    assert all({"kl", "loss"} <= set(row) for row in metrics(finished.path))
 
 
 def test_a_parent_larger_than_the_memory(finished: Run, model_folder: Path, texts: Path, tmp_path: Path,

@@ -53,30 +53,30 @@ class Trained:
 def distill_model(student: HybridLM, teacher: Model | Teacher | None, blocks: Blocks, settings: TrainSettings,
                   folder: Path, stop_at_tokens: int | None = None,
                   evaluate: Callable[[HybridLM], dict[str, float]] | None = None, evaluate_every: int = 0,
-                  progress: Callable[[int, float], None] = lambda tokens, loss: None, layers: Sequence[int] = (),
+                  progress: Callable[[int, Row], None] = lambda tokens, row: None, layers: Sequence[int] = (),
                   ranks: Ranks | None = None, track: Callable[[Row], None] = lambda row: None) -> Trained:
     """Train `student` in place up to `stop_at_tokens` of the budget; continue from `folder` if it holds a state.
 
-    `folder` gets the state, the best weights, and metrics.jsonl. `evaluate(student)` adds `eval_*` fields to the
-    metrics every `evaluate_every` steps and at the end; the weights with the least `kl` (or `loss`) of them are kept
-    as `best`. `progress` hears (tokens done, loss), `track` the rows of the metrics. Under several `ranks` each takes
-    its part of every batch, and student and teacher are sharded.
+    `folder` gets the state, the best weights, and metrics.jsonl. `evaluate(student)` looks before the first step, every
+    `evaluate_every` steps and at the end, and adds `eval_*` fields to the metrics of those steps; the weights with the
+    least `kl` (or `loss`) of them are kept as `best`. `progress` hears (tokens done, the metrics of the step), `track`
+    the metrics. Under several `ranks` each takes its part of every batch, and student and teacher are sharded.
 
     Raises:
         RecipeError: too many steps with a non-finite loss; settings that do not go together.
         CorruptArtifact: the state in `folder` cannot be read.
         Interrupted: raised by `progress`; the state has been saved.
     """
-    return distill_together([Pupil(student, folder, layers)], teacher, blocks, settings, stop_at_tokens, evaluate,
+    return distill_together([Pupil(student, folder, layers, evaluate)], teacher, blocks, settings, stop_at_tokens,
                             evaluate_every, progress, ranks, track)[0]
 
 
 def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, blocks: Blocks,
-                     settings: TrainSettings, stop_at_tokens: int | None = None,
-                     evaluate: Callable[[HybridLM], dict[str, float]] | None = None, evaluate_every: int = 0,
-                     progress: Callable[[int, float], None] = lambda tokens, loss: None, ranks: Ranks | None = None,
+                     settings: TrainSettings, stop_at_tokens: int | None = None, evaluate_every: int = 0,
+                     progress: Callable[[int, Row], None] = lambda tokens, row: None, ranks: Ranks | None = None,
                      track: Callable[[Row], None] = lambda row: None) -> list[Trained]:
-    """`distill_model` for several students on the same batches: each learns what it would learn alone."""
+    """`distill_model` for several students on the same batches: each learns what it would learn alone. `progress` hears
+    the metrics of the one with the least training loss."""
     ranks = ranks or Ranks(pupils[0].student.head.device)
     check_precision(settings.precision, ranks.device)
     if ranks.device.type == "cuda" and settings.precision != "fp32":
@@ -90,10 +90,13 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
     last = settings.steps(seq, stop_at_tokens)
     first = min(pupil.step for pupil in pupils)
     begin = saved_at = time.perf_counter()
+    for trainer in trainers:
+        if trainer.pupil.step == 0:
+            trainer.evaluate({})
     for step in range(first, last):
         active = [t for t in trainers if t.pupil.step == step]
         numbers = blocks.numbers(settings.seed, step * size, size)
-        batch = Batch.make(blocks, numbers, ranks, settings.lm_loss_weight > 0)
+        batch = Batch.make(blocks, numbers, ranks)
         for trainer in active:
             trainer.begin()
         layers = sorted({layer for t in active for layer in t.layers})
@@ -105,17 +108,17 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
             for trainer in active:
                 trainer.backward(part, target, streams)
         tokens, speed = (step + 1) * size * seq, (step + 1 - first) * size * seq / (time.perf_counter() - begin)
-        losses = []
+        rows = []
         for trainer in active:
             row = trainer.end(tokens) | {"tokens_per_second": speed}
-            if evaluate is not None and (step + 1 == last or (evaluate_every and (step + 1) % evaluate_every == 0)):
-                trainer.evaluate(evaluate, row)
+            if step + 1 == last or (evaluate_every and (step + 1) % evaluate_every == 0):
+                trainer.evaluate(row)
             trainer.write(row)
             track(row)
-            losses.append(row["loss"])
+            rows.append(row)
         stop: Interrupted | None = None
         try:
-            progress(tokens, min((x for x in losses if x is not None), default=math.nan))
+            progress(tokens, min(rows, key=training_loss))
         except Interrupted as error:
             stop = error
         signum, save = _agree(ranks, stop.exit_code - 128 if stop else 0,
@@ -159,8 +162,21 @@ def read_metrics(folder: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def load_student(folder: Path, student: HybridLM, name: str = "state") -> None:
-    """Put the weights of the state in `folder` (or of its `best`) into `student`.
+def training_loss(row: Row) -> float:
+    """What the step minimised, from its metrics: the KL, or the next-token loss where there is no teacher; infinite
+    where it was not finite."""
+    value = row["kl"] if "kl" in row else row["loss"]
+    return math.inf if value is None else float(value)
+
+
+def say(row: Row) -> str:
+    """A step's metrics in words."""
+    return ", ".join(f"{name} {row[key]:.3f}" for key, name in (("kl", "KL"), ("loss", "loss"))
+                     if row.get(key) is not None)
+
+
+def load_student(folder: Path, student: HybridLM, name: str = "state", ranks: Ranks | None = None) -> Row:
+    """Put the weights of the state in `folder` (or of its `best`) into `student`; what is known about it, with `step`.
 
     Raises:
         CorruptArtifact: there is none, or it cannot be read.
@@ -168,4 +184,16 @@ def load_student(folder: Path, student: HybridLM, name: str = "state") -> None:
     found = state.find(folder, name)
     if found is None:
         raise CorruptArtifact(f"{folder} holds no {name}; run the same command again")
-    state.load(found[0], {f"model.{n}": p.detach() for n, p in student.parameters_by_name().items()})
+    state.load(found[0], {f"model.{n}": p.detach() for n, p in student.parameters_by_name().items()}, ranks)
+    return found[1]
+
+
+def load_best(folder: Path, student: HybridLM, ranks: Ranks | None = None) -> Row:
+    """Put the best weights that the looks saw into `student`, those before the first step among them; which they are:
+    `step` of `steps`, `kl` and `loss` there, and at the end `last_kl` and `last_loss` (null if not finite).
+
+    Raises:
+        CorruptArtifact: no look found a finite number, or the weights cannot be read.
+    """
+    best, last = load_student(folder, student, "best", ranks), read_metrics(folder)[-1]
+    return best | {"steps": last["step"]} | {f"last_{k}": last.get(f"eval_{k}") for k in ("kl", "loss") if k in best}

@@ -105,18 +105,21 @@ class _ChunkedLoss(torch.autograd.Function):
             for i in range(0, len(hidden), chunk):
                 h = hidden[i : i + chunk]
                 logits = F.linear(h, weight).to(wide)
-                delta = None
+                delta = log_q = None
                 if kl_scale:
                     log_q = F.log_softmax(logits / temperature if temperature != 1 else logits, dim=-1)
                     total, delta = _kl_chunk(log_q, target[i : i + chunk], temperature)
                     sums[0] += total
                     delta.mul_(kl_scale / temperature)
-                if lm_scale:
+                if labels is not None:
                     label = labels[i : i + chunk]
                     known = (label != NO_LABEL).to(wide)
-                    log_q = F.log_softmax(logits, dim=-1)
+                    if log_q is None or temperature != 1:
+                        log_q = F.log_softmax(logits, dim=-1)
                     place = label.clamp(min=0)[:, None]
                     sums[1] -= (log_q.gather(-1, place)[:, 0] * known).sum()
+                if lm_scale:
+                    assert log_q is not None
                     pull = log_q.exp_().scatter_add_(-1, place, -torch.ones_like(place, dtype=wide))
                     pull.mul_((lm_scale * known)[:, None])
                     delta = pull if delta is None else delta.add_(pull)
@@ -144,8 +147,8 @@ def distillation_loss(hidden_nD: torch.Tensor, head_VD: torch.Tensor, target: Ta
                       temperature: float = 1.0, chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, [sum of kl, sum of lm] over the tokens, not scaled); the loss is differentiable in hidden and head.
 
-    `target` may be None if `kl_scale` is 0, `labels_n` if `lm_scale` is; a label of -1 has no lm term. A term whose
-    scale is 0 is not computed: its sum is 0.
+    `target` may be None if `kl_scale` is 0, `labels_n` if `lm_scale` is; a label of -1 has no lm term. With labels the
+    sum of lm is found whatever its scale; that of kl is 0 where its scale is.
     """
     loss, sums = _ChunkedLoss.apply(hidden_nD, head_VD, target, labels_n, temperature, kl_scale,  # type: ignore[no-untyped-call]
                                     lm_scale, chunk or chunk_tokens(len(head_VD), head_VD.device))

@@ -31,11 +31,13 @@ Row = dict[str, Any]
 
 @dataclass
 class Pupil:
-    """A student with its folder. `layers`: the teacher's layer of each of its own, for the cosine on streams."""
+    """A student with its folder. `layers`: the teacher's layer of each of its own, for the cosine on streams.
+    `evaluate`: a look at held-out blocks, with `kl` or `loss`."""
 
     student: HybridLM
     folder: Path
     layers: Sequence[int] = ()
+    evaluate: Callable[[HybridLM], dict[str, float]] | None = None
     skipped: int = 0
     step: int = 0
     best: Row = field(default_factory=dict)
@@ -43,7 +45,7 @@ class Pupil:
 
 @dataclass(frozen=True)
 class Batch:
-    """A process's part of a step, and the places of the whole step: with a KL term, with an LM term."""
+    """A process's part of a step, and the places of the whole step: with a KL, with a next token."""
 
     ids_BT: torch.Tensor
     mask_BT: torch.Tensor
@@ -53,7 +55,7 @@ class Batch:
     lm_count: int
 
     @classmethod
-    def make(cls, blocks: Blocks, numbers: list[int], ranks: Ranks, labelled: bool) -> Batch:
+    def make(cls, blocks: Blocks, numbers: list[int], ranks: Ranks) -> Batch:
         every = np.stack([blocks.block(n) for n in numbers])
         mask = torch.from_numpy(blocks.mask(every))
         labels = next_tokens(torch.from_numpy(every))
@@ -149,15 +151,18 @@ class Trainer:
                 raise RecipeError(f"distillation: {pupil.skipped} steps with a non-finite loss or gradient, the last "
                                   f"at step {pupil.step}; lower distillation.learning_rate ({s.learning_rate})")
         pupil.step += 1
-        row = {"step": pupil.step, "tokens": tokens, "lr": rate, "loss": _number(value), "grad_norm": _number(norm)}
-        if s.lm_loss_weight or s.hidden_loss_weight:
-            row |= {f"loss_{name}": _number(float(x)) for name, x, w in zip(("kl", "lm", "hidden"), self.sums, weights,
-                                                                           strict=True) if w}
+        kl, lm, hidden = (_number(float(x)) for x in self.sums)
+        row = {"step": pupil.step, "tokens": tokens, "lr": rate, "loss": lm, "grad_norm": _number(norm)}
+        row |= {"kl": kl} if s.kl_weight else {}
+        row |= {"hidden": hidden} if s.hidden_loss_weight else {}
+        row |= {"objective": _number(value)} if (s.kl_weight and s.lm_loss_weight) or s.hidden_loss_weight else {}
         return row
 
-    def evaluate(self, evaluate: Callable[[HybridLM], dict[str, float]], row: Row) -> None:
-        """Add what `evaluate` finds to the row; keep the weights if they are the best so far."""
-        found = evaluate(self.pupil.student)
+    def evaluate(self, row: Row) -> None:
+        """Add what the pupil's look finds to the row, if it has one; keep the weights if they are the best so far."""
+        if self.pupil.evaluate is None:
+            return
+        found = self.pupil.evaluate(self.pupil.student)
         row |= {f"eval_{k}": _number(v) for k, v in found.items()}
         best = self.pupil.best
         # several processes measure no KL, and one that goes on from them compares losses

@@ -11,13 +11,14 @@ from minipuzzle.core.errors import MinipuzzleError, RecipeError
 from minipuzzle.core.files import read_json, reading, replace_folder, restore_folder, write_atomic, write_sealed
 from minipuzzle.core.rundir import digest
 from minipuzzle.data.blocks import Blocks
-from minipuzzle.distill.loop import Trained, distill_model
+from minipuzzle.distill.loop import Trained, distill_model, load_best, say
 from minipuzzle.distill.precision import autocast, check_precision
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import reshard
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher
 from minipuzzle.distill.teacher import cache_teacher as cache_blocks
 from minipuzzle.distill.track import open_tracker
+from minipuzzle.distill.trainer import Row
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.module import HybridLM
@@ -88,17 +89,19 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
             done = distill_model(pupil, source, blocks, settings, state, layers=layers, ranks=ranks,
                                  evaluate=evaluate, track=tracker if ranks.main else lambda row: None,
                                  evaluate_every=max(1, settings.steps(blocks.sequence_length) // stages.EVALUATIONS),
-                                 progress=lambda tokens, loss: update(tokens, f"{tokens:,} tokens, loss {loss:.3f}"))
+                                 progress=lambda tokens, row: update(tokens, f"{tokens:,} tokens, {say(row)}"))
         selection = None
+        exported = load_best(state, pupil, ranks)
         weights = dict(stages.rounded(pupil, dtypes))  # all processes: the shards are put together
         found = {}
         if before is not None:
-            final, after, parent = _finish(job, small, layers, weights, before, compared, done)
+            report, after, parent = _finish(job, small, layers, weights, before, compared, done, exported)
             write_atomic(job.run.path / "metrics.jsonl", (state / "metrics.jsonl").read_text())
-            found = {"path": str(final), "tokens": done.tokens, "seconds": done.seconds, "loss_before": before["loss"],
-                     "kl_before": before.get("kl"), "loss": after["loss"], "kl": after.get("kl"),
-                     "loss_teacher": parent.get("loss"), "best_step": done.best_step, "skipped": done.skipped,
-                     "processes": ranks.size}
+            found = {"path": str(job.run.path / "model"), "tokens": done.tokens, "seconds": done.seconds,
+                     "loss_before": before["loss"], "kl_before": before.get("kl"), "loss": after["loss"],
+                     "kl": after.get("kl"), "loss_teacher": parent.get("loss"), "best_step": done.best_step,
+                     "exported": exported, "alerts": report["alerts"], "warnings": report["warnings"],
+                     "skipped": done.skipped, "processes": ranks.size}
         return dict(ranks.broadcast(found))
     except RecipeError:
         job.run.discard_unused()
@@ -150,8 +153,9 @@ def _begin(job: Job, inputs: dict[str, Any], cached: bool) -> None:
 
 def _finish(job: Job, small: ModelFolder, layers: tuple[int, ...], weights: dict[str, torch.Tensor],
             before: dict[str, float], compared: bool, done: Trained,
-            ) -> tuple[Path, dict[str, float], dict[str, float]]:
-    """(OUTPUT_DIR/model, its quality, the teacher's if known): written, through the gate, measured, with its card."""
+            exported: Row) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
+    """(the report of OUTPUT_DIR/model, its quality, the teacher's if known): written, through the gate, measured,
+    with its card."""
     unchecked, final = job.run.path / "model-unchecked", job.run.path / "model"
     ids = job.final_ids[:2]
     wanted = sample_logits(small.family, small.arch, weights.items(), ids)
@@ -160,11 +164,12 @@ def _finish(job: Job, small: ModelFolder, layers: tuple[int, ...], weights: dict
     reference = job.reference(job.final_ids) if compared else None
     after = _measure(Model.load(open_model(unchecked), job.device), job.final_ids, reference)
     parent = {} if reference is None else reference.quality()
-    report = distilled_report(job, small.arch, layers, {"parent": parent, "pruned": before, "distilled": after}, done)
+    report = distilled_report(job, small.arch, layers, {"parent": parent, "pruned": before, "distilled": after}, done,
+                              exported)
     for name, text in model_card_files(report).items():
         write_atomic(unchecked / name, text)
     replace_folder(unchecked, final)
-    return final, after, parent
+    return report, after, parent
 
 
 def _layer_map(small: ModelFolder, big: ModelFolder) -> tuple[int, ...]:

@@ -244,7 +244,8 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
 
 
 def check_disk(plan: Plan, folder: Path) -> None:
-    """Room for the states of the tournament and of the winner (weights and two moments, float32) and for the result.
+    """Room for the states of the tournament and of the winner (weights, two moments and the best weights, float32), and
+    for the result.
 
     Raises:
         ResourceError: too little.
@@ -252,7 +253,7 @@ def check_disk(plan: Plan, folder: Path) -> None:
     there = next(p for p in (folder, *folder.resolve().parents) if p.exists())
     free = shutil.disk_usage(there).free
     states = plan.recipe.search.finalists + 1 if plan.recipe.distillation.tokens else 0
-    needed = plan.largest.parameters * (12 * states + 8)
+    needed = plan.largest.parameters * (16 * states + 8)
     if free < needed:
         raise ResourceError(f"{there} has {human_bytes(free)} free, the run needs about {human_bytes(needed)}; "
                             "choose another disk with -o, or fewer search.finalists")

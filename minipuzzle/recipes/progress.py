@@ -108,4 +108,5 @@ class Terminal(Reporter):
                     self.say(f"{place} {name}: {done / total:.0%} after {now - begin:.0f} s {note}".rstrip() + eta)
 
             yield update
-        self.say(f"{place} {name}: {time.perf_counter() - begin:.1f} s {note}".rstrip())
+            bars.update(task, completed=total)
+        self.say(f"{place} {name}: done in {time.perf_counter() - begin:.1f} s {note}".rstrip())

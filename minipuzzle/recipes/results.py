@@ -30,6 +30,7 @@ from minipuzzle.search.rank import rank_correlation
 
 REPORT_CANDIDATES = 200
 _AGAIN = "run with --redo to make it again"
+WORSE = 1.1  # times the best: noise does not move the last looks of a cosine that far
 
 
 def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
     stages = stage_list(job)
     seconds = {s["name"]: s["seconds"] for s in stages}
     gap = plain["loss"] - parent["loss"]
+    alerts = _alerts(found["exported"], found)
     return _about(job, parent) | {
         "result": {"parameters": found["parameters"], "memory_bytes": chosen.cost.memory_bytes,
                    "loss_sliced": plain["loss"], "loss_pruned": pruned["loss"], "loss_distilled": final["loss"],
@@ -52,7 +54,7 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
                    "cost": chosen.cost.to_json(), "kept_layers": list(chosen.kept_layers),
                    "recovery": (plain["loss"] - final["loss"]) / gap if gap > 0 else None,
                    "gap_left": final["loss"] - parent["loss"], "reload_difference": found["reload_difference"],
-                   "refit": found.get("refit")},
+                   "refit": found.get("refit"), "exported": found["exported"]},
         "paired": _paired(final) | {"sliced": _paired(plain), "pruned": _paired(pruned)},
         "budget": job.plan.budget.to_json(),
         "scores": _scores(job, chosen),
@@ -62,19 +64,21 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
         "candidates": [c.to_json() for c in candidates[:REPORT_CANDIDATES]],
         "distillation": _distillation(job, candidates, seconds),
         "stages": stages,
-        "warnings": _warnings(job, gap),
+        "alerts": alerts,
+        "warnings": alerts + _warnings(job, gap),
         "defaults": _defaults(job),
         "samples": found["samples"],
     }
 
 
 def distilled_report(job: Job, student: Architecture, kept_layers: Sequence[int], measured: Mapping[str, Any],
-                     trained: Trained) -> dict[str, Any]:
+                     trained: Trained, exported: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of a model that was distilled alone, in the keys of report.json: for its card.
 
     `measured`: `parent`, `pruned` and `distilled` as evaluate/quality.py gives them; without a teacher `parent` is
-    empty.
+    empty. `exported`: as distill/loop.py's `load_best` tells it.
     """
+    alerts = _alerts(exported, measured)
     price = cost(student, job.plan.workload)
     pruned, final = measured["pruned"], measured["distilled"]
     return _about(job, measured["parent"]) | {
@@ -82,10 +86,11 @@ def distilled_report(job: Job, student: Architecture, kept_layers: Sequence[int]
                    "loss_distilled": final["loss"], "kl_pruned": pruned.get("kl"), "kl_distilled": final.get("kl"),
                    "agreement_distilled": final.get("agreement"), "path": str(job.run.path / "model"),
                    "architecture": student.to_json(), "cost": price.to_json(),
-                   "kept_layers": list(kept_layers) or None},
+                   "kept_layers": list(kept_layers) or None, "exported": dict(exported)},
         "paired": _paired(final) | {"pruned": _paired(pruned)},
         "distillation": {"tokens": trained.tokens, "seconds": trained.seconds},
-        "warnings": held_out_notes(job) + training_notes(job),
+        "alerts": alerts,
+        "warnings": alerts + held_out_notes(job) + training_notes(job),
     }
 
 
@@ -118,6 +123,30 @@ def _about(job: Job, parent: Mapping[str, Any]) -> dict[str, Any]:
 def _paired(quality: Mapping[str, float]) -> dict[str, float | None]:
     """The loss minus the parent's on the same blocks, and its standard error; null without a parent."""
     return {"loss_minus_parent": quality.get("loss_minus_parent"), "stderr": quality.get("loss_minus_parent_stderr")}
+
+
+def _alerts(exported: Mapping[str, Any] | None, found: Mapping[str, Any]) -> list[str]:
+    """What nobody may miss: training that made the model worse. `found`: `pruned` and `distilled`."""
+    if exported is None:
+        return []
+    out, name = [], "kl" if "kl" in exported else "loss"
+    best, last = exported[name], exported[f"last_{name}"]
+    what, at_the_end = "KL" if name == "kl" else "loss", "not finite" if last is None else f"{last:.3f}"
+    if exported["step"] == 0:
+        out.append(f"training made the model worse: its weights before training are exported. On the held-out blocks "
+                   f"that select, the {what} was {best:.3f} before the first of {exported['steps']} steps and is "
+                   f"{at_the_end} after the last; lower distillation.learning_rate")
+    elif last is None or last > WORSE * best:
+        out.append(f"training made the model worse from step {exported['step']} of {exported['steps']} on, whose "
+                   f"weights are exported: on the held-out blocks that select, the {what} was {best:.3f} there and is "
+                   f"{at_the_end} at the end; lower distillation.learning_rate")
+    for name, what in (("loss", "loss"), ("kl", "KL to the parent")):
+        before, after = found["pruned"].get(name), found["distilled"].get(name)
+        if before is not None and after is not None and after > before and exported["step"] > 0:
+            out.append(f"the result is worse than the model was before training: {what} {after:.3f} against "
+                       f"{before:.3f} on the held-out blocks that are reported; train on more tokens, or with another "
+                       "distillation.learning_rate")
+    return out
 
 
 def _scores(job: Job, chosen: Candidate) -> dict[str, Any]:
@@ -268,8 +297,8 @@ def stage_list(job: Job) -> list[dict[str, Any]]:
 
 def model_card_files(report: dict[str, Any]) -> dict[str, str]:
     """README.md and minipuzzle.json for the result's folder."""
-    keys = ("schema", "model", "license", "generated", "command", "seed", "parent", "result", "paired", "budget",
-            "workload", "evaluation", "recipe", "versions", "hashes", "hardware", "warnings")
+    keys = ("schema", "model", "license", "generated", "command", "seed", "parent", "result", "paired", "alerts",
+            "budget", "workload", "evaluation", "recipe", "versions", "hashes", "hardware", "warnings")
     about = json.dumps({k: report[k] for k in keys if k in report}, indent=1, allow_nan=False) + "\n"
     return {"README.md": model_card(report), "minipuzzle.json": about}
 

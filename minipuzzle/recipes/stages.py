@@ -21,11 +21,11 @@ from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.data.blocks import Blocks, load_blocks, tokenize
 from minipuzzle.data.corpus import parse_blend
 from minipuzzle.data.held_out import two_parts
-from minipuzzle.distill.loop import distill_model, distill_together, load_student
+from minipuzzle.distill.loop import distill_model, distill_together, load_best, read_metrics, say
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import whole
-from minipuzzle.distill.trainer import Pupil
-from minipuzzle.evaluate.quality import measure, measure_paths
+from minipuzzle.distill.trainer import Pupil, Row
+from minipuzzle.evaluate.quality import Reference, measure, measure_paths
 from minipuzzle.evaluate.sample import greedy
 from minipuzzle.importance.curves import measure_curves
 from minipuzzle.importance.layers import Scored, score_iteratively
@@ -201,11 +201,11 @@ def tournament(job: Job) -> None:
         for i in range(0, len(finalists), together):
             # in lock-step: the teacher reads each batch once for all of them
             group = finalists[i : i + together]
-            pupils = [Pupil(_student(job, c), job.state_folder(c), c.kept_layers) for c in group]
+            pupils = [Pupil(_student(job, c), job.state_folder(c), c.kept_layers, partial(_look, job, c, reference))
+                      for c in group]
             distill_together(pupils, job.model, training_blocks(job), settings(job), share,
-                             progress=partial(_say_loss, update, i * share, "best", len(group)))
-            results |= {c.name: measure(_as_written(job, c, p.student), reference)
-                        for c, p in zip(group, pupils, strict=True)}
+                             progress=partial(_say, update, i * share, "best", len(group)))
+            results |= {c.name: _at_the_end(job, c, share) for c in group}
         path = job.run.path / "search" / "tournament.json"
         every = rank([dataclasses.replace(c, after_distillation=results.get(c.name)) for c in every])
         job.write_candidates(path, [dataclasses.replace(c, chosen=i == 0) for i, c in enumerate(every)])
@@ -214,8 +214,20 @@ def tournament(job: Job) -> None:
     job.stage("tournament", share * job.plan.recipe.search.finalists, make)
 
 
-def _say_loss(update: Update, before: int, name: str, students: int, tokens: int, loss: float) -> None:
-    update(before + tokens * students, f"{name} loss {loss:.3f}")
+def _look(job: Job, candidate: Candidate, reference: Reference, student: HybridLM) -> dict[str, float]:
+    """The student as its checkpoint would be written, measured."""
+    return measure(_as_written(job, candidate, student), reference)
+
+
+def _at_the_end(job: Job, candidate: Candidate, tokens: int) -> dict[str, float]:
+    """What the look after so many tokens of training found."""
+    step = settings(job).steps(job.plan.recipe.distillation.sequence_length, tokens)
+    row = next(r for r in read_metrics(job.state_folder(candidate)) if r["step"] == step)
+    return {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_")}
+
+
+def _say(update: Update, before: int, name: str, students: int, tokens: int, row: Row) -> None:
+    update(before + tokens * students, f"{name}: {say(row)}")
 
 
 def settings(job: Job) -> TrainSettings:
@@ -296,9 +308,9 @@ def distill(job: Job) -> None:
         reference = job.reference(job.selection_ids)
         steps = settings(job).steps(d.sequence_length)
         distill_model(student, job.model, training_blocks(job), settings(job), state,
-                      evaluate=lambda s: measure(_as_written(job, candidate, s), reference),
+                      evaluate=partial(_look, job, candidate, reference),
                       evaluate_every=max(1, steps // EVALUATIONS),
-                      layers=candidate.kept_layers, progress=partial(_say_loss, update, 0, candidate.name, 1))
+                      layers=candidate.kept_layers, progress=partial(_say, update, 0, candidate.name, 1))
         write_atomic(metrics, (state / "metrics.jsonl").read_text())
         return [metrics]
 
@@ -326,8 +338,8 @@ def export(job: Job) -> None:
         student, reference = _student(job, candidate), job.reference(job.final_ids)
         pruned = measure(_as_written(job, candidate, student), reference)
         plain = measure(job.plain_cutter.cut(candidate.architecture, candidate.kept_layers), reference)
-        if job.plan.recipe.distillation.tokens:
-            load_student(job.state_folder(candidate), student)
+        trained = job.plan.recipe.distillation.tokens > 0
+        exported = load_best(job.state_folder(candidate), student) if trained else None
         unchecked, final = job.result.path / "model-unchecked", job.result.path / "model"
         config = candidate.architecture.to_config(job.folder.config)
         config["torch_dtype"] = str(job.folder.dtype).removeprefix("torch.")
@@ -337,8 +349,8 @@ def export(job: Job) -> None:
         update(0.3, "written; reloading in transformers")
         difference = reload_gate(unchecked, ids, wanted)
         written = open_model(unchecked)
-        result = {"reload_difference": difference, "sliced": plain, "pruned": pruned, "parameters": sum(
-            written.read(name).numel() for name in written.files)}
+        result = {"reload_difference": difference, "sliced": plain, "pruned": pruned, "exported": exported,
+                  "parameters": sum(written.read(name).numel() for name in written.files)}
         if result["parameters"] != candidate.cost.parameters:
             raise AssertionError(f"{result['parameters']} parameters written, {candidate.cost.parameters} priced")
         model = Model.load(written, job.device)

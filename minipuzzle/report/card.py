@@ -27,9 +27,9 @@ def model_card(report: dict[str, Any]) -> str:
     """Markdown with YAML front matter; what the report does not know is left out."""
     report = facts.clean(report)
     name = _plain(report.get("model") or "a hybrid model")
-    parts = [_front_matter(report), f"# {name}, made smaller", facts.verdict(report), facts.choice(report),
-             facts.recovery(report), _architecture(report), "## Numbers", _numbers(report), "## Load it",
-             _fence(_LOAD, "python"), _KEYS, _ENGINES,
+    parts = [_front_matter(report), f"# {name}, made smaller", _alerts(report), facts.verdict(report),
+             facts.choice(report), facts.recovery(report), _architecture(report), "## Numbers", _numbers(report),
+             "## Load it", _fence(_LOAD, "python"), _KEYS, _ENGINES,
              _fence("vllm serve path/to/this/folder", "sh"), "## How it was made", _made(report), _licence(report)]
     if report.get("command"):
         parts.append(_fence(str(report["command"]), "sh"))
@@ -38,6 +38,10 @@ def model_card(report: dict[str, Any]) -> str:
     if report.get("warnings"):
         parts += ["## Warnings", "\n".join(f"- {_plain(w)}" for w in report["warnings"])]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _alerts(report: dict[str, Any]) -> str:
+    return "\n>\n".join(f"> **Warning:** {_plain(text)}." for text in report.get("alerts") or [])
 
 
 def _front_matter(report: dict[str, Any]) -> str:
@@ -100,6 +104,7 @@ def _made(report: dict[str, Any]) -> str:
     if training.get("tokens") is not None:
         text += f" on {facts.count(training['tokens'])} tokens"
     text += "."
+    text += f" {facts.exported(report)}" if facts.exported(report) else ""
     if evaluation.get("tokens") is not None:
         text += (f" Held-out numbers: {evaluation['tokens']:,} tokens of {_plain(evaluation.get('source') or 'text')}"
                  " that were kept apart from calibration and training.")

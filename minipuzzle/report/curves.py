@@ -173,7 +173,7 @@ def ranks(report: dict[str, Any]) -> Figure | None:
 
 def tournament(report: dict[str, Any]) -> Figure | None:
     """Training KL of the finalists over the tournament."""
-    runs = [(at(r, "candidate"), *_series(at(r, "curve"), "tokens", "loss"))
+    runs = [(at(r, "candidate"), *_series(at(r, "curve"), "tokens", "kl"))
             for r in at(report, "distillation", "tournament") or []]
     runs = [r for r in runs if len(r[1]) > 1]
     if not runs:
@@ -200,7 +200,7 @@ def distillation(report: dict[str, Any]) -> Figure | None:
     """The result's KL over training, in training batches and on held-out blocks; and the held-out loss of each step
     from the parent to the result, all on the same blocks."""
     curve = at(report, "distillation", "curve")
-    tokens, train = _series(curve, "tokens", "loss")
+    tokens, train = _series(curve, "tokens", "kl")
     if len(tokens) < 2:
         return None
     figure = Figure(figsize=(WIDE, 2.7), layout="constrained")

@@ -221,6 +221,16 @@ def recovery(report: dict[str, Any]) -> str:
             + (f" and leaves {number(left)} nats per token." if left is not None else "."))
 
 
+def exported(report: dict[str, Any]) -> str:
+    """Which weights were exported, and why those."""
+    found = at(report, "result", "exported")
+    if at(found, "step") is None or at(found, "steps") is None:
+        return ""
+    which = f"of step {found['step']:,} of {found['steps']:,}" if found["step"] else "from before training"
+    return (f"The weights exported are those {which}: of all looks during training, the first before it, they were "
+            "the best on the held-out blocks that select.")
+
+
 def difference(report: dict[str, Any]) -> str:
     """The result's loss minus the parent's, with the paired standard error."""
     value, error = (at(report, "paired", key) for key in ("loss_minus_parent", "stderr"))

@@ -113,7 +113,8 @@ def _note(report: dict[str, Any], section: str) -> str:
     if section == "distillation" and training.get("tokens") is not None:
         speed = training.get("tokens_per_second")
         return (f"{facts.count(training['tokens'])} tokens in {facts.duration(training.get('seconds'))}"
-                + (f", {speed:,.0f} tokens per second." if speed is not None else "."))
+                + (f", {speed:,.0f} tokens per second." if speed is not None else ".")
+                + f" {facts.exported(report)}").rstrip()
     return ""
 
 

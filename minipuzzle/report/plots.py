@@ -153,7 +153,7 @@ def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric
 
 def _trained(report: dict[str, Any], candidate: dict[str, Any], metric: str) -> float | None:
     """A candidate's quality after the longest training it had."""
-    final = at(report, "result", f"{metric}_distilled") if candidate is facts.chosen(report) else None
+    final = at(report, "result", "exported", metric) if candidate is facts.chosen(report) else None
     after: float | None = at(candidate, "after_distillation", metric)
     return after if final is None else final
 
