@@ -195,6 +195,43 @@ def test_prune_is_stopped_and_continued(kit: ModuleType, tmp_path: Path) -> None
     assert found["against_cpu"]["scores"] == 0  # the CPU against itself
 
 
+# a machine with mamba-ssm ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels_that_need_a_gpu(tmp_path: Path) -> Path:
+    """A mamba_ssm that imports, and refuses tensors of the CPU as Triton does."""
+    folder = tmp_path / "site"
+    for name in ("mamba_ssm", "mamba_ssm/ops", "mamba_ssm/ops/triton"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").touch()
+    for module, function in (("ssd_combined", "mamba_chunk_scan_combined"), ("selective_state_update", "selective_state_update")):
+        (folder / "mamba_ssm" / "ops" / "triton" / f"{module}.py").write_text(
+            f"def {function}(*args, **more):\n    raise ValueError('Pointer argument cannot be accessed from Triton')\n")
+    return folder
+
+
+def test_the_gate_computes_without_kernels(kernels_that_need_a_gpu: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers takes mamba-ssm's kernels wherever they import; the gate computes on the CPU."""
+    import torch
+
+    from minipuzzle.surgery.fresh_process import transformers_logits
+
+    monkeypatch.setenv("PYTHONPATH", str(kernels_that_need_a_gpu))
+    logits, _ = transformers_logits(model_folder, torch.arange(40)[None], torch.tensor([0, 39]))
+    assert logits.shape[:2] == (1, 2)
+    assert bool(torch.isfinite(logits).all())
+
+
+def test_doctor_tells_of_kernels_without_a_gpu(kernels_that_need_a_gpu: Path) -> None:
+    """They are installed and no GPU is there: a line of the doctor, no traceback."""
+    done = subprocess.run([sys.executable, "-m", "minipuzzle", "doctor", "--json"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(kernels_that_need_a_gpu), "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 1, done.stderr
+    assert [(c["name"], c["value"]) for c in json.loads(done.stdout) if not c["ok"]] == [
+        ("transformers computes a Mamba-2 layer on cpu", "Pointer argument cannot be accessed from Triton")]
+
+
 # the machinery ---------------------------------------------------------------------------------------------------
 
 STEPS_OF_A_TEST = '''

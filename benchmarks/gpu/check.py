@@ -388,6 +388,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:
+        if args.tiny:  # these need a GPU; where they are installed transformers takes them without one
+            sys.modules["mamba_ssm"] = sys.modules["causal_conv1d"] = None  # type: ignore[assignment]
         return child(args.child, args.out, args.tiny)
     with terminated_is_raised():
         statuses = run_steps(chosen(args.steps), args.out, args.minutes, args.tiny, args.retry)
