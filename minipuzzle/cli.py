@@ -16,14 +16,40 @@ import yaml
 from click.core import ParameterSource
 
 from minipuzzle._version import __version__
-from minipuzzle.core import interrupt
-from minipuzzle.core.budget import human_bytes, human_count, parse_quantity
+from minipuzzle.core import environment, interrupt
+from minipuzzle.core.budget import MOST_SERVED, human_bytes, human_count, parse_quantity
 from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError
-from minipuzzle.core.files import CANDIDATES_BYTES, our_error, read_json
+from minipuzzle.core.files import CANDIDATES_BYTES, our_error, parse_yaml, read_json
 
 if TYPE_CHECKING:
     from minipuzzle.recipes.progress import Reporter
     from minipuzzle.recipes.schema import Recipe
+
+
+LONGEST_LINE = 2000  # of an error: what it quotes may be any length
+
+
+class _Path(click.Path):
+    """A path as a user writes it, or with `names` also a name in its place: not empty, and not one that the system
+    refuses to look at. Whether anything is there, and what, the verbs say."""
+
+    def __init__(self, names: bool = False) -> None:
+        super().__init__(path_type=str if names else Path)
+        self.names = names
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value).strip():
+            self.fail("it is empty; name a file or a folder.", param, ctx)
+        try:
+            os.stat(value)
+        except FileNotFoundError:
+            pass
+        except NotADirectoryError as error:
+            if not self.names:
+                self.fail(f"{value}: {error.strerror}.", param, ctx)
+        except OSError as error:
+            self.fail(f"{str(value)[:100]}: {error.strerror}.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class _Group(click.Group):
@@ -37,9 +63,12 @@ class _Group(click.Group):
                 ranks.end_if_joined(error.code if isinstance(error.code, int) else int(error.code is not None))
             raise
 
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **kwargs: Any) -> click.Context:
         try:
-            return super().make_context(*args, **kwargs)
+            for arg in args:
+                if "\0" in arg or not _is_utf8(arg):
+                    raise click.UsageError(f"{ascii(arg)[:100]} is not UTF-8 text; rename what it names.")
+            return super().make_context(info_name, args, *rest, **kwargs)
         except click.UsageError as error:
             _refuse(error)
 
@@ -60,8 +89,18 @@ class _Group(click.Group):
             sys.exit(130)
 
 
+def _is_utf8(text: str) -> bool:
+    """Whether text from the system is; bytes that are not come as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _say_and_exit(error: MinipuzzleError) -> NoReturn:
-    click.echo(f"minipuzzle: {' '.join(str(error).split())}", err=True)
+    text = " ".join(str(error).split())
+    click.echo(f"minipuzzle: {text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + '...'}", err=True)
     sys.exit(error.exit_code)
 
 
@@ -69,7 +108,9 @@ def _refuse(error: click.UsageError) -> NoReturn:
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         raise error
     command = error.ctx.command_path if error.ctx else "minipuzzle"
-    click.echo(f"minipuzzle: {' '.join(error.format_message().split())} See '{command} --help'.", err=True)
+    text = " ".join(error.format_message().split())
+    text = text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + "..."
+    click.echo(f"minipuzzle: {text} See '{command} --help'.", err=True)
     sys.exit(error.exit_code)
 
 
@@ -83,6 +124,7 @@ def main() -> None:
     minipuzzle prune FOLDER --budget memory=8GiB      your own
     """
     interrupt.install(keeps=False)
+    environment.check()
 
 
 def _pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
@@ -101,9 +143,10 @@ def _settings(values: tuple[str, ...]) -> dict[str, Any]:
     out = {}
     for key, text in _pairs(values, "--set").items():
         try:
-            out[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise RecipeError(f"--set {key}={text}: the value is not YAML") from None
+            out[key] = parse_yaml(text)
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", error)
+            raise RecipeError(f"--set {key}={text}: the value is not YAML ({problem})") from None
     return out
 
 
@@ -117,22 +160,42 @@ memory_option = click.option("--memory", "memory_bytes", metavar="SIZE", callbac
                                   "layer. Default: the device's.")
 
 
-def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--recipe, --budget, --data, --set; the command gets `recipe`."""
-    @click.option("--recipe", "name", default="default", show_default=True, help="A shipped recipe or a YAML file.")
-    @click.option("--budget", "budgets", multiple=True, metavar="KEY=VALUE",
-                  help="memory=31.7GiB, params=4.5B, kv_cache=0.5x, ...; in place of the recipe's. Repeatable.")
-    @click.option("--data", help="stdlib, a text, JSONL or parquet file or folder, hf:owner/name; or a=0.7,b=0.3.")
-    @click.option("--set", "settings", multiple=True, metavar="A.B=C",
-                  help="One key of the recipe. Repeatable; of the same key the last counts.")
-    @functools.wraps(command)
-    def wrapped(name: str, budgets: tuple[str, ...], data: str | None, settings: tuple[str, ...], **rest: Any) -> Any:
-        from minipuzzle.recipes.schema import Recipe
+def recipe_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--recipe, --set, and --budget and --data where the verb reads them; the command gets `recipe`.
 
-        recipe = Recipe.load(name, budget=_pairs(budgets, "--budget"), data=data,
-                             settings=_settings(settings))
-        return command(recipe=recipe, **rest)
-    return wrapped
+    `sections`: those of a recipe that the verb reads, all if none is named. A recipe's file may have the others, for
+    other verbs; a setting that would be ignored is refused.
+    """
+    budget = click.option("--budget", "budgets", multiple=True, metavar="KEY=VALUE",
+                          help="memory=31.7GiB, params=4.5B, kv_cache=0.5x, ...; in place of the recipe's. Repeatable.")
+    data = click.option("--data", help="stdlib, a text, JSONL or parquet file or folder, hf:owner/name; or "
+                                       "a=0.7,b=0.3.")
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @click.option("--recipe", "name", default="default", show_default=True, type=_Path(names=True), metavar="NAME",
+                      help="A shipped recipe or a YAML file.")
+        @click.option("--set", "settings", multiple=True, metavar="A.B=C",
+                      help="One key of the recipe. Repeatable; of the same key the last counts.")
+        @functools.wraps(command)
+        def wrapped(name: str, settings: tuple[str, ...], budgets: tuple[str, ...] = (), data: str | None = None,
+                    **rest: Any) -> Any:
+            from minipuzzle.recipes.schema import Recipe
+
+            recipe = Recipe.load(name, budget=_pairs(budgets, "--budget"), data=data, settings=_settings(settings))
+            refuse_unread(settings, sections)
+            return command(recipe=recipe, **rest)
+
+        wrapped = data(wrapped) if not sections or "calibration" in sections else wrapped
+        return budget(wrapped) if not sections or "budget" in sections else wrapped
+    return decorate
+
+
+def refuse_unread(settings: tuple[str, ...], sections: tuple[str, ...], why: str = "") -> None:
+    """Raise RecipeError for a `--set` in a section that the verb does not read; without `sections` it reads all."""
+    for key in _pairs(settings, "--set"):
+        if sections and key.partition(".")[0] not in sections:
+            raise RecipeError(f"--set {key}: '{click.get_current_context().command_path}' does not read "
+                              f"{key.partition('.')[0]}{why}; it reads {', '.join(sections)}")
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -151,8 +214,9 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("-v", "--verbose", is_flag=True, help="Also what each stage says while it runs."),
         json_option,
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
-        click.option("--seed", default=0, show_default=True),
-        click.option("-o", "--output-dir", type=click.Path(path_type=Path),
+        click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1),
+                     help="Of all that is drawn by chance."),
+        click.option("-o", "--output-dir", type=_Path(),
                      help="Default: a function of model and recipe."),
     ):
         wrapped = option(wrapped)
@@ -178,8 +242,8 @@ def _command() -> str:
 
 
 @main.command()
-@click.argument("model", required=False)
-@recipe_options
+@click.argument("model", required=False, type=_Path(names=True))
+@recipe_options()
 @run_options
 @memory_option
 @click.option("--candidate", help="With a run as MODEL: distil this candidate too, into RUN/candidates/NAME/.")
@@ -226,12 +290,12 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", type=_Path(names=True))
 @click.option("--precision", default="bf16", show_default=True)
 @click.option("--kv-precision", default="bf16", show_default=True)
 @click.option("--state-precision", default="fp32", show_default=True)
 @click.option("--context", default="1k", show_default=True, help="Tokens; k = 1024, M = 1024^2.")
-@click.option("--batch", default=1, show_default=True)
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1, MOST_SERVED))
 @json_option
 def inspect(model: str, precision: str, kv_precision: str, state_precision: str, context: str, batch: int,
             as_json: bool) -> None:
@@ -260,8 +324,8 @@ def inspect(model: str, precision: str, kv_precision: str, state_precision: str,
 
 
 @main.command()
-@click.argument("model")
-@recipe_options
+@click.argument("model", type=_Path(names=True))
+@recipe_options("calibration", "scores", "space", "evaluation", "surgery", "distillation")
 @run_options
 @memory_option
 def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool,
@@ -276,19 +340,19 @@ def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device
     from minipuzzle.recipes.results import records
 
     path, table = single.score(model, recipe, output_dir, seed, device, reporter, _command(), memory_bytes)
-    if os.environ.get("RANK", "0") != "0":
+    if environment.rank() != 0:
         return
     _print({"path": str(path), "layers": records(table)}, as_json,
            [table.to_string(index=False), f"scores      {path}"])
 
 
 @main.command()
-@click.argument("run", required=False, type=click.Path(path_type=Path))
-@click.option("--model", "config", type=click.Path(path_type=Path), help="A folder, a config.json or a published name.")
-@click.option("--scores", type=click.Path(path_type=Path),
+@click.argument("run", required=False, type=_Path())
+@click.option("--model", "config", type=_Path(), help="A folder, a config.json or a published name.")
+@click.option("--scores", type=_Path(),
               help="A run, its scores folder, or a CSV of layer,kind,METRIC.")
-@recipe_options
-@click.option("-o", "--output-dir", type=click.Path(path_type=Path))
+@recipe_options("budget", "workload", "scores", "space", "search")
+@click.option("-o", "--output-dir", type=_Path())
 @json_option
 def search(run: Path | None, config: Path | None, scores: Path | None, recipe: Recipe, output_dir: Path | None,
            as_json: bool) -> None:
@@ -302,8 +366,6 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
     """
     from minipuzzle.recipes.research import research, run_recipe
 
-    if _given("data"):
-        raise RecipeError("search reads scores and no data; leave --data out")
     if run is not None and not _given("name"):
         given = click.get_current_context().params
         recipe = run_recipe(run, _pairs(given["budgets"], "--budget"),
@@ -318,12 +380,13 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
 
 
 @main.command()
-@click.argument("model")
-@click.option("--teacher", help="A model folder to compare with: KL and agreement.")
+@click.argument("model", type=_Path(names=True))
+@click.option("--teacher", type=_Path(names=True), metavar="MODEL",
+              help="A model folder to compare with: KL and agreement.")
 @click.option("--latency", is_flag=True, help="Also tokens per second at the recipe's workload.context and batch.")
 @click.option("--tasks", help="Also these tasks of lm-eval, comma-separated; needs the eval extra.")
 @click.option("--limit", type=click.IntRange(1), help="Of each task only so many questions.")
-@recipe_options
+@recipe_options("calibration", "evaluation", "workload")
 @click.option("--device", default="cpu", show_default=True)
 @json_option
 def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, limit: int | None, recipe: Recipe,
@@ -339,6 +402,9 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
 
     if limit is not None and tasks is None:
         raise RecipeError("--limit is for --tasks")
+    if not latency:
+        refuse_unread(click.get_current_context().params["settings"], ("calibration", "evaluation"),
+                      " without --latency")
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     data = single.evaluate(model, teacher, recipe, device, latency, names, limit)
     paired = {f"{'' if k.startswith('loss') else 'paired_'}{k}": v for k, v in (data.get("paired") or {}).items()}
@@ -356,11 +422,11 @@ def _scores_of(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @main.command()
-@click.argument("student")
-@click.option("--teacher", required=True, help="The parent's folder.")
-@recipe_options
+@click.argument("student", type=_Path(names=True))
+@click.option("--teacher", required=True, type=_Path(names=True), metavar="MODEL", help="The parent's folder.")
+@recipe_options("calibration", "evaluation", "distillation")
 @run_options
-@click.option("--cache-teacher", type=click.Path(path_type=Path), metavar="DIR",
+@click.option("--cache-teacher", type=_Path(), metavar="DIR",
               help="Write the teacher's distillation.top_k words to DIR once, and train from there without it.")
 @click.option("--track", help="Also send the metrics to tensorboard, wandb or trackio.")
 def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str,
@@ -377,15 +443,15 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
         raise RecipeError("distill needs an output folder: -o FOLDER")
     data = distill_folder(student, teacher, recipe, output_dir, seed, device, reporter, _command(), cache_teacher,
                           track)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if environment.rank() == 0:
         than = "" if data["loss_teacher"] is None else f" (teacher {data['loss_teacher']:.3f})"
         _print(data, as_json, [f"loss        {data['loss_before']:.3f} -> {data['loss']:.3f}{than}",
                                f"model       {data['path']}", *_warnings(data)])
 
 
 @main.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The comparison's file; default comparison.html.")
+@click.argument("runs", nargs=-1, required=True, type=_Path())
+@click.option("-o", "--output", type=_Path(), help="The comparison's file; default comparison.html.")
 @json_option
 def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     """report.json -> report.html again; of several runs one page that compares them.
@@ -418,7 +484,7 @@ def _report_of(run: Path) -> dict[str, Any]:
 
 
 @main.command()
-@click.argument("model", required=False)
+@click.argument("model", required=False, type=_Path(names=True))
 @json_option
 def doctor(model: str | None, as_json: bool) -> None:
     """Is this installation able and right: versions, devices, memory, disk; causality of the SSM path, run here.
@@ -470,7 +536,7 @@ def recipes_show(name: str, as_json: bool) -> None:
 
 @recipes.command("copy")
 @click.argument("name")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=_Path())
 @json_option
 def recipes_copy(name: str, file: Path, as_json: bool) -> None:
     """Copy a recipe to a file of yours. Example: minipuzzle recipes copy default mine.yaml"""

@@ -23,6 +23,8 @@ torch.set_num_threads(1)
 # Examples are the same in every run, and no example fails for being slow on a busy machine.
 settings.register_profile("house", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
                           database=None)
+# for a search by hand: pytest --hypothesis-profile=many tests/test_hostile.py
+settings.register_profile("many", deadline=None, max_examples=2000, suppress_health_check=list(HealthCheck), database=None)
 settings.load_profile("house")
 
 WORDS = """the state of a hybrid model is small and its memory does not grow with the text that it reads while attention

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -23,21 +23,12 @@ from minipuzzle.core.files import read_sealed, write_sealed
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.core.rundir import content_hash
 from minipuzzle.data.corpus import Document, documents, is_held_out, name_hash
+from minipuzzle.data.tokenizer import Tokenizer, encode
 
 SPLITS = ("train", "held_out")
 _BATCH = 64  # documents handed to the tokenizer at once
 _SAVE_EVERY_S = 30.0
 _AGAIN = "run with --redo to make stage tokenize again"
-
-
-class Tokenizer(Protocol):
-    """What is needed of a Hugging Face fast tokenizer."""
-
-    eos_token_id: int | None
-
-    def __call__(self, text: list[str], **options: Any) -> Any: ...
-
-    def __len__(self) -> int: ...
 
 
 class Blocks(ABC):
@@ -176,13 +167,16 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
                         file.truncate(counts[split] * np.dtype(dtype).itemsize)
                         file.seek(0, os.SEEK_END)
                 continue
-            encoded = tokenizer([text for _, text in chunk], add_special_tokens=False, return_attention_mask=False)
-            for (name, text), ids in zip(chunk, encoded["input_ids"], strict=True):
+            encoded = encode(tokenizer, [text for _, text in chunk])
+            for (name, text), ids in zip(chunk, encoded, strict=True):
                 split = "held_out" if is_held_out(name) or name in also_held_out else "train"
                 raw = text.encode()
                 digest.update(name.encode() + b"\0" + raw + b"\0")
                 if tokenizer.eos_token_id is not None:
                     ids = [*ids, tokenizer.eos_token_id]
+                if max(ids, default=0) > np.iinfo(dtype).max:
+                    raise CorruptArtifact(f"the tokenizer has {len(tokenizer)} tokens and makes token {max(ids)}; put "
+                                          "the model's own tokenizer there")
                 data = np.asarray(ids, dtype=dtype).tobytes()
                 files[split].write(data)
                 hashes[split].update(data)

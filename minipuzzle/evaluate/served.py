@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from minipuzzle.core.errors import RecipeError
+from minipuzzle.data.tokenizer import load_tokenizer, stock_errors
 
 
 def open_served(path: Path, device: str) -> Any:
@@ -20,7 +21,9 @@ def open_served(path: Path, device: str) -> Any:
 
     logging.set_verbosity_error()  # `doctor` says which kernels are not there
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype="auto", local_files_only=True).to(device).eval()
+    with stock_errors(path, "model"):
+        model = AutoModelForCausalLM.from_pretrained(str(path), dtype="auto", local_files_only=True,
+                                                     trust_remote_code=False).to(device).eval()
     for module in model.modules():
         if hasattr(module, "time_step_limit"):
             module.time_step_limit = (0.0, float("inf"))
@@ -74,10 +77,8 @@ def tasks(path: Path, names: list[str], device: str, limit: int | None = None) -
     """lm-eval's results of each task (or task file), with the versions of the tasks."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    served = HFLM(pretrained=open_served(path, device), tokenizer=tokenizer)
+    served = HFLM(pretrained=open_served(path, device), tokenizer=load_tokenizer(path, False))
     found = simple_evaluate(model=served, tasks=names, limit=limit)
     keys = {"results": "results", "versions": "versions", "n_samples": "n-samples"}
     return dict(json.loads(json.dumps({name: found.get(key) for name, key in keys.items()}, default=float)))

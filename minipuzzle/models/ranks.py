@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from minipuzzle.core import environment
 from minipuzzle.core.errors import MinipuzzleError, ResourceError
 
 
@@ -97,12 +98,13 @@ def open_ranks(device: torch.device) -> Ranks:
     """Join the processes that torchrun started (gloo on CPU, nccl on GPU); alone without torchrun.
 
     Raises:
-        ResourceError: more processes on this machine than it has GPUs.
+        RecipeError: the environment's numbers are none. ResourceError: more processes on this machine than it has GPUs.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    environment.check_group()
+    size = environment.world_size()
     if size == 1:
         return Ranks(device)
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local = environment.number("LOCAL_RANK", 0)
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
             raise ResourceError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; "

@@ -17,6 +17,7 @@ import torch
 
 from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.errors import MinipuzzleError, ResourceError
+from minipuzzle.data.tokenizer import load_tokenizer
 from minipuzzle.distill.precision import FP8_CAPABILITY
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.nemotron_h import NemotronH
@@ -100,9 +101,11 @@ def _model(model: str) -> list[dict[str, Any]]:
         check_prunable(arch, config)
         if there:
             open_model(Path(model))
+            load_tokenizer(Path(model))
     except MinipuzzleError as error:
         return [_check(f"{model} can be pruned", " ".join(str(error).split()), False)]
-    what = "the weights' names and shapes are right" if there else "by its configuration; no weights were looked at"
+    what = ("the weights' names and shapes are right, the tokenizer works" if there else
+            "by its configuration; no weights were looked at")
     checks = [_check(f"{model} can be pruned", f"{arch}; {what}", True)]
     try:
         plans = {device: make_plan(arch, Recipe(), memory_bytes=machine_memory(device)) for device in devices()}

@@ -23,6 +23,7 @@ from minipuzzle.data.blend import BlendedBlocks
 from minipuzzle.data.blocks import Blocks, load_blocks
 from minipuzzle.data.corpus import identity, parse_blend
 from minipuzzle.data.held_out import two_parts
+from minipuzzle.data.tokenizer import load_tokenizer
 from minipuzzle.evaluate.quality import Reference
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.ranks import Ranks
@@ -72,14 +73,7 @@ class Job:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            # whole documents go in, to be cut into blocks: the model's own maximum does not apply
-            return AutoTokenizer.from_pretrained(str(self.folder.path), local_files_only=True, model_max_length=2**62)
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"{self.folder.path} has no tokenizer that transformers can load "
-                              f"({str(error).splitlines()[0]})") from None
+        return load_tokenizer(self.folder.path)
 
     @cached_property
     def model(self) -> Model:

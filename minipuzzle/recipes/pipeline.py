@@ -7,7 +7,6 @@ Every stage leaves files and a manifest (core/rundir.py): the same command conti
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from minipuzzle.core import interrupt
+from minipuzzle.core.environment import world_size
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.files import (
     CANDIDATES_BYTES,
@@ -122,7 +122,7 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
             model, recipe, output_dir, seed = reopen(model, [])
     recipe = recipe or Recipe()
     where = find_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if world_size() > 1:
         raise RecipeError("prune runs in one process; score and distill are the verbs for torchrun")
     folder, plan = prepare(model, recipe, memory_to_use(memory_bytes, where))
     path = Path(output_dir) if output_dir else default_output(folder, recipe, seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from minipuzzle.core.environment import world_size
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.rundir import RunDir
 from minipuzzle.core.scores import LayerScores
@@ -24,7 +24,7 @@ from minipuzzle.recipes.job import Job
 from minipuzzle.recipes.pipeline import run_stages
 from minipuzzle.recipes.plan import check_memory, find_device, make_plan, memory_to_use
 from minipuzzle.recipes.progress import Reporter
-from minipuzzle.recipes.schema import Recipe, SpaceSection
+from minipuzzle.recipes.schema import DistillationSection, Recipe, SpaceSection
 from minipuzzle.recipes.source import default_output, find_model
 
 
@@ -76,7 +76,7 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
 
     With `speed` also latency, at the recipe's context and batch; with `task_names` also lm-eval's results.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if world_size() > 1:
         raise RecipeError("evaluate runs in one process; start it without torchrun")
     if task_names:
         check_tasks(list(task_names))
@@ -85,8 +85,11 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
     if other.arch.vocab_size != folder.arch.vocab_size:
         raise RecipeError(f"vocabularies differ: {folder.arch.vocab_size} and the teacher's {other.arch.vocab_size}")
     with tempfile.TemporaryDirectory() as scratch:
-        spaceless = recipe.model_copy(update={"space": SpaceSection()})  # the recipe's is another model's
-        job = open_job(folder, spaceless, Path(scratch) / "run", 0, device, Reporter(), "")
+        data = recipe.evaluation.data
+        alone = recipe.model_copy(update={  # the recipe's space is another model's, and no other data are read
+            "space": SpaceSection(), "calibration": recipe.calibration.model_copy(update={"data": data}),
+            "distillation": DistillationSection(data=data, tokens=0)})
+        job = open_job(folder, alone, Path(scratch) / "run", 0, device, Reporter(), "")
         try:
             stages.tokenize_data(job)
             if teacher is None:
@@ -100,8 +103,8 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
             job.run.close()
     out: dict[str, Any] = {"model": str(folder.path), "teacher": str(other.path) if teacher is not None else None,
                            "tokens": reference.ids.numel()}
-    alone = ("loss", "loss_stderr", "accuracy")
-    out |= {k: v for k, v in found.items() if teacher is not None or k in alone}
+    of_one = ("loss", "loss_stderr", "accuracy")
+    out |= {k: v for k, v in found.items() if teacher is not None or k in of_one}
     if teacher is not None:
         out["paired"] = {"loss_minus_parent": out.pop("loss_minus_parent"),
                          "stderr": out.pop("loss_minus_parent_stderr", None)}

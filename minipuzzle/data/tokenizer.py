@@ -1,0 +1,95 @@
+"""The tokenizer of a model folder, and what transformers raises about a folder, as ours.
+
+No code of the folder is run: where its tokenizer (or model) is a class of its own, transformers would ask on stdin
+whether to import it, unless `trust_remote_code` is False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError, UnsupportedModel
+from minipuzzle.core.files import our_error, read_json
+
+# any of these is a tokenizer that transformers may know
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+
+class Tokenizer(Protocol):
+    """What is needed of a Hugging Face fast tokenizer."""
+
+    eos_token_id: int | None
+
+    def __call__(self, text: list[str], **options: Any) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+
+def load_tokenizer(folder: Path, whole_documents: bool = True) -> Any:
+    """The tokenizer of a model folder, tried on a few words. `whole_documents`: without the model's own maximum, for
+    texts that are cut into blocks afterwards.
+
+    Raises:
+        RecipeError: the folder has none.
+        UnsupportedModel: it is code of the folder, or of a class that this transformers does not have.
+        CorruptArtifact: its files are damaged.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    if not any((folder / name).is_file() for name in FILES):
+        raise RecipeError(f"{folder} has no tokenizer that transformers can load (none of {', '.join(FILES)}); copy "
+                          "the model's own there")
+    config = folder / "tokenizer_config.json"
+    name = str(read_json(config).get("tokenizer_class"))[:100] if config.is_file() else "of an unknown class"
+    with stock_errors(folder, "config.json"):  # which the result has too: better now than at its reload gate
+        AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    with stock_errors(folder, f"tokenizer {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False,
+                                                  **({"model_max_length": 2**62} if whole_documents else {}))
+        end = tokenizer.eos_token_id
+        if not (end is None or (type(end) is int and end >= 0)) or len(tokenizer) < 1:
+            raise ValueError(f"it has {len(tokenizer)} tokens and ends a text with {end!r}")
+        encode(tokenizer, ["def few(words): return 1"])
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """The token ids of each text, without the special tokens of its beginning and end.
+
+    Raises:
+        CorruptArtifact: the tokenizer fails, or its ids are no tokens.
+    """
+    with stock_errors(getattr(tokenizer, "name_or_path", ""), "tokenizer"):
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        if len(ids) != len(texts) or any(min(row, default=0) < 0 or max(row, default=0) >= 2**32 for row in ids):
+            raise ValueError("it gives no tokens")
+    return ids
+
+
+@contextmanager
+def stock_errors(folder: Path | str, what: str) -> Iterator[None]:
+    """A block in which transformers reads `what` of a folder: whatever it raises is about the folder.
+
+    Its readers raise some forty classes, plain `Exception` and Rust's panics among them.
+    """
+    try:
+        yield
+    except (MinipuzzleError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModel(f"{folder}: its {what} is code of that folder, which is never run; give the model a "
+                                   "tokenizer.json of a class that transformers has, and take out auto_map") from None
+        if isinstance(error, ImportError) or "does not exist or is not currently imported" in str(error):
+            raise UnsupportedModel(f"{folder}: its {what} is not in this transformers ({reason}); give the model a "
+                                   "tokenizer.json of a class that is") from None
+        if isinstance(error, OSError) and error.errno:
+            raise our_error(error, folder) from None
+        raise CorruptArtifact(f"{folder}: its {what} cannot be used ({reason}); fetch the folder's files again"
+                              ) from None
