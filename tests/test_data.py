@@ -385,7 +385,7 @@ def test_a_source_without_an_end_is_read_as_far_as_needed(texts: Path, tokenizer
     counted, enough = Counting(tokenizer), {"train": 3000, "held_out": 50}
     tokenize(str(texts), counted, tmp_path, "id", enough=enough)
     about = json.loads((tmp_path / "tokens.json").read_text())
-    assert counted.seen == about["documents"] < 400
+    assert counted.seen < about["documents"] < 400  # what is more of a split than enough is not tokenised
     assert all(about["tokens"][split] >= count for split, count in enough.items())
     again = Counting(tokenizer)
     tokenize(str(texts), again, tmp_path, "id", enough={"train": 2000, "held_out": 50})
@@ -394,6 +394,29 @@ def test_a_source_without_an_end_is_read_as_far_as_needed(texts: Path, tokenizer
     assert again.seen > counted.seen  # and is made again for more
     tokenize(str(texts), again, tmp_path, "id")
     assert json.loads((tmp_path / "tokens.json").read_text())["documents"] == 400
+
+
+def test_held_out_alone_is_what_it_is_beside_train(texts: Path, tokenised: Path, tokenizer: Any,
+                                                   tmp_path: Path) -> None:
+    """`evaluate` tokenises no training document, and reads the blocks that `prune` reads."""
+    counted = Counting(tokenizer)
+    tokenize(str(texts), counted, tmp_path, "id", enough={"held_out": None})
+    assert 0 < counted.seen < 30  # of 400
+    assert (tmp_path / "held_out.bin").read_bytes() == (tokenised / "held_out.bin").read_bytes()
+    assert not (tmp_path / "train.bin").exists()
+    tokenize(str(texts), tokenizer, tmp_path, "id")
+    assert (tmp_path / "train.bin").read_bytes() == (tokenised / "train.bin").read_bytes()
+
+
+def test_the_first_blocks_of_a_source_without_an_end_do_not_depend_on_how_much_was_read(
+        texts: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration is the same for `score`, which reads little, as for a `prune` that will train on much."""
+    monkeypatch.setattr("minipuzzle.data.blocks.has_end", lambda source: False)
+    found = []
+    for limit in (2000, 8000):
+        tokenize(str(texts), tokenizer, tmp_path / str(limit), "id", enough={"train": limit, "held_out": 50})
+        found.append(load_blocks(tmp_path / str(limit), "train", 32).first(20))
+    assert np.array_equal(*found)
 
 
 def test_places_that_read_an_end_are_masked(tokenised: Path, tokenizer: Any) -> None:

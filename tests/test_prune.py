@@ -729,6 +729,29 @@ def test_a_candidate_by_hand_goes_on_after_a_stop_and_opens_as_a_run(copy: Path,
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
 
 
+def test_each_verb_reads_the_data_that_it_needs(finished: Run, model_folder: Path, texts: Path, recipe_file: Path,
+                                                tmp_path: Path) -> None:
+    """`score` and `evaluate` never open the distillation's corpus; what `score` leaves, `prune` goes on from."""
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{}\n")
+    unread = ["--recipe", recipe_file, "--set", f"distillation.data={broken}"]
+    result = invoke("evaluate", model_folder, *unread, "--set", "distillation.batch_tokens=1", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["loss"] == pytest.approx(finished.report["parent"]["loss"], rel=1e-6)
+    run = tmp_path / "run"
+    result = invoke("score", model_folder, *unread, "-o", run)
+    assert result.exit_code == 0, result.stderr
+    assert "no text" in refused(invoke("prune", model_folder, *unread, "-o", run), 2)
+    recorder = Recorder(stop_in="search")
+    with pytest.raises(Interrupted):
+        prune(model_folder, recipe_for(texts), run, reporter=recorder)
+    assert recorder.skipped == ["score", "curves"]
+    for name in ("scores/layers.csv", "scores/widths.safetensors", "scores/width_curves.csv"):
+        assert (run / name).read_bytes() == (finished.path / name).read_bytes()
+    for file in sorted((run / "tokens").rglob("*.bin")):
+        assert file.read_bytes() == (finished.path / file.relative_to(run)).read_bytes()
+
+
 # real weights ----------------------------------------------------------------------------------------------------
 
 

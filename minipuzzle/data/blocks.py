@@ -22,7 +22,7 @@ from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError
 from minipuzzle.core.files import read_sealed, write_sealed
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.core.rundir import content_hash
-from minipuzzle.data.corpus import Document, documents, is_held_out, name_hash
+from minipuzzle.data.corpus import Document, documents, has_end, is_held_out, name_hash
 from minipuzzle.data.tokenizer import Tokenizer, encode
 
 SPLITS = ("train", "held_out")
@@ -48,7 +48,8 @@ class Blocks(ABC):
 
     @abstractmethod
     def first(self, count: int) -> np.ndarray:
-        """`count` blocks spread evenly over the corpus (all of them if there are fewer), int64 [count, T]."""
+        """`count` blocks spread evenly over the corpus (all of them if there are fewer), int64 [count, T]; of one that
+        has no end the first."""
 
     @abstractmethod
     def numbers(self, seed: int, first: int, count: int) -> list[int]:
@@ -77,6 +78,7 @@ class TokenBlocks(Blocks):
     corpus_hash: str
     num_bytes: int
     end_token: int | None = None
+    has_end: bool = True
 
     def __len__(self) -> int:
         return len(self.tokens) // self.sequence_length
@@ -86,6 +88,8 @@ class TokenBlocks(Blocks):
 
     def first(self, count: int) -> np.ndarray:
         count = min(count, len(self))
+        if not self.has_end:  # how much was read of it must not matter
+            return np.stack([self.block(i) for i in range(count)])
         return np.stack([self.block(int(i)) for i in np.linspace(0, len(self) - 1, count).round()])
 
     def numbers(self, seed: int, first: int, count: int) -> list[int]:
@@ -113,34 +117,41 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
              progress: Callable[[int], None] = lambda done: None, also_held_out: tuple[str, ...] = (),
-             enough: Mapping[str, int] | None = None, least: int = 1) -> None:
+             enough: Mapping[str, int | None] | None = None, least: int = 1) -> None:
     """Write `train.bin`, `held_out.bin` and, last, `tokens.json` into `folder`; do nothing if they are there.
 
+    `enough`: how many tokens of each split do, None for all there are; a split that it leaves out is not tokenised
+    (held_out must be there: what it lacks in a small corpus is taken from train). Left out itself: all of both. What a
+    split gets depends on its own limit alone, so that all verbs read the same blocks.
+
     `identity` (a hash of the tokenizer) is recorded; a cache made with another one is made again. Stopped, it goes on
-    where it was, if the documents up to there are still the same (progress.json holds their hash). With `enough`
-    (split -> tokens; for sources without an end) it stops there. `progress` hears the number of documents done. In a
-    small corpus the hash may choose too few documents for `least` tokens, a block: then those with the lowest hashes
-    are held out too (`also_held_out`), at most half of all.
+    where it was, if the documents up to there are still the same (progress.json holds their hash). `progress` hears
+    the number of documents done. In a small corpus the hash may choose too few documents for `least` tokens, a block:
+    then those with the lowest hashes are held out too (`also_held_out`), at most half of all.
     """
     manifest, part = folder / "tokens.json", folder / "progress.json"
+    limits = dict.fromkeys(SPLITS) if enough is None else dict(enough)
     if (about := _made_before(folder)) is not None:
         known, held_out = about["tokenizer"] == identity and "end_token" in about, about["tokens"]["held_out"]
-        if known and _reaches(about["stopped_at"], enough) and least <= max(held_out, about.get("least", 1)):
+        if known and _reaches(about["stopped_at"], limits) and least <= max(held_out, about.get("least", 1)):
             return
     folder.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    about_part = {"source": source, "tokenizer": identity, "also_held_out": [*also_held_out]}
+    about_part = {"source": source, "tokenizer": identity, "also_held_out": [*also_held_out], "enough": limits}
     earlier = _begun_before(part)
-    tmp = {split: folder / f"{split}.bin.tmp" for split in SPLITS}
+    tmp = {split: folder / f"{split}.bin.tmp" for split in limits}
     if {k: earlier.get(k) for k in about_part} != about_part or not all(path.is_file() for path in tmp.values()):
         earlier = {}
     digest = hashlib.sha256()
-    counts = dict.fromkeys(SPLITS, 0)
-    sizes = dict.fromkeys(SPLITS, 0)
-    hashes = {split: hashlib.sha256() for split in SPLITS}  # of what was written
-    done, saved = 0, time.monotonic()
+    counts = dict.fromkeys(limits, 0)
+    sizes = dict.fromkeys(limits, 0)
+    hashes = {split: hashlib.sha256() for split in limits}  # of what was written
+    done, saved, wanted = 0, time.monotonic(), set(limits)
     lowest: list[str] = []
     files = {split: path.open("r+b" if earlier else "wb") for split, path in tmp.items()}
+
+    def unfinished() -> set[str]:
+        return {split for split, limit in limits.items() if limit is None or counts[split] < limit}
 
     def save() -> None:
         for file in files.values():
@@ -157,21 +168,26 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
                 done += len(chunk)
                 if done >= earlier["documents"]:
                     hashes = {split: _hash_start(tmp[split], earlier["tokens"][split] * np.dtype(dtype).itemsize)
-                              for split in SPLITS}
+                              for split in limits}
                     # other documents than then, or other tokens than were written: from the start
                     if digest.hexdigest() != earlier["hash"] or _digests(hashes) != earlier.get("hashes"):
                         part.unlink()
                         return tokenize(source, tokenizer, folder, identity, progress, also_held_out, enough, least)
                     counts, sizes, lowest = earlier["tokens"], earlier["bytes"], earlier["lowest"]
+                    wanted = unfinished()
                     for split, file in files.items():
                         file.truncate(counts[split] * np.dtype(dtype).itemsize)
                         file.seek(0, os.SEEK_END)
                 continue
-            encoded = encode(tokenizer, [text for _, text in chunk])
-            for (name, text), ids in zip(chunk, encoded, strict=True):
-                split = "held_out" if is_held_out(name) or name in also_held_out else "train"
+            taken = []
+            for name, text in chunk:
                 raw = text.encode()
                 digest.update(name.encode() + b"\0" + raw + b"\0")
+                split = "held_out" if is_held_out(name) or name in also_held_out else "train"
+                if split in wanted:
+                    taken.append((split, text, len(raw)))
+            encoded = encode(tokenizer, [text for _, text, _ in taken]) if taken else []
+            for (split, _, size), ids in zip(taken, encoded, strict=True):
                 if tokenizer.eos_token_id is not None:
                     ids = [*ids, tokenizer.eos_token_id]
                 if max(ids, default=0) > np.iinfo(dtype).max:
@@ -181,14 +197,15 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
                 files[split].write(data)
                 hashes[split].update(data)
                 counts[split] += len(ids)
-                sizes[split] += len(raw)
+                sizes[split] += size
+            wanted = unfinished()
             done += len(chunk)
             lowest = heapq.nsmallest(_BATCH, [*lowest, *(name for name, _ in chunk)], key=name_hash)
             if time.monotonic() - saved > _SAVE_EVERY_S:
                 save()
                 saved = time.monotonic()
             progress(done)
-            if enough and all(counts[split] >= count for split, count in enough.items()):
+            if not wanted:
                 break
         if done < earlier.get("documents", 0):  # fewer documents than then
             part.unlink()
@@ -211,12 +228,12 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
     more = 2 * len(also_held_out) or 1
     if counts["held_out"] < least and more <= min(done // 2, len(lowest)):
         return tokenize(source, tokenizer, folder, identity, progress, tuple(lowest[:more]), enough, least)
-    for split in SPLITS:
+    for split in limits:
         os.replace(tmp[split], folder / f"{split}.bin")
     write_sealed(manifest, {
         "source": source, "corpus_hash": digest.hexdigest(), "tokenizer": identity, "documents": done,
         "dtype": np.dtype(dtype).name, "end_token": tokenizer.eos_token_id, "tokens": counts, "bytes": sizes,
-        "stopped_at": dict(enough) if enough else None, "least": least,
+        "stopped_at": limits, "has_end": has_end(source), "least": least,
         "hashes": _digests(hashes)}, indent=1)
 
 
@@ -238,7 +255,7 @@ def _made_before(folder: Path) -> dict[str, Any] | None:
     """What tokens.json tells of tokens that are still as they were written, every byte; else None: made again."""
     try:
         about = read_sealed(folder / "tokens.json", "")
-        if all(content_hash(folder / f"{split}.bin") == about["hashes"][split] for split in SPLITS):
+        if all(content_hash(folder / f"{split}.bin") == wanted for split, wanted in about["hashes"].items()):
             return about
     except (MinipuzzleError, OSError, KeyError, TypeError):
         pass
@@ -253,10 +270,10 @@ def _begun_before(part: Path) -> dict[str, Any]:
         return {}
 
 
-def _reaches(stopped_at: Mapping[str, int] | None, enough: Mapping[str, int] | None) -> bool:
-    """Whether tokens that were made up to a limit do for another limit. No limit is all there is."""
-    return stopped_at is None or (enough is not None and all(
-        stopped_at.get(split, 0) >= count for split, count in enough.items()))
+def _reaches(stopped_at: Mapping[str, int | None], limits: Mapping[str, int | None]) -> bool:
+    """Whether tokens that were made up to limits do for others. No limit is all there is."""
+    return all(split in stopped_at and ((made := stopped_at[split]) is None or (limit is not None and made >= limit))
+               for split, limit in limits.items())
 
 
 def load_blocks(folder: Path, split: str, sequence_length: int) -> TokenBlocks:
@@ -276,7 +293,7 @@ def load_blocks(folder: Path, split: str, sequence_length: int) -> TokenBlocks:
         raise CorruptArtifact(f"{path}: {path.stat().st_size} bytes for {count} tokens; {_AGAIN}")
     tokens = np.memmap(path, dtype=about["dtype"], mode="r")
     return TokenBlocks(tokens, sequence_length, about["source"], about["corpus_hash"], about["bytes"][split],
-                       about.get("end_token"))
+                       about.get("end_token"), about["has_end"])
 
 
 def _chunks(items: Iterable[Document], size: int) -> Iterable[list[Document]]:

@@ -54,7 +54,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
     _check(recipe, small, big, layers, cache_teacher is not None)
     check_precision(recipe.distillation.precision, find_device(device))
     tracker = open_tracker(track, output_dir)
-    job = open_job(big, recipe, output_dir, seed, device, reporter, command)
+    job = open_job(big, recipe, output_dir, seed, device, reporter, command, reads=("evaluation", "distillation"))
     ranks, what = job.ranks, _inputs(job, small)
     state = job.run.path / "distillation" / digest(what)
     try:

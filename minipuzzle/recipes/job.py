@@ -32,6 +32,7 @@ from minipuzzle.models.walk import Model, Source
 from minipuzzle.models.weights import COMPANIONS, ModelFolder
 from minipuzzle.recipes.plan import Plan
 from minipuzzle.recipes.progress import Reporter, Update
+from minipuzzle.recipes.schema import DATA_SECTIONS
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.rank import rank
 from minipuzzle.surgery.cut import Cutter
@@ -165,6 +166,12 @@ class Job:
 
     # stages ----------------------------------------------------------------------------------------
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that can be finished here. `tokenize` is the whole run's: a verb that reads part of its data
+        neither finishes nor contradicts it."""
+        return STAGES if self.plan.reads == DATA_SECTIONS else STAGES[1:]
+
     @cached_property
     def result(self) -> RunDir:
         """Where the result goes: the run itself, or RUN/candidates/NAME/ under the run's lock."""
@@ -181,15 +188,15 @@ class Job:
 
         Of several processes the main one runs it while the others wait; all of them, if the work is `shared`.
         """
-        inputs = self.inputs[name]
-        if self.ranks.broadcast(self.ranks.main and self.home(name).is_done(name, inputs)):
+        inputs, whole = self.inputs[name], name in self.stages
+        if self.ranks.broadcast(whole and self.ranks.main and self.home(name).is_done(name, inputs)):
             self.reporter.skip(name)
             return
         begin = time.perf_counter()
         if shared or self.ranks.main:
             with self.reporter.stage(name, total) as update:
                 files = make(update)
-            if self.ranks.main:
+            if whole and self.ranks.main:
                 self.home(name).commit(name, inputs, files, time.perf_counter() - begin)
         self.ranks.barrier()
 
@@ -200,13 +207,13 @@ class Job:
             RecipeError: some were made with other settings, and `redo` is false, or None: the verb has no --redo.
             CorruptArtifact: a manifest is damaged, and `redo` is false.
         """
-        for name in STAGES if redo else ():
+        for name in self.stages if redo else ():
             try:
                 self.home(name).verify(name)
             except CorruptArtifact as error:
                 self.reporter.say(f"made again: {error}")
                 self.home(name).drop(name)
-        changed = {name: self.home(name).differences(name, self.inputs[name]) for name in STAGES}
+        changed = {name: self.home(name).differences(name, self.inputs[name]) for name in self.stages}
         changed = {name: lines for name, lines in changed.items() if lines}
         if not changed:
             return

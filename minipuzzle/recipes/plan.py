@@ -27,6 +27,7 @@ from minipuzzle.surgery.refit import refit_bytes, samples_needed, writer_inputs
 
 # key, the only value that exists so far, and what to say. Accepting and ignoring a setting would be a lie.
 _NOT_YET = (("search.export", "uniform"),)
+HELD_OUT_TOKENS = 2**20  # of a source
 CURVE_POINTS = 3  # measured widths per axis; between them the search interpolates
 # of a large matrix product's speed: what the whole forward pass of a hybrid reaches on CPU, from
 # benchmarks/results/main_job.json; only the estimates of time depend on it
@@ -37,7 +38,7 @@ SPARE_BYTES = 2**30  # for activations, libraries, and what else a process holds
 @dataclass(frozen=True)
 class Plan:
     """The resolved request. `points` and `feasible` count architectures of the space and those within the budget;
-    `memory_bytes` is what may be used."""
+    `memory_bytes` is what may be used; `reads` names the sections of the recipe whose data the verb reads."""
 
     parent: Architecture
     recipe: Recipe
@@ -49,6 +50,7 @@ class Plan:
     feasible: int
     largest: Cost
     memory_bytes: int
+    reads: tuple[str, ...] = DATA_SECTIONS
 
     @property
     def curve_widths(self) -> dict[str, tuple[int, ...]]:
@@ -99,13 +101,23 @@ class Plan:
         """Memory for the streams of a pass; None: what is fastest."""
         return None if self.resident else max(1, self.memory_bytes // 2 - self.layers_bytes)
 
-    def enough(self, source: str) -> dict[str, int] | None:
-        """Tokens of each split that the recipe needs at most of a source without an end; None: read all of it."""
-        c, d, seq = self.recipe.calibration, self.recipe.distillation, self.recipe.calibration.sequence_length
-        return None if has_end(source) else {
-            "train": c.samples * seq + d.tokens + d.batch_tokens + d.sequence_length,
-            # two parts, and a quarter more: documents are shared out whole
-            "held_out": 5 * self.recipe.evaluation.samples * seq // 2}
+    def enough(self) -> dict[str, dict[str, int | None]]:
+        """source -> split -> tokens that do for what is read; None: all there are. Training goes over all of a source
+        that has an end; evaluation, which spreads its blocks over them, needs no more than HELD_OUT_TOKENS."""
+        r = self.recipe
+        c, d = r.calibration, r.distillation
+        # two parts, and a quarter more: documents are shared out whole
+        held_out = 5 * r.evaluation.samples * c.sequence_length // 2
+        train = {"calibration": max(c.samples, self.refit_samples) * c.sequence_length,
+                 "distillation": d.tokens + d.batch_tokens + d.sequence_length}
+        out: dict[str, dict[str, int | None]] = {}
+        for section in self.reads:
+            for source in parse_blend(getattr(r, section).data) if section != "distillation" or d.tokens else ():
+                ends, limits = has_end(source), out.setdefault(source, {})
+                limits["held_out"] = max(HELD_OUT_TOKENS, 2 * held_out) if ends else held_out
+                if section in train:
+                    limits["train"] = None if ends else (limits.get("train") or 0) + train[section]
+        return out
 
     def passes(self) -> str:
         """How often scoring goes through the weights, and from where, in words."""
@@ -122,20 +134,20 @@ class Plan:
                      candidate: str | None = None) -> dict[str, dict[str, Any]]:
         """What each stage reads: how a finished stage is recognised. A later stage holds the earlier's hash."""
         r = self.recipe
-        # what the data are is told by tokenize, whatever name they were given by
-        c, e, d = (section.model_dump(exclude={"data"}) for section in (r.calibration, r.evaluation, r.distillation))
+        # what the data are, whatever name they were given by
+        c, e, d = (section.model_dump() | {"data": identity(section.data)} for section in
+                   (r.calibration, r.evaluation, r.distillation))
         out: dict[str, dict[str, Any]] = {}
-        data = {name: getattr(r, name).data for name in DATA_SECTIONS}
-        out["tokenize"] = {"data": {name: identity(source) for name, source in data.items()}, "tokenizer": tokenizer}
-        limits = {name: self.enough(name) for source in data.values() for name in parse_blend(source)
-                  if not has_end(name)}
+        limits = {name: limits for name, limits in self.enough().items() if not has_end(name)}
+        out["tokenize"] = {"data": {name: section["data"] for name, section in zip(DATA_SECTIONS, (c, e, d),
+                                                                                    strict=True)},
+                           "tokenizer": tokenizer}
         out["tokenize"] |= {"enough": limits} if limits else {}
         s = r.scores
         how: dict[str, Any] = {"racing": s.racing, "iterative": s.iterative}
         if s.racing or s.iterative:  # only then does the search's question decide what is measured
             how |= {"drops": self.space.drops, "metric": s.layer_metric, "confidence": s.confidence}
-        out["score"] = {"model": model, "calibration": c, "scores": how,
-                        "after": digest(out["tokenize"])}
+        out["score"] = {"model": model, "calibration": c, "scores": how, "tokenizer": tokenizer}
         out["curves"] = {"widths": self.curve_widths, "hidden": r.surgery.hidden, "after": digest(out["score"])}
         out["search"] = {"budget": self.budget.to_json(), "workload": self.workload.to_json(),
                          "space": self.space.to_json(), "search": r.search.model_dump(
@@ -203,9 +215,9 @@ class Plan:
 
 
 def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
-              memory_bytes: int | None = None) -> Plan:
+              memory_bytes: int | None = None, reads: tuple[str, ...] = DATA_SECTIONS) -> Plan:
     """Resolve a recipe for a parent. Scoring alone does not need the budget to be met. `memory_bytes`: what may be
-    used, the machine's if left out.
+    used, the machine's if left out. `reads`: the sections whose data are read.
 
     Raises:
         RecipeError: a setting that is wrong, does not fit the parent, or is not built yet.
@@ -225,7 +237,7 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
     if d.top_k > parent.vocab_size:
         raise RecipeError(f"distillation.top_k {d.top_k} is more than the model's {parent.vocab_size} words; 0 takes "
                           "all")
-    for name in dict.fromkeys(values[section]["data"] for section in DATA_SECTIONS):
+    for name in dict.fromkeys(values[section]["data"] for section in reads):
         check_sources(name)
     workload = recipe.workload.build()
     parent_cost = cost(parent, workload)
@@ -236,11 +248,12 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
                           f"space.hidden_size = {parent.hidden_size}, or set it to 0")
     memory = machine_memory() if memory_bytes is None else memory_bytes
     if not need_budget:
-        return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost, memory)
+        return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost, memory,
+                    reads)
     # without scores the search only enumerates and prices, largest first
     found = search_architectures(parent, space, budget, workload, keep=1)
     return Plan(parent, recipe, workload, budget, parent_cost, space, found.points, found.feasible,
-                found.candidates[0].cost, memory)
+                found.candidates[0].cost, memory, reads)
 
 
 def check_disk(plan: Plan, folder: Path) -> None:

@@ -24,15 +24,17 @@ from minipuzzle.recipes.job import Job
 from minipuzzle.recipes.pipeline import run_stages
 from minipuzzle.recipes.plan import check_memory, find_device, make_plan, memory_to_use
 from minipuzzle.recipes.progress import Reporter
-from minipuzzle.recipes.schema import DistillationSection, Recipe, SpaceSection
+from minipuzzle.recipes.schema import DATA_SECTIONS, Recipe
 from minipuzzle.recipes.source import default_output, find_model
 
 
 def open_job(folder: ModelFolder, recipe: Recipe, output: Path, seed: int, device: str, reporter: Reporter,
-             command: str, memory_bytes: int | None = None) -> Job:
-    """The job of a verb that may run under torchrun; the caller closes its run and its ranks."""
+             command: str, memory_bytes: int | None = None, reads: tuple[str, ...] = DATA_SECTIONS) -> Job:
+    """The job of a verb that may run under torchrun; the caller closes its run and its ranks. `reads`: the sections
+    whose data it reads."""
     where = find_device(device)
-    plan = make_plan(folder.arch, recipe, need_budget=False, memory_bytes=memory_to_use(memory_bytes, where))
+    plan = make_plan(folder.arch, recipe, need_budget=False, memory_bytes=memory_to_use(memory_bytes, where),
+                     reads=reads)
     check_memory(plan, where)
     ranks = open_ranks(where)
     run = RunDir(output) if ranks.main else None
@@ -50,7 +52,7 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
     """
     folder = open_model(find_model(model))
     job = open_job(folder, recipe, output_dir or default_output(folder, recipe, seed), seed, device, reporter, command,
-               memory_bytes)
+               memory_bytes, reads=("calibration",))
     try:
         if job.ranks.main:
             job.refuse_changes()
@@ -85,11 +87,9 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
     if other.arch.vocab_size != folder.arch.vocab_size:
         raise RecipeError(f"vocabularies differ: {folder.arch.vocab_size} and the teacher's {other.arch.vocab_size}")
     with tempfile.TemporaryDirectory() as scratch:
-        data = recipe.evaluation.data
-        alone = recipe.model_copy(update={  # the recipe's space is another model's, and no other data are read
-            "space": SpaceSection(), "calibration": recipe.calibration.model_copy(update={"data": data}),
-            "distillation": DistillationSection(data=data, tokens=0)})
-        job = open_job(folder, alone, Path(scratch) / "run", 0, device, Reporter(), "")
+        # the rest is another model's, or another verb's
+        own = Recipe(**{name: getattr(recipe, name) for name in ("budget", "workload", "calibration", "evaluation")})
+        job = open_job(folder, own, Path(scratch) / "run", 0, device, Reporter(), "", reads=("evaluation",))
         try:
             stages.tokenize_data(job)
             if teacher is None:

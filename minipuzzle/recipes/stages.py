@@ -51,22 +51,21 @@ EVALUATIONS = 12  # looks at the selection part of the held-out blocks during a 
 
 
 def tokenize_data(job: Job) -> None:
-    """data -> RUN/tokens/"""
-    recipe = job.plan.recipe
-    sources = sorted({name for data in (recipe.calibration.data, recipe.evaluation.data, recipe.distillation.data)
-                      for name in parse_blend(data)})
+    """data -> RUN/tokens/: of each source the splits that the verb reads. The stage is that of a whole run; where a
+    verb reads less, each source is looked at again, and made if something is missing (data/blocks.py)."""
+    enough = job.plan.enough()
 
     def make(update: Update) -> list[Path]:
         files = []
-        for i, source in enumerate(sources):
+        for i, (source, limits) in enumerate(sorted(enough.items())):
             folder = job.token_folder(source)
             tokenize(source, job.tokenizer, folder, job.tokenizer_hash, partial(_say_documents, update, i, source),
-                     enough=job.plan.enough(source), least=2 * recipe.calibration.sequence_length)
-            files += [folder / "tokens.json", folder / "train.bin", folder / "held_out.bin"]
+                     enough=limits, least=2 * job.plan.recipe.calibration.sequence_length)
+            files += [folder / "tokens.json", *(folder / f"{split}.bin" for split in limits)]
         _check_tokens(job)
         return files
 
-    job.stage("tokenize", len(sources), make)
+    job.stage("tokenize", len(enough), make)
 
 
 def _say_documents(update: Update, place: int, source: str, done: int) -> None:
@@ -76,11 +75,12 @@ def _say_documents(update: Update, place: int, source: str, done: int) -> None:
 def _check_tokens(job: Job) -> None:
     """Raise RecipeError if a part of the data is too short, or the tokenizer is not the model's."""
     recipe, d = job.plan.recipe, job.plan.recipe.distillation
-    wanted = [(recipe.calibration.data, "train", recipe.calibration.sequence_length),
-              (recipe.evaluation.data, "held_out", recipe.calibration.sequence_length)]
+    wanted = {"calibration": (recipe.calibration.data, "train", recipe.calibration.sequence_length),
+              "evaluation": (recipe.evaluation.data, "held_out", recipe.calibration.sequence_length)}
     if d.tokens:
-        wanted.append((d.data, "train", d.sequence_length))
-    for source, split, length in ((n, split, length) for data, split, length in wanted for n in parse_blend(data)):
+        wanted["distillation"] = (d.data, "train", d.sequence_length)
+    for source, split, length in ((source, split, length) for name, (data, split, length) in wanted.items()
+                                  if name in job.plan.reads for source in parse_blend(data)):
         try:
             blocks = load_blocks(job.token_folder(source), split, length)
             if split == "held_out":
@@ -92,8 +92,8 @@ def _check_tokens(job: Job) -> None:
         except RecipeError:
             shutil.rmtree(job.token_folder(source))
             raise
-    if job.refits:
-        check_samples(job.plan.parent, len(job.blocks(*wanted[0])), recipe.calibration.sequence_length)
+    if job.refits and "calibration" in job.plan.reads:
+        check_samples(job.plan.parent, len(job.blocks(*wanted["calibration"])), recipe.calibration.sequence_length)
 
 
 def score(job: Job) -> None:
