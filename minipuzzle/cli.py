@@ -371,6 +371,8 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
         recipe = run_recipe(run, _pairs(given["budgets"], "--budget"),
                             _settings(given["settings"]))
     path, data, frame = research(recipe, run, config, scores, output_dir)
+    for warning in data["warnings"]:
+        click.echo(f"minipuzzle: warning: {warning}", err=True)
     columns = [c for c in ("budget", "name", "num_mamba", "num_ffn", "num_attention", "hidden_size", "ffn_size",
                            "mamba_num_heads", "mamba_head_dim", "parameters", "memory_bytes", "predicted_damage",
                            "folder", "note") if c in frame.columns]

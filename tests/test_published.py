@@ -8,8 +8,10 @@ that NVIDIA published (8.1B, 56.3B, 31.6B with 3.6B active, ...).
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -55,6 +57,21 @@ def test_a_published_model_has_the_parameters_that_transformers_builds_on_meta(n
     assert ours["total"] == theirs["total"] == TOTALS[name]
     assert ours["active"] == theirs["active"] == ACTIVE.get(name, TOTALS[name])
     assert {kind: ours[kind] for kind in theirs} == theirs
+
+
+def test_the_readmes_table_of_models_is_true(tmp_path, monkeypatch):
+    """Each name of each row: what the table says of `inspect` and `search` is what they do."""
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in text[text.index("## Models"):text.index("Published results are recipes")].splitlines()
+            if line.startswith("|") and "`" in line]
+    told = {name: answers for _, names, *answers in rows for name in re.findall(r"`([\w.-]+)`", names)}
+    assert set(told) == set(published_names())
+    for name, (inspects, searches) in told.items():
+        assert (inspects, run("--json", name).exit_code) == ("yes", 0)
+        found = CliRunner().invoke(main, ["search", "--model", name, "--set", "search.keep=1"])
+        assert found.exit_code == {"yes": 0, "not yet": 3}[searches], (name, found.output)
 
 
 def test_every_published_name_is_checked_and_says_where_it_comes_from():
@@ -149,6 +166,7 @@ def test_inspect_errors_are_one_line_with_their_exit_code(tmp_path):
 def test_inspect_of_every_published_model_imports_no_torch():
     program = """
 import sys
+from pathlib import Path
 from click.testing import CliRunner
 from minipuzzle.cli import main
 from minipuzzle.core.published import published_names

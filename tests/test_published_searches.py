@@ -72,6 +72,21 @@ def test_47b_is_found_layer_for_layer(found):
     assert all(c["predicted"]["widths"] is None for c in document["candidates"])
 
 
+def test_47b_in_a_wider_space_is_behind_narrow_candidates(found, tmp_path):
+    """What the README says: the 48th of 439 in the recipe's space, the 2,412th of 27,358 where up to 20 Mamba, 20 FFN
+    and 9 attention layers may go. Layer scores alone put candidates first that drop few layers and are narrow."""
+    [(rank, _)] = hits(found["nemotron-h-47b"], RELEASED_47B, ffn_size=30720)
+    assert (rank + 1, found["nemotron-h-47b"]["search"]["feasible"]) == (48, 439)
+    wide = find("nemotron-h-47b", tmp_path, settings={"space.drop_mamba": [0, 20], "space.drop_ffn": [0, 20],
+                                                      "space.drop_attention": [0, 9], "search.keep": 2500})
+    [(rank, _)] = hits(wide, RELEASED_47B, ffn_size=30720)
+    assert (rank + 1, wide["search"]["feasible"]) == (2412, 27358)
+    assert len(dropped(wide, wide["candidates"][0])) == 6
+    assert wide["candidates"][0]["architecture"]["ffn_size"] == 24576
+    assert ["no width curves" in w for w in wide["warnings"]] == [True]
+    assert wide["warnings"] == found["nemotron-h-47b"]["warnings"] == wide["search"]["warnings"]
+
+
 def test_47b_needs_four_bit_everywhere(found):
     """31.7 GiB holds for embeddings, head and KV cache at 4.5 bit each, and for none of them at more."""
     released = Architecture.from_config(published("nemotron-h-47b"))

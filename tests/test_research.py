@@ -136,6 +136,17 @@ def test_without_scores_it_only_enumerates_and_prices(model, recipe_file, tmp_pa
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.parametrize(("where", "warning"), [(None, "no scores: nothing is predicted"), ("", None), (
+    "scores/layers.csv", "no width curves: narrow widths count as harmless (hidden_size 32 to 64, ffn_size 64 to 128)")])
+def test_what_the_order_does_not_know_is_said(where, warning, model, run, recipe_file, tmp_path):
+    scores = () if where is None else ("--scores", run / where)
+    result = invoke("--model", model, "--recipe", recipe_file, "-o", tmp_path / "out", *scores, "--json")
+    for told in (json.loads(result.stdout)["warnings"], json.loads((tmp_path / "out" / "search.json").read_text())["warnings"],
+                 json.loads((tmp_path / "out" / "candidates.json").read_text())["warnings"],
+                 [line.removeprefix("minipuzzle: warning: ") for line in result.stderr.splitlines()]):
+        assert [text.startswith(warning) for text in told] == [True] if warning else told == []
+
+
 @pytest.mark.parametrize(("where", "widths"), [("", True), ("scores", True), ("scores/layers.csv", False)])
 def test_scores_may_be_a_run_its_folder_or_a_csv_of_layers_alone(where, widths, model, run, recipe_file, tmp_path):
     invoke("--model", model, "--scores", run / where, "--recipe", recipe_file, "-o", tmp_path / "out")

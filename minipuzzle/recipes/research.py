@@ -24,7 +24,7 @@ from minipuzzle.core.errors import Infeasible, RecipeError, ResourceError
 from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading, write_atomic, write_json
 from minipuzzle.core.published import find_config, read_config
 from minipuzzle.core.rundir import digest, read_about
-from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.core.scores import WIDTH_AXES, LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
 from minipuzzle.recipes.schema import Recipe
@@ -97,11 +97,12 @@ def research(recipe: Recipe, run: Path | None, config: Path | None, scores: Path
 
 
 def candidates_document(budget: Budget, workload: Workload, parent_name: str, parent: Architecture,
-                        candidates: list[Candidate]) -> dict[str, Any]:
-    """candidates.json: the budget, the parent, and every candidate with its cost and quality."""
+                        candidates: list[Candidate], warnings: list[str] | None = None) -> dict[str, Any]:
+    """candidates.json: the budget, the parent, and every candidate with its cost and quality; `warnings` where the
+    order does not tell all."""
     about = {"name": parent_name, "architecture": parent.to_json(), "cost": cost(parent, workload).to_json()}
     return {"schema": 1, "budget": budget.to_json(), "workload": workload.to_json(), "parent": about,
-            "candidates": [c.to_json() for c in candidates]}
+            "warnings": warnings or [], "candidates": [c.to_json() for c in candidates]}
 
 
 # what is asked ----------------------------------------------------------------------------------------
@@ -199,6 +200,20 @@ def find_candidates(recipe: Recipe, parent: Architecture, space: Space, budget: 
     return found.candidates, found.points, found.feasible
 
 
+def ranking_notes(question: Question) -> list[str]:
+    """What the order of the candidates does not know, for the user to read before trusting it."""
+    q = question
+    axes = [f"{axis} {min(widths)} to {max(widths)}" for axis, widths in zip(WIDTH_AXES, q.space.widths, strict=True)
+            if len(widths) > 1]
+    if q.scores is None and q.curves is None:
+        return ["no scores: nothing is predicted, and the candidates with the most parameters come first; "
+                "'minipuzzle score' measures layers and widths"]
+    if q.curves is None and axes:
+        return [f"no width curves: narrow widths count as harmless ({', '.join(axes)}), so candidates that drop few "
+                "layers and are narrow come first; give the scores of 'minipuzzle score', or fix the widths of space"]
+    return []
+
+
 def _answer(question: Question, texts: Mapping[str, str]) -> Answer:
     """Search for one budget. That nothing meets it is a note here; an error if it holds for all that were asked."""
     q = question
@@ -280,7 +295,8 @@ def _write_sweep(folder: Path, question: Question, answers: list[Answer]) -> tup
 
 
 def _write_candidates(folder: Path, question: Question, answer: Answer) -> tuple[dict[str, Any], pd.DataFrame]:
-    document = candidates_document(answer.budget, question.workload, question.name, question.parent, answer.candidates)
+    document = candidates_document(answer.budget, question.workload, question.name, question.parent, answer.candidates,
+                                   ranking_notes(question))
     frame = to_frame(answer.candidates)
     write_json(folder / "candidates.json", document)
     write_atomic(folder / "candidates.csv", frame.to_csv(index=False))
@@ -293,4 +309,5 @@ def _about(question: Question) -> dict[str, Any]:
     versions |= {name: metadata.version(name) for name in ("numpy", "scipy", "pandas")}
     return {"space": q.space.to_json(), "workload": q.workload.to_json(), "parent": q.name,
             "scores": None if q.scores_path is None else str(q.scores_path), "width_curves": q.curves is not None,
+            "warnings": ranking_notes(q),
             "recipe": q.recipe.model_dump(), "versions": versions}
