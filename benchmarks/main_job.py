@@ -33,7 +33,7 @@ def one(seed: int, folder: Path) -> dict:
     keys = ("parameters", "memory_bytes", "loss_sliced", "loss_pruned", "loss_distilled", "kl_pruned", "kl_distilled",
             "recovery", "gap_left", "candidate", "reload_difference")
     return row | {k: result[k] for k in keys} | {
-        "pattern": result["architecture"]["pattern"], "rank_correlation": report["search"]["rank_correlation"],
+        "pattern": result["architecture"]["pattern"], "rank_correlation": report["rank_correlation"],
         "points": report["search"]["points"], "feasible": report["search"]["feasible"],
         "tokens": report["distillation"]["tokens"], "stages": {s["name"]: s["seconds"] for s in report["stages"]},
         "report": report}

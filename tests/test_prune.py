@@ -217,6 +217,14 @@ def test_report_json(finished: Run, model_folder: Path) -> None:
     assert report["result"]["memory_bytes"] <= 0.7 * report["parent"]["memory_bytes"]
     assert report["result"]["reload_difference"] < 1e-4
     assert report["distillation"]["tokens"] == 4096
+    # random architectures say how well the prediction leads through the whole space; they cannot win
+    assert [set(c["measured"]) >= {"loss", "kl"} for c in report["controls"]] == [True] * 8
+    assert {c["name"] for c in report["controls"]} == {f"r{i}" for i in range(1, 9)}
+    assert not any(c["chosen"] or c["after_distillation"] for c in report["controls"])
+    pairs = pd.DataFrame([(c["predicted"]["damage"], c["measured"]["kl"]) for c in report["controls"]])
+    assert report["rank_correlation"]["controls"] == pytest.approx(pairs.corr("spearman").iloc[0, 1])
+    assert -1 <= report["rank_correlation"]["measured"] <= 1
+    assert f"{report['rank_correlation']['controls']:.2f} among 8 drawn at random" in finished.report_path.read_text()
     assert report["result"]["kl_distilled"] < report["result"]["kl_pruned"]
 
 

@@ -446,3 +446,33 @@ def test_standard_error_of_the_widths():
     errors = {(c.architecture.hidden_size, c.architecture.ffn_size): c.predicted["widths_stderr"] for c in found}
     expected = {(32, 64): 0.0, (24, 64): 0.2, (16, 64): 0.4, (32, 32): 0.3, (24, 32): 0.13**0.5, (16, 32): 0.5}
     assert errors == pytest.approx(expected)
+
+
+def test_random_architectures_are_any_of_the_feasible():
+    """Each within the budget is as likely as any other, whatever is priced at once; as many as asked for."""
+    space = resolve_space({"drop_mamba": [0, 2], "drop_ffn": [0, 1], "hidden_size": [32, 48, 8], "ffn_size": [48, 96, 24]}, PARENT)
+    workload, scores = Workload(), layer_scores(PARENT.pattern, [float(i) for i in range(9)])
+    curves, limits = width_curves(space, PARENT), budget(params="0.7x")
+    every = search_architectures(PARENT, space, limits, workload, scores, curves).candidates
+    assert 20 < len(every) < space.num_points
+    known = {(c.kept_layers, c.architecture): c for c in every}
+
+    def draw(seed, count=8):
+        return grid.random_architectures(PARENT, space, limits, workload, scores, curves, "mse", "auto", count, seed)
+
+    seen = dict.fromkeys(known, 0)
+    for seed in range(300):
+        drawn = draw(seed)
+        assert len({(c.kept_layers, c.architecture) for c in drawn}) == 8
+        for c in drawn:
+            seen[c.kept_layers, c.architecture] += 1
+    expected = 300 * 8 / len(every)
+    assert sum((n - expected) ** 2 / expected for n in seen.values()) < len(every) + 4 * (2 * len(every)) ** 0.5
+    first = draw(0)
+    assert [c.name for c in first] == [f"r{i}" for i in range(1, 9)]
+    for c in first:
+        same = known[c.kept_layers, c.architecture]
+        assert (c.predicted, c.cost) == (same.predicted, same.cost)
+    with mock.patch.object(grid, "CHUNK", 5):
+        assert draw(0) == first
+    assert {(c.kept_layers, c.architecture) for c in draw(1, 10**6)} == set(known)

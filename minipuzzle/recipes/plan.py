@@ -28,6 +28,7 @@ from minipuzzle.surgery.refit import refit_bytes, samples_needed, writer_inputs
 # key, the only value that exists so far, and what to say. Accepting and ignoring a setting would be a lie.
 _NOT_YET = (("search.export", "uniform"),)
 HELD_OUT_TOKENS = 2**20  # of a source
+CONTROLS = 8  # random architectures that are measured beside the best predicted, to judge the prediction
 CURVE_POINTS = 3  # measured widths per axis; between them the search interpolates
 # of a large matrix product's speed: what the whole forward pass of a hybrid reaches on CPU, from
 # benchmarks/results/main_job.json; only the estimates of time depend on it
@@ -153,7 +154,7 @@ class Plan:
                          "space": self.space.to_json(), "search": r.search.model_dump(
                              exclude={"finalists"} if r.search.strategy == "milp" else {"measure", "finalists"}),
                          "layer_metric": r.scores.layer_metric, "after": digest(out["curves"])}
-        out["measure"] = {"measure": r.search.measure, "evaluation": e,
+        out["measure"] = {"measure": r.search.measure, "evaluation": e, "seed": seed,
                           "sequence_length": r.calibration.sequence_length, "after": digest(out["search"])}
         out["tournament"] = {"finalists": r.search.finalists, "distillation": d, "seed": seed,
                              "refit": r.surgery.refit, "after": digest(out["measure"])}
@@ -176,7 +177,7 @@ class Plan:
             parent + 2 * child + 4 * self.parent.num_layers * writer_inputs(self.parent) ** 2)
         flops = {"tokenize": 0.0, "score": calibration * parent * (self.parent.num_layers / 2 + 2),
                  "curves": calibration * parent * (points + 1), "search": 0.0,
-                 "measure": held_out * (parent + child * min(r.search.measure, self.feasible)),
+                 "measure": held_out * (parent + child * min(r.search.measure + CONTROLS, self.feasible)),
                  "tournament": float((per_token * share + refit) * min(r.search.finalists, self.feasible)),
                  "distill": float(per_token * (r.distillation.tokens - share)), "export": held_out * 3.0 * parent}
         fixed = {"tokenize": 5.0, "search": 1.0, "export": 15.0}

@@ -42,7 +42,7 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
     stages = stage_list(job)
     seconds = {s["name"]: s["seconds"] for s in stages}
     gap = plain["loss"] - parent["loss"]
-    alerts = _alerts(found["exported"], found)
+    alerts, controls = _alerts(found["exported"], found), job.read_candidates("controls")
     return _about(job, parent) | {
         "result": {"parameters": found["parameters"], "memory_bytes": chosen.cost.memory_bytes,
                    "loss_sliced": plain["loss"], "loss_pruned": pruned["loss"], "loss_distilled": final["loss"],
@@ -59,13 +59,14 @@ def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
         "budget": job.plan.budget.to_json(),
         "scores": _scores(job, chosen),
         "search": {"points": job.plan.points, "feasible": job.plan.feasible,
-                   "measured": sum(c.measured is not None for c in candidates),
-                   "rank_correlation": rank_correlation(candidates)},
+                   "measured": sum(c.measured is not None for c in candidates)},
+        "rank_correlation": {"measured": rank_correlation(candidates), "controls": rank_correlation(controls)},
+        "controls": [c.to_json() for c in controls],
         "candidates": [c.to_json() for c in candidates[:REPORT_CANDIDATES]],
         "distillation": _distillation(job, candidates, seconds),
         "stages": stages,
         "alerts": alerts,
-        "warnings": alerts + _warnings(job, gap),
+        "warnings": alerts + _warnings(job, gap) + _prediction_notes(candidates, controls),
         "defaults": _defaults(job),
         "samples": found["samples"],
     }
@@ -234,6 +235,16 @@ def _warnings(job: Job, gap: float) -> list[str]:
         out.append(f"memory is counted for {workload.precision}; the folder stays in {job.folder.dtype} and must be "
                    "quantised to reach it")
     return out
+
+
+def _prediction_notes(candidates: list[Candidate], controls: list[Candidate]) -> list[str]:
+    """That chance found a better candidate than the prediction."""
+    best = min((c.measured["kl"], c.name) for c in candidates if c.measured)
+    lucky = min(((c.measured["kl"], c.name) for c in controls if c.measured), default=best)
+    return [] if lucky >= best else [
+        f"a random architecture ({lucky[1]}, KL {lucky[0]:.3f} before training) is better than every candidate that "
+        f"was chosen by its predicted damage (the best: {best[1]}, {best[0]:.3f}): the prediction misleads here; raise "
+        "search.measure"]
 
 
 def held_out_notes(job: Job) -> list[str]:

@@ -36,11 +36,12 @@ from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.recipes.job import STAGES, Job
-from minipuzzle.recipes.plan import students_in_memory
+from minipuzzle.recipes.plan import CONTROLS, students_in_memory
 from minipuzzle.recipes.progress import Update
 from minipuzzle.recipes.research import find_candidates
 from minipuzzle.recipes.results import make_report, model_card_files, zero_warning
 from minipuzzle.search.candidate import Candidate
+from minipuzzle.search.grid import random_architectures
 from minipuzzle.search.prices import KINDS
 from minipuzzle.search.rank import diverse, rank
 from minipuzzle.surgery.gate import reload_gate, sample_logits
@@ -166,23 +167,37 @@ def search(job: Job) -> None:
 
 
 def measure_candidates(job: Job) -> None:
-    """The best predicted candidates, cut and measured on the blocks that select -> RUN/search/measured.json"""
+    """The best predicted candidates, cut and measured on the blocks that select -> RUN/search/measured.json; and some
+    random ones, which cannot win, to judge the prediction by -> RUN/search/controls.json"""
     chosen = diverse(job.read_candidates("predicted"), job.plan.recipe.search.measure)
 
     def make(update: Update) -> list[Path]:
         parent = job.plan.parent
         run = job.passes("measure", job.selection_ids, lambda done: update(done, f"{len(chosen)} candidates"))
-        paths = [job.cutter.path(c.architecture, c.kept_layers) for c in chosen]
+        controls = draw_controls(job)
+        paths = [job.cutter.path(c.architecture, c.kept_layers) for c in (*chosen, *controls)]
         full = job.cutter.path(parent, tuple(range(parent.num_layers)))
         found = measure_paths(job.cutter, full, paths, run)
-        known = {c.name: measured for c, measured in zip(chosen, found, strict=True)}
+        known = {c.name: measured for c, measured in zip((*chosen, *controls), found, strict=True)}
         every = [dataclasses.replace(c, measured=known.get(c.name)) for c in job.read_candidates("predicted")]
         path = job.run.path / "search" / "measured.json"
         job.write_candidates(path, rank(every))
+        job.write_candidates(path.with_name("controls.json"),
+                             [dataclasses.replace(c, measured=known[c.name]) for c in controls])
         run.partial.forget()
-        return [path]
+        return [path, path.with_name("controls.json")]
 
     job.stage("measure", job.plan.recipe.evaluation.samples, make)
+
+
+def draw_controls(job: Job) -> list[Candidate]:
+    """Random architectures within the budget; none where the search does not enumerate them."""
+    plan, scores = job.plan, job.run.path / "scores"
+    if plan.recipe.search.strategy != "grid":
+        return []
+    return random_architectures(plan.parent, plan.space, plan.budget, plan.workload,
+                                LayerScores.read(scores / "layers.csv"), WidthCurves.read(scores / "width_curves.csv"),
+                                plan.recipe.scores.layer_metric, plan.recipe.search.damage, CONTROLS, job.seed)
 
 
 def tournament(job: Job) -> None:

@@ -91,6 +91,25 @@ def measured(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [c for c in candidates(report) if c.get("measured")]
 
 
+def controls(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The random candidates that were measured to judge the prediction."""
+    return [c for c in at(report, "controls") or [] if isinstance(c, dict)]
+
+
+def prediction(report: dict[str, Any]) -> str:
+    """How well predicted damage orders what was measured, where it was chosen by and in the whole space."""
+    chosen, drawn = (at(report, "rank_correlation", key) for key in ("measured", "controls"))
+    if chosen is None and drawn is None:
+        return ""
+    text = "Rank correlation (Spearman) of the prediction with the measured KL; 1 is a perfect order, 0 is chance: "
+    some = [f"{number(chosen, '.2f')} among the {len(measured(report))} candidates that it put first, a narrow "
+            "selection that differs by less than it can foretell"] if chosen is not None else []
+    if drawn is not None:
+        some.append(f"{number(drawn, '.2f')} among {len(controls(report))} drawn at random from all within the budget, "
+                    "which is how well it leads through the whole space")
+    return text + "; ".join(some) + "."
+
+
 def finalists(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [c for c in candidates(report) if c.get("after_distillation")]
 

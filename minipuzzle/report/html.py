@@ -36,7 +36,8 @@ FIGURES = (
                         "along one axis only, without training."),
         (curves.cuts, "Each layer's parameters; what is coloured was kept."))),
     ("prediction", "Predicted against measured", (
-        (plots.prediction, "Each point is a measured candidate; a useful prediction rises from left to right."),)),
+        (plots.prediction, "Each point is a measured candidate, a square one drawn at random, which could not win; "
+                           "a useful prediction rises from left to right."),)),
     ("tournament", "The tournament", (
         (curves.ranks, "Rank of the finalists, best on top: lines that cross are candidates that overtook another."),
         (curves.tournament, "Short distillation of each finalist; lower is closer to the parent."))),
@@ -108,8 +109,8 @@ def _note(report: dict[str, Any], section: str) -> str:
     if section == "tradeoff" and search.get("feasible") is not None:
         return (f"{search['feasible']:,} of {facts.number(search.get('points'), ',')} architectures meet the budget; "
                 f"{facts.number(search.get('measured'), ',')} of them were measured.")
-    if section == "prediction" and search.get("rank_correlation") is not None:
-        return f"Rank correlation (Spearman) {search['rank_correlation']:.2f}; 1 is a perfect order, 0 is chance."
+    if section == "prediction":
+        return facts.prediction(report)
     if section == "distillation" and training.get("tokens") is not None:
         speed = training.get("tokens_per_second")
         return (f"{facts.count(training['tokens'])} tokens in {facts.duration(training.get('seconds'))}"

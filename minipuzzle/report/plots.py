@@ -97,6 +97,7 @@ class _Role(NamedTuple):
 
 _ROLES = (_Role("candidate", MUTED, "o", 16, 2), _Role("finalist", FINALIST, "D", 34, 4),
           _Role("", CHOSEN, "*", 130, 5))
+_CONTROL = _Role("random", INK, "s", 18, 3)
 _Point = tuple[dict[str, Any], float, float]  # candidate, x, y
 
 
@@ -186,13 +187,15 @@ def prediction(report: dict[str, Any]) -> Figure | None:
     pairs = [p for p in pairs if p[1] is not None and p[2] is not None]
     if len(pairs) < 3:
         return None
+    drawn = [(c, at(c, "predicted", "damage"), at(c, "measured", metric)) for c in facts.controls(report)]
+    drawn = [p for p in drawn if p[1] is not None and p[2] is not None]
     figure = Figure(figsize=(WIDE, 3.0), layout="constrained")
     axis = figure.subplots()
-    for look, some in _by_role(report, pairs):
+    for look, some in [*_by_role(report, pairs), *([(_CONTROL, drawn)] if drawn else [])]:
         marks = axis.scatter([p[1] for p in some], [p[2] for p in some], s=look.area, c=look.color, marker=look.marker,
                              edgecolors=CARD if look.color == MUTED else INK, linewidths=0.6)
         hover(marks, [facts.summary(p[0]) for p in some])
-    for which, values in (("x", [p[1] for p in pairs]), ("y", [p[2] for p in pairs])):
+    for which, values in (("x", [p[1] for p in pairs + drawn]), ("y", [p[2] for p in pairs + drawn])):
         wide_scale(axis, which, values)
         plain_ticks(axis, which)
     axis.set_xlabel(damage_words(report))

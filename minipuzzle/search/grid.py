@@ -8,6 +8,7 @@ The suffixes: C = combinations of layer counts, W = combinations of widths, P = 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -84,6 +85,32 @@ def search_architectures(parent: Architecture, space: Space, budget: Budget, wor
     return SearchResult(candidates, space.num_points, feasible)
 
 
+def random_architectures(parent: Architecture, space: Space, budget: Budget, workload: Workload,
+                         scores: LayerScores | None, curves: WidthCurves | None, metric: str, damage: str,
+                         count: int, seed: int) -> list[Candidate]:
+    """`count` of the architectures within the budget (all where there are fewer), each as likely as any other: those
+    that draw the lowest numbers, a function of (seed, place in the space). Named r1, r2, ...; they say how well the
+    predicted damage orders the whole space.
+
+    Raises:
+        As search_architectures.
+    """
+    refuse_infeasible(parent, space, budget, workload)
+    predicted = predict(parent, space, scores, curves, metric, damage)
+    drawn, _ = _scan(parent, space, budget, workload, kept_counts(parent, space), predicted, count, seed)
+    found = _candidates(parent, space, budget, workload, predicted, drawn)
+    return [dataclasses.replace(c, name=f"r{i + 1}") for i, c in enumerate(found)]
+
+
+def _lots(number: np.ndarray, seed: int) -> np.ndarray:
+    """In [0, 1), a function of (seed, number): SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+    start = int.from_bytes(hashlib.blake2b(f"controls {seed}".encode(), digest_size=8).digest(), "little")
+    z = number.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(((z ^ (z >> np.uint64(31))) >> np.uint64(11)) / 2.0**53)
+
+
 def kept_counts(parent: Architecture, space: Space) -> np.ndarray:
     """[C, 3] layers of each kind that stay."""
     counts_C3 = np.array([[parent.pattern.count(kind) - n for kind, n in zip(KINDS, drops, strict=True)]
@@ -94,8 +121,9 @@ def kept_counts(parent: Architecture, space: Space) -> np.ndarray:
 
 
 def _scan(parent: Architecture, space: Space, budget: Budget, workload: Workload, counts_C3: np.ndarray,
-          damage: Damage, keep: int) -> tuple[_Points, int]:
-    """(the best `keep` points, the number of feasible ones), in chunks of bounded memory."""
+          damage: Damage, keep: int, seed: int | None = None) -> tuple[_Points, int]:
+    """(the best `keep` points, the number of feasible ones), in chunks of bounded memory. With a `seed` the best are
+    those that draw the lowest numbers."""
     shape_4 = tuple(len(values) for values in space.widths)
     num_widths, feasible, worst = math.prod(shape_4), 0, np.inf
     best = _Points(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
@@ -112,8 +140,11 @@ def _scan(parent: Architecture, space: Space, budget: Budget, workload: Workload
             counts = counts_C3[first_c : first_c + rows]
             fits_CW = fits(lines, budget.limits, counts)
             feasible += int(np.count_nonzero(fits_CW))
-            damage_CW = layers_C[first_c : first_c + rows, None] + (
-                np.zeros(len(number_W)) if widths_W is None else widths_W)
+            if seed is None:
+                damage_CW = layers_C[first_c : first_c + rows, None] + (
+                    np.zeros(len(number_W)) if widths_W is None else widths_W)
+            else:
+                damage_CW = _lots(np.arange(first_c, first_c + len(counts))[:, None] * num_widths + number_W, seed)
             c, w = np.nonzero(fits_CW & (damage_CW <= worst))
             new = _Points(damage_CW[c, w], lines["params"].points(counts[c], w),
                           (first_c + c) * num_widths + number_W[w])
@@ -161,7 +192,7 @@ def _candidates(parent: Architecture, space: Space, budget: Budget, workload: Wo
         predicted = {"layers": _at(layers_C, c), "widths": _at(widths_P, i), "damage": None,
                      "layers_stderr": _at(stderr_C, c), "widths_stderr": _at(width_stderr_P, i)}
         if predicted["layers"] is not None or predicted["widths"] is not None:
-            predicted["damage"] = float(points.damage_P[i])
+            predicted["damage"] = (predicted["layers"] or 0.0) + (predicted["widths"] or 0.0)
         out.append(Candidate(f"c{i + 1:0{digits}d}", arch, kept_of[c], exact, predicted))
     return out
 
