@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 import yaml
 from click.core import ParameterSource
+from safetensors import SafetensorError
 
 from minipuzzle._version import __version__
 from minipuzzle.core import environment, interrupt
 from minipuzzle.core.budget import MOST_SERVED, human_bytes, human_count, parse_quantity
 from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError
-from minipuzzle.core.files import CANDIDATES_BYTES, our_error, parse_yaml, read_json
+from minipuzzle.core.files import CANDIDATES_BYTES, machine_errors, our_error, parse_yaml, read_json
 
 if TYPE_CHECKING:
     from minipuzzle.recipes.progress import Reporter
@@ -79,7 +80,7 @@ class _Group(click.Group):
             _refuse(error)
         except MinipuzzleError as error:
             _say_and_exit(error)
-        except (OSError, MemoryError) as error:  # the machine's, wherever it came up; the others are bugs
+        except (OSError, MemoryError, SafetensorError) as error:  # the machine's; the others are bugs
             ours = our_error(error, getattr(error, "filename", None) or "the computation")
             if isinstance(ours, CorruptArtifact):
                 raise
@@ -155,6 +156,8 @@ def _memory(ctx: click.Context, param: click.Parameter, text: str | None) -> int
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+redo_option = click.option("--redo", is_flag=True,
+                           help="Make the stages again that are damaged, or that a changed recipe invalidates.")
 memory_option = click.option("--memory", "memory_bytes", metavar="SIZE", callback=_memory,
                              help="What may be used, 8GiB; a parent that does not fit is read from the disk layer by "
                                   "layer. Default: the device's.")
@@ -207,7 +210,10 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         if verbose and quiet:
             raise RecipeError("-v and -q exclude each other")
         interrupt.install(keeps=True)
-        return command(reporter=Reporter() if quiet else Terminal(verbose=verbose), **rest)
+        out = command(reporter=Reporter() if quiet else Terminal(verbose=verbose), **rest)
+        if interrupt.received():
+            click.echo("minipuzzle: the signal came when all but the last files was done; they are finished", err=True)
+        return out
 
     for option in (
         click.option("-q", "--quiet", is_flag=True, help="No progress on stderr, only errors."),
@@ -248,7 +254,7 @@ def _command() -> str:
 @memory_option
 @click.option("--candidate", help="With a run as MODEL: distil this candidate too, into RUN/candidates/NAME/.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; touch no weight.")
-@click.option("--redo", is_flag=True, help="Make the stages again that a changed recipe invalidates.")
+@redo_option
 @click.option("--fresh", is_flag=True, help="Forget what the run directory holds.")
 def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool,
           reporter: Reporter, memory_bytes: int | None, candidate: str | None, dry_run: bool, redo: bool,
@@ -328,8 +334,9 @@ def inspect(model: str, precision: str, kv_precision: str, state_precision: str,
 @recipe_options("calibration", "scores", "space", "evaluation", "surgery", "distillation")
 @run_options
 @memory_option
+@redo_option
 def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool,
-          reporter: Reporter, memory_bytes: int | None) -> None:
+          reporter: Reporter, memory_bytes: int | None, redo: bool) -> None:
     """Importance only: layers by ablation, widths by activations -> OUTPUT_DIR/scores/.
 
     \b
@@ -339,7 +346,8 @@ def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device
     from minipuzzle.recipes import single
     from minipuzzle.recipes.results import records
 
-    path, table = single.score(model, recipe, output_dir, seed, device, reporter, _command(), memory_bytes)
+    path, table = single.score(model, recipe, output_dir, seed, device, reporter, _command(), memory_bytes,
+                               redo)
     if environment.rank() != 0:
         return
     _print({"path": str(path), "layers": records(table)}, as_json,
@@ -428,11 +436,12 @@ def _scores_of(data: dict[str, Any]) -> list[dict[str, Any]]:
 @click.option("--teacher", required=True, type=_Path(names=True), metavar="MODEL", help="The parent's folder.")
 @recipe_options("calibration", "evaluation", "distillation")
 @run_options
+@redo_option
 @click.option("--cache-teacher", type=_Path(), metavar="DIR",
               help="Write the teacher's distillation.top_k words to DIR once, and train from there without it.")
 @click.option("--track", help="Also send the metrics to tensorboard, wandb or trackio.")
 def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str,
-            as_json: bool, reporter: Reporter, cache_teacher: Path | None, track: str | None) -> None:
+            as_json: bool, reporter: Reporter, cache_teacher: Path | None, track: str | None, redo: bool) -> None:
     """Distillation alone: STUDENT learns the teacher's logits -> OUTPUT_DIR/model/.
 
     \b
@@ -443,8 +452,9 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
 
     if output_dir is None:
         raise RecipeError("distill needs an output folder: -o FOLDER")
-    data = distill_folder(student, teacher, recipe, output_dir, seed, device, reporter, _command(), cache_teacher,
-                          track)
+    with machine_errors(output_dir):
+        data = distill_folder(student, teacher, recipe, output_dir, seed, device, reporter, _command(), cache_teacher,
+                              track, redo)
     if environment.rank() == 0:
         than = "" if data["loss_teacher"] is None else f" (teacher {data['loss_teacher']:.3f})"
         _print(data, as_json, [f"loss        {data['loss_before']:.3f} -> {data['loss']:.3f}{than}",
@@ -491,17 +501,23 @@ def _report_of(run: Path) -> dict[str, Any]:
 def doctor(model: str | None, as_json: bool) -> None:
     """Is this installation able and right: versions, devices, memory, disk; causality of the SSM path, run here.
 
-    With MODEL (a folder, a Hub id, a config.json or a published name) also whether it can be pruned here.
+    With MODEL (a folder, a Hub id, a config.json or a published name) also whether it can be pruned here. With a run in
+    its place: is every byte of its stages as it was written; exit code 5 if not.
 
     \b
     minipuzzle doctor
     minipuzzle doctor nemotron-h-8b
+    minipuzzle doctor runs/mine
     """
-    from minipuzzle.recipes.doctor import examine
+    from minipuzzle.recipes.doctor import examine, examine_run
 
-    checks = examine(model)
+    is_run = model is not None and (Path(model) / "stages").is_dir()
+    checks = examine_run(Path(model)) if model is not None and is_run else examine(model)
     _print(checks, as_json, [f"{'ok ' if c['ok'] else 'BAD'} {c['name']}: {c['value']}" for c in checks])
-    if not all(c["ok"] for c in checks):
+    bad = [c for c in checks if not c["ok"]]
+    if bad and is_run:
+        raise CorruptArtifact(bad[0]["value"] + (f" (and {len(bad) - 1} more)" if bad[1:] else ""))
+    if bad:
         sys.exit(1)
 
 

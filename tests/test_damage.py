@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from minipuzzle import Recipe, prune
+from minipuzzle.cli import main
 from minipuzzle.core.errors import CorruptArtifact
+from minipuzzle.recipes import single
+from minipuzzle.recipes.job import STAGES
+from minipuzzle.recipes.progress import Reporter
 
 RECIPE = """
 recipe: 1
@@ -51,7 +57,7 @@ def recipe(texts: Path) -> Recipe:
 def _neither_gate_nor_page() -> Iterator[None]:
     """They take most of the time of such a run, and are tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minipuzzle.recipes.stages.reload_gate", lambda folder, ids: 0.0)
+        patch.setattr("minipuzzle.recipes.stages.reload_gate", lambda *given: 0.0)
         patch.setattr("minipuzzle.report.html.render_html", lambda report: "")
         yield
 
@@ -110,3 +116,64 @@ def test_every_file_damaged(copy: Path, finished: Path, model_folder: Path, reci
         damage(copy, pattern, DAMAGES[(i + shift) % len(DAMAGES)])
     prune(model_folder, recipe, copy, redo=True)
     assert_same(copy, finished)
+
+
+def doctor(run: Path) -> Result:
+    return CliRunner().invoke(main, ["doctor", str(run), "--json"])
+
+
+def test_doctor_reads_every_byte(copy: Path) -> None:
+    """Also those that a skipped stage does not: of the same size and time."""
+    result = doctor(copy)
+    assert result.exit_code == 0, result.stderr
+    checks = {c["name"]: c["value"] for c in json.loads(result.stdout)}
+    assert {f"stage {name}" for name in STAGES} <= checks.keys()
+    assert "every byte as it was written" in checks["stage export"]
+    assert checks["stage export"].startswith("9 files")  # result.json and all of model/
+    assert "known again by its config" in checks["parent"]
+    assert json.loads((copy / "run.json").read_text())["model_is"] in checks["parent"]
+    file = copy / "model" / "tokenizer.json"
+    then = file.stat()
+    damage(copy, "model/tokenizer.json", "flipped")
+    os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns))
+    result = doctor(copy)
+    assert result.exit_code == 5
+    (line,) = result.stderr.splitlines()
+    assert f"{file} is changed since it was written; run with --redo to make stage export again" in line
+    assert [c["name"] for c in json.loads(result.stdout) if not c["ok"]] == ["stage export"]
+
+
+def test_export_reads_every_byte(copy: Path, finished: Path, model_folder: Path, recipe: Recipe) -> None:
+    """What the earlier stages left is compared before a model is made of it, whatever its time says."""
+    file = copy / "scores" / "widths.safetensors"
+    then = file.stat()
+    damage(copy, "scores/widths.safetensors", "flipped")
+    os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns))
+    (copy / "stages" / "export.json").unlink()
+    with pytest.raises(CorruptArtifact, match=r"widths\.safetensors is changed"):
+        prune(model_folder, recipe, copy)
+    prune(model_folder, recipe, copy, redo=True)
+    assert_same(copy, finished)
+
+
+def test_the_other_verbs_mend_too(model_folder: Path, recipe: Recipe, texts: Path, tmp_path: Path) -> None:
+    """`score` and `distill` say --redo as well, and take it."""
+    single.score(model_folder, recipe, tmp_path / "scored", 0, "cpu", Reporter())
+    file = damage(tmp_path / "scored", "scores/layers.csv", "flipped")
+    with pytest.raises(CorruptArtifact, match=rf"{re.escape(str(file))} .*--redo"):
+        single.score(model_folder, recipe, tmp_path / "scored", 0, "cpu", Reporter())
+    single.score(model_folder, recipe, tmp_path / "scored", 0, "cpu", Reporter(), redo=True)
+    for verb in ("score", "distill", "prune"):
+        assert "--redo" in CliRunner().invoke(main, [verb, "--help"]).stdout
+
+
+def test_a_damaged_run_json_is_told_from_no_run(copy: Path, model_folder: Path, recipe: Recipe) -> None:
+    """The verbs that read it name the way out, which works."""
+    damage(copy, "run.json", "flipped")
+    for line in (["prune", str(copy), "--candidate", "c0001"], ["search", str(copy)]):
+        result = CliRunner().invoke(main, line)
+        assert result.exit_code == 5, result.stderr
+        assert "run.json" in result.stderr
+        assert "the command that made the run writes it again" in result.stderr
+    prune(model_folder, recipe, copy)
+    assert CliRunner().invoke(main, ["search", str(copy)]).exit_code == 0

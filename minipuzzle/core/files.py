@@ -5,6 +5,7 @@ safetensors file. So a file must be a regular one (a FIFO would be waited for fo
 JSON and YAML not deeper than DEPTH. Nothing that is read can run code: JSON, safetensors and plain YAML only.
 
     reading(path)                 a block whose foreign errors become ours       `our_error` says which becomes what
+    machine_errors(folder)        a verb, in which only those of the machine do
     read_text, read_json          a whole file
     parse_json, parse_yaml        a text
     open_tensors(path)            a safetensors file
@@ -38,8 +39,11 @@ CANDIDATES_BYTES = 2**32  # of ours: each candidate has a whole architecture
 YAML_BYTES = 2**18  # PyYAML reads about 100 kB a second
 DEPTH = 100  # of nested JSON and YAML; Python's own stack ends at 1000
 
-# What the machine says, whatever the file holds
-_RESOURCES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG}
+# What the machine says, whatever the file holds, and what to do then
+_ROOM = "make room there"
+_RESOURCES = {errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM, errno.EFBIG: f"{_ROOM}, or raise the limit of a file's size",
+              errno.EROFS: "make it writable", errno.EIO: "look after the disk", errno.ENOMEM: "free some memory",
+              errno.EMFILE: "raise the limit of open files (ulimit -n)", errno.ENFILE: "close some programs"}
 # What the user wrote: a path that leads nowhere, or where they may not go
 _PATHS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ELOOP,
           errno.ENAMETOOLONG, errno.ENXIO}
@@ -64,8 +68,9 @@ def our_error(error: BaseException, path: Path | str, corrupt: type[MinipuzzleEr
         return error
     number = _errno(error)
     if isinstance(error, MemoryError) or number in _RESOURCES:
-        why = os.strerror(number) if number else "not enough memory"
-        return ResourceError(f"{_shown(path)}: {why}; make room, and the same command continues")
+        number = number if number in _RESOURCES else errno.ENOMEM
+        return ResourceError(f"{_shown(path)}: {os.strerror(number)}; {_RESOURCES[number]}, and the same command "
+                             "continues")
     if number in _PATHS:
         return RecipeError(f"{_shown(path)} cannot be opened ({os.strerror(number)})")
     if isinstance(error, ValueError) and "null byte" in str(error):
@@ -80,6 +85,18 @@ def reading(path: Path | str, corrupt: type[MinipuzzleError] = CorruptArtifact, 
         yield
     except (OSError, MemoryError, *_CONTENT) as error:
         raise our_error(error, path, corrupt, hint) from None
+
+
+@contextmanager
+def machine_errors(folder: Path | str) -> Iterator[None]:
+    """A block that works in `folder`: what the machine says of its disks and memory becomes a ResourceError, wherever
+    it came up. All else passes: it is a bug."""
+    try:
+        yield
+    except (OSError, MemoryError, SafetensorError) as error:
+        if not isinstance(error, MemoryError) and _errno(error) not in _RESOURCES:
+            raise
+        raise our_error(error, getattr(error, "filename", None) or folder) from None
 
 
 def _errno(error: BaseException) -> int:
@@ -241,10 +258,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write `path` under; where the block ends the file is flushed and renamed, and so is whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        yield temporary
-        flush_to_disk(temporary)
-        os.replace(temporary, path)
-        flush_to_disk(path.parent)
+        with machine_errors(path):
+            yield temporary
+            flush_to_disk(temporary)
+            os.replace(temporary, path)
+            flush_to_disk(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -40,6 +40,11 @@ def _remember(signum: int, frame: FrameType | None) -> None:
     _received = signum
 
 
+def received() -> bool:
+    """Whether a signal came that nothing has raised for."""
+    return _received is not None
+
+
 def check() -> None:
     """Raise `Interrupted` if a signal came. Called wherever progress is reported."""
     if _received is not None:

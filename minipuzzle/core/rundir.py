@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError, ResourceError
-from minipuzzle.core.files import read_json, read_sealed, write_sealed
+from minipuzzle.core.files import machine_errors, read_json, read_sealed, write_sealed
 
 PIECES, PIECE_BYTES = 64, 2**16  # what `sampled_hash` reads of a file
 
@@ -84,7 +84,8 @@ class RunDir:
             raise ResourceError(f"{path}: another process is working there; wait for it, or choose another folder "
                                 "with -o") from None
         if not (path / "run.json").is_file():
-            write_sealed(path / "run.json", {"schema": 1})
+            with machine_errors(path):
+                write_sealed(path / "run.json", {"schema": 1})
 
     def close(self) -> None:
         """Let go of the lock."""

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.errors import CorruptArtifact, UnsupportedModel
 from minipuzzle.core.files import open_tensors, read_json, reading, replace_folder
 from minipuzzle.core.published import read_config
-from minipuzzle.core.rundir import sampled_hash
+from minipuzzle.core.rundir import PIECE_BYTES, PIECES, sampled_hash
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Family
 from minipuzzle.families.registry import check_prunable, family_of
@@ -118,9 +119,21 @@ class ModelFolder:
     def fingerprint(self) -> str:
         """Hash of the config and of the weights files (`sampled_hash`)."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for path in sorted({file for file, _ in self.files.values()}):
+        for path in _files_of(self):
             digest.update(f"{path.name}:{sampled_hash(path)}".encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def sampled(self) -> str:
+        """How much of the weights the fingerprint is of, in words: a change elsewhere is not seen."""
+        sizes = [path.stat().st_size for path in _files_of(self)]
+        read = sum(min(size, PIECES * PIECE_BYTES) for size in sizes)
+        rest = "" if read == sum(sizes) else f" ({PIECES} pieces of each file; what lies between is not compared)"
+        return f"known again by its config and {human_bytes(read)} of {human_bytes(sum(sizes))} of weights{rest}"
+
+
+def _files_of(folder: ModelFolder) -> list[Path]:
+    return sorted({file for file, _ in folder.files.values()})
 
 
 def open_model(path: Path) -> ModelFolder:
@@ -209,13 +222,23 @@ def write_model(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[st
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    try:
+        _write_files(temporary, config, tensors, companions_from, shard_bytes)
+    except BaseException:  # on a full disk what is left takes room that the next try needs
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    replace_folder(temporary, folder)
+
+
+def _write_files(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]],
+                 companions_from: Path | None, shard_bytes: int) -> None:
     shards: list[list[str]] = []
     batch: dict[str, torch.Tensor] = {}
     size = total = 0
 
     def flush() -> None:
         nonlocal batch, size
-        save_file(batch, temporary / f"part-{len(shards):05d}.safetensors", metadata={"format": "pt"})
+        save_file(batch, folder / f"part-{len(shards):05d}.safetensors", metadata={"format": "pt"})
         shards.append(list(batch))
         batch, size = {}, 0
 
@@ -228,22 +251,21 @@ def write_model(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[st
         total += count
     flush()
     if len(shards) == 1:
-        os.rename(temporary / "part-00000.safetensors", temporary / "model.safetensors")
+        os.rename(folder / "part-00000.safetensors", folder / "model.safetensors")
     else:
         weight_map: dict[str, str] = {}
         for i, names in enumerate(shards):
             file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            os.rename(temporary / f"part-{i:05d}.safetensors", temporary / file)
+            os.rename(folder / f"part-{i:05d}.safetensors", folder / file)
             weight_map |= dict.fromkeys(names, file)
-        (temporary / "model.safetensors.index.json").write_text(
+        (folder / "model.safetensors.index.json").write_text(
             json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in COMPANIONS if companions_from is not None else ():
         assert companions_from is not None
         if (companions_from / name).is_file():
-            shutil.copy2(companions_from / name, temporary / name)
-    for written in temporary.iterdir():
+            shutil.copy2(companions_from / name, folder / name)
+    for written in folder.iterdir():
         written.chmod(0o644)  # safetensors writes for the owner alone
         with written.open("rb") as handle:
             os.fsync(handle.fileno())
-    replace_folder(temporary, folder)

@@ -39,12 +39,13 @@ from minipuzzle.surgery.gate import reload_gate, sample_logits
 
 def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir: Path, seed: int, device: str,
             reporter: Reporter, command: str = "", cache_teacher: Path | None = None,
-            track: str | None = None) -> dict[str, Any]:
+            track: str | None = None, redo: bool = False) -> dict[str, Any]:
     """Distil one folder from another -> OUTPUT_DIR/model/, through the reload gate; the same command continues.
 
     Under torchrun the processes share the batches and the weights. `cache_teacher`: a folder with the teacher's top
     words, made first where something is missing; then training needs no teacher, and no KL is measured. `track`: also
-    send the metrics to tensorboard, wandb or trackio.
+    send the metrics to tensorboard, wandb or trackio. `redo`: make damaged tokens again, and start anew where the
+    settings are others.
 
     Raises:
         RecipeError: no tokens, different vocabularies, settings that do not go together.
@@ -58,7 +59,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
     ranks, what = job.ranks, _inputs(job, small)
     state = job.run.path / "distillation" / digest(what)
     try:
-        _begin(job, what, cache_teacher is not None)
+        _begin(job, what, cache_teacher is not None, redo)
         blocks, settings = stages.training_blocks(job), stages.settings(job)
         source: Model | CachedTeacher
         if cache_teacher is not None:
@@ -133,17 +134,21 @@ def _inputs(job: Job, small: ModelFolder) -> dict[str, Any]:
             "distillation": d.model_dump(exclude={"activation_checkpointing", "data", "tournament_tokens"})}
 
 
-def _begin(job: Job, inputs: dict[str, Any], cached: bool) -> None:
-    """run.json and the tokens.
+def _begin(job: Job, inputs: dict[str, Any], cached: bool, redo: bool) -> None:
+    """run.json and the tokens. With `redo` what is damaged is forgotten, and another training.
 
     Raises:
         RecipeError: the folder has another training.
     """
     if job.ranks.main:
         restore_folder(job.run.path / "model")
+        if redo:
+            job.forget_damaged()
         if different := job.run.differences("distill", inputs):
-            raise RecipeError(f"{job.run.path} distils with other settings ({'; '.join(different)}); with those the "
-                              "same command continues, with another -o it starts anew")
+            if not redo:
+                raise RecipeError(f"{job.run.path} distils with other settings ({'; '.join(different)}); with those "
+                                  "the same command continues, with another -o, or --redo, it starts anew")
+            job.run.drop("distill")
         write_sealed(job.run.path / "run.json", run_about(job) | {"student": inputs["student"]}, indent=1)
     job.reporter.start({"tokenize": 5.0, "cache": 30.0 if cached else 0.0, "distill": 100.0})
     stages.tokenize_data(job)

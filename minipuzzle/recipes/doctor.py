@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,10 @@ from typing import Any
 import torch
 
 from minipuzzle.core.budget import human_bytes
-from minipuzzle.core.errors import MinipuzzleError, ResourceError
+from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, ResourceError
+from minipuzzle.core.rundir import RunDir, read_about
 from minipuzzle.data.tokenizer import load_tokenizer
+from minipuzzle.distill import state
 from minipuzzle.distill.precision import FP8_CAPABILITY
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.nemotron_h import NemotronH
@@ -25,6 +30,7 @@ from minipuzzle.families.registry import check_prunable
 from minipuzzle.families.ssd import kernel, ssd
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
+from minipuzzle.recipes.job import STAGES
 from minipuzzle.recipes.plan import Plan, check_memory, machine_memory, make_plan
 from minipuzzle.recipes.results import versions
 from minipuzzle.recipes.schema import Recipe
@@ -49,6 +55,59 @@ def examine(model: str | None = None) -> list[dict[str, Any]]:
     checks += [_bf16(device) for device in devices()]
     checks += [_fp8(), _chunks(), *_transformers()]
     return checks + (_model(model) if model is not None else [])
+
+
+def examine_run(run: Path) -> list[dict[str, Any]]:
+    """A list of {name, value, ok} of a run: every byte of its finished stages and training states is compared with the
+    hashes that were written with it, and its parent with what was sampled of it."""
+    checks = [_whole("run.json", lambda: f"stages: {_done(read_about(run))}")]
+    for folder in (run, *sorted(p for p in run.glob("candidates/*") if p.is_dir())):
+        place = "" if folder == run else f" of {folder.name}"
+        names = sorted(p.stem for p in folder.glob("stages/*.json"))
+        for stage in sorted(names, key=lambda name: STAGES.index(name) if name in STAGES else len(STAGES)):
+            checks.append(_whole(f"stage {stage}{place}", partial(_stage, RunDir(folder, hold=False), stage)))
+    for path in sorted(run.glob("distillation/*/state-*")) + sorted(run.glob("distillation/*/best-*")):
+        checks.append(_whole(f"{path.parent.name}/{path.name}", partial(_state, path)))
+    with suppress(MinipuzzleError):
+        checks.append(_parent(read_about(run)))
+    return checks
+
+
+def _whole(name: str, look: Callable[[], str]) -> dict[str, Any]:
+    try:
+        return _check(name, look(), True)
+    except CorruptArtifact as error:
+        return _check(name, " ".join(str(error).split()), False)
+
+
+def _done(about: dict[str, Any]) -> str:
+    found = about.get("stages") or []
+    return f"{sum(s['status'] == 'done' for s in found)} of {len(found)} done"
+
+
+def _stage(run: RunDir, stage: str) -> str:
+    files = (run.verify(stage) or {})["files"]
+    return f"{len(files)} files, {human_bytes(sum(f['bytes'] for f in files.values()))}, every byte as it was written"
+
+
+def _state(path: Path) -> str:
+    state.verify(path)
+    return "every byte as it was written"
+
+
+def _parent(about: dict[str, Any]) -> dict[str, Any]:
+    """The model that the run was made of, by its fingerprint."""
+    path, known = Path(str(about.get("model"))), (about.get("hashes") or {}).get("model")
+    if not path.is_dir():
+        return _check("parent", f"{path} is not there any more", True)
+    try:
+        folder = open_model(path)
+        if folder.fingerprint != known:
+            return _check("parent", f"{path} is not the model that the run was made of; fetch it again, or prune into "
+                          "another folder", False)
+    except MinipuzzleError as error:
+        return _check("parent", " ".join(str(error).split()), False)
+    return _check("parent", f"{path}: {folder.sampled}", True)
 
 
 def devices() -> list[torch.device]:

@@ -200,19 +200,24 @@ class Job:
                 self.home(name).commit(name, inputs, files, time.perf_counter() - begin)
         self.ranks.barrier()
 
-    def refuse_changes(self, redo: bool | None = None) -> None:
-        """Compare the recipe with the finished stages. With `redo` forget those, and the damaged ones, every byte read.
-
-        Raises:
-            RecipeError: some were made with other settings, and `redo` is false, or None: the verb has no --redo.
-            CorruptArtifact: a manifest is damaged, and `redo` is false.
-        """
-        for name in self.stages if redo else ():
+    def forget_damaged(self) -> None:
+        """Drop the finished stages whose manifest or files are damaged; every byte is read."""
+        for name in self.stages:
             try:
                 self.home(name).verify(name)
             except CorruptArtifact as error:
                 self.reporter.say(f"made again: {error}")
                 self.home(name).drop(name)
+
+    def refuse_changes(self, redo: bool, fresh: str = "--fresh for all, ") -> None:
+        """Compare the recipe with the finished stages. With `redo` forget those, and the damaged ones.
+
+        Raises:
+            RecipeError: some were made with other settings, and `redo` is false. `fresh`: how to begin all anew.
+            CorruptArtifact: a manifest is damaged, and `redo` is false.
+        """
+        if redo:
+            self.forget_damaged()
         changed = {name: self.home(name).differences(name, self.inputs[name]) for name in self.stages}
         changed = {name: lines for name, lines in changed.items() if lines}
         if not changed:
@@ -220,8 +225,7 @@ class Job:
         if not redo:
             lines = dict.fromkeys(line for found in changed.values() for line in found if not line.startswith("after:"))
             raise RecipeError(f"{self.run.path} was made with other settings ({'; '.join(lines)}); stages to make "
-                              f"again: {', '.join(changed)}. Use "
-                              f"{'another -o' if redo is None else '--redo for these, --fresh for all, or another -o'}")
+                              f"again: {', '.join(changed)}. Use --redo for these, {fresh}or another -o")
         for name in changed:
             self.home(name).drop(name)
 

@@ -20,6 +20,7 @@ from minipuzzle.core.environment import world_size
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.files import (
     CANDIDATES_BYTES,
+    machine_errors,
     read_json,
     reading,
     restore_folder,
@@ -131,13 +132,14 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
     check_precision(recipe.distillation.precision, where)
     run = RunDir(path)
     try:
-        if fresh:
-            run.clear()
-        job = Job(plan, folder, run, seed, Ranks(where), reporter or Reporter(), command, candidate)
-        if candidate is not None:
-            _open_candidate(job, candidate)
-        job.refuse_changes(redo)
-        return _run(job)
+        with machine_errors(path):
+            if fresh:
+                run.clear()
+            job = Job(plan, folder, run, seed, Ranks(where), reporter or Reporter(), command, candidate)
+            if candidate is not None:
+                _open_candidate(job, candidate)
+            job.refuse_changes(redo)
+            return _run(job)
     except RecipeError:
         run.discard_unused()
         raise
@@ -204,4 +206,5 @@ def run_about(job: Job) -> dict[str, Any]:
             "seed": job.seed, "command": job.command, "versions": versions(), "stages": stage_list(job),
             "device": str(job.device), "ssm_kernel": kernel(job.device),
             "loss_kernel": loss_kernel(job.plan.parent.vocab_size, job.device),
+            "model_is": job.folder.sampled,
             "hashes": {"model": job.folder.fingerprint, "tokenizer": job.tokenizer_hash}}

@@ -12,6 +12,7 @@ import pandas as pd
 
 from minipuzzle.core.environment import world_size
 from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.files import machine_errors
 from minipuzzle.core.rundir import RunDir
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.evaluate.quality import Reference, measure
@@ -44,23 +45,25 @@ def open_job(folder: ModelFolder, recipe: Recipe, output: Path, seed: int, devic
 
 
 def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int, device: str, reporter: Reporter,
-          command: str = "", memory_bytes: int | None = None) -> tuple[Path, pd.DataFrame]:
+          command: str = "", memory_bytes: int | None = None, redo: bool = False) -> tuple[Path, pd.DataFrame]:
     """(OUTPUT_DIR/scores, the layer table): the first stages of `prune`, which would go on from here.
 
     A parent that does not fit into `memory_bytes` (left out: the machine's) is read from the disk layer by layer. Under
-    torchrun the samples are split over the processes.
+    torchrun the samples are split over the processes. `redo`: make the damaged stages again, and those that a changed
+    recipe invalidates.
     """
     folder = open_model(find_model(model))
     job = open_job(folder, recipe, output_dir or default_output(folder, recipe, seed), seed, device, reporter, command,
                memory_bytes, reads=("calibration",))
     try:
         if job.ranks.main:
-            job.refuse_changes()
+            job.refuse_changes(redo, fresh="")
         job.ranks.barrier()
         estimates = job.plan.estimates()
         job.reporter.start({name: estimates[name] for name in ("tokenize", "score", "curves")})
         job.reporter.say(job.plan.passes())
-        run_stages(job, stages.tokenize_data, stages.score, stages.curves)
+        with machine_errors(job.run.path):
+            run_stages(job, stages.tokenize_data, stages.score, stages.curves)
     except RecipeError:
         job.run.discard_unused()
         raise
