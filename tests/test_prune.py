@@ -742,14 +742,17 @@ def test_each_verb_reads_the_data_that_it_needs(finished: Run, model_folder: Pat
     """`score` and `evaluate` never open the distillation's corpus; what `score` leaves, `prune` goes on from."""
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{}\n")
-    unread = ["--recipe", recipe_file, "--set", f"distillation.data={broken}"]
-    result = invoke("evaluate", model_folder, *unread, "--set", "distillation.batch_tokens=1", "--json")
+    for_others = tmp_path / "for_others.yaml"  # and its settings fit no model
+    for_others.write_text(recipe_file.read_text().replace(f"{{data: {texts}, tournament", f"{{data: {broken}, tournament"))
+    unfit = tmp_path / "unfit.yaml"
+    unfit.write_text(for_others.read_text().replace("batch_tokens: 256", "batch_tokens: 1"))
+    result = invoke("evaluate", model_folder, "--recipe", unfit, "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["loss"] == pytest.approx(finished.report["parent"]["loss"], rel=1e-6)
     run = tmp_path / "run"
-    result = invoke("score", model_folder, *unread, "-o", run)
+    result = invoke("score", model_folder, "--recipe", for_others, "-o", run)
     assert result.exit_code == 0, result.stderr
-    assert "no text" in refused(invoke("prune", model_folder, *unread, "-o", run), 2)
+    assert "no text" in refused(invoke("prune", model_folder, "--recipe", for_others, "-o", run), 2)
     recorder = Recorder(stop_in="search")
     with pytest.raises(Interrupted):
         prune(model_folder, recipe_for(texts), run, reporter=recorder)
