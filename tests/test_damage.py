@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from minipuzzle import Recipe, prune
 from minipuzzle.cli import main
 from minipuzzle.core.errors import CorruptArtifact
+from minipuzzle.core.partial import Partial
 from minipuzzle.recipes import single
 from minipuzzle.recipes.job import STAGES
 from minipuzzle.recipes.progress import Reporter
@@ -177,3 +179,27 @@ def test_a_damaged_run_json_is_told_from_no_run(copy: Path, model_folder: Path, 
         assert "the command that made the run writes it again" in result.stderr
     prune(model_folder, recipe, copy)
     assert CliRunner().invoke(main, ["search", str(copy)]).exit_code == 0
+
+
+def test_a_damaged_refit_is_made_again(model_folder: Path, recipe: Recipe, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    refitted = recipe.with_overrides(settings={"surgery.refit": "ridge", "distillation.tokens": 0})
+    prune(model_folder, refitted, run)
+    before = shutil.copytree(run, tmp_path / "before")
+    for how in ("flipped", "empty"):
+        damage(run, "refit/*.safetensors", how)
+        (run / "stages" / "export.json").unlink()
+        prune(model_folder, refitted, run)
+        assert_same(run, Path(before))
+
+
+def test_a_batch_with_any_byte_changed_is_measured_again(tmp_path: Path) -> None:
+    """Never other numbers, never a traceback of zipfile or numpy."""
+    partial, arrays = Partial(tmp_path), {"values": np.arange(6.0).reshape(2, 3)}
+    partial.put(0, 2, arrays)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        found = partial.get(0, 2)
+        assert found is None or (found.keys() == {"values"} and np.array_equal(found["values"], arrays["values"])), place

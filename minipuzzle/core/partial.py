@@ -8,12 +8,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+# what numpy and zipfile raise about a file of which bytes are missing or changed; a batch has a checksum
+_NOT_WHOLE = (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, struct.error, zlib.error,
+              zipfile.BadZipFile)
 
 
 class Partial:
@@ -31,7 +36,7 @@ class Partial:
         try:
             with np.load(self.folder / f"{first}-{stop}.npz", allow_pickle=False) as file:
                 return dict(file)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # absent, or not whole: it is made again
+        except _NOT_WHOLE:  # or absent: it is made again
             return None
 
     def put(self, first: int, stop: int, arrays: Arrays) -> None:

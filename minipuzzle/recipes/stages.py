@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.files import replace_folder, write_atomic, write_json
 from minipuzzle.core.rundir import digest
 from minipuzzle.core.scores import LayerScores, WidthCurves
@@ -268,10 +268,18 @@ def _pruned(job: Job, candidate: Candidate) -> Model:
 
 
 def _refitted(job: Job, candidate: Candidate) -> tuple[Model, list[BlockFit]]:
-    """Refitted once, then read from RUN/refit/: tournament, distillation and export start from the same numbers."""
+    """Refitted once, then read from RUN/refit/: tournament, distillation and export start from the same numbers.
+
+    One that is damaged is refitted again: the numbers are a function of what the manifests of the stages cover.
+    """
     path = job.run.path / "refit" / f"{candidate.name}-{digest(job.inputs['tournament'])}.safetensors"
-    if not path.is_file():
+    try:
+        known = job.run.verify(f"refit-{path.stem}") is not None
+    except CorruptArtifact:
+        known = False
+    if not known:
         write_refit(path, *job.cutter.refitted(candidate.architecture, candidate.kept_layers, job.refit_ids))
+        job.run.commit(f"refit-{path.stem}", {}, [path], 0.0)
     return read_refit(path, job.folder.family, candidate.architecture, job.device)
 
 
