@@ -30,8 +30,8 @@ from minipuzzle.models.module import HybridLM
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, Whole, layer_forwards, walk
 from minipuzzle.models.weights import open_model
-from minipuzzle.recipes.results import hardware, versions
-from minipuzzle.recipes.source import bundled_model
+from minipuzzle.pipeline.results import hardware, versions
+from minipuzzle.pipeline.source import bundled_model
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -32,9 +32,9 @@ from minipuzzle.importance.layers import score
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, layer_forwards
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.recipes.results import hardware, versions
+from minipuzzle.pipeline.results import hardware, versions
+from minipuzzle.pipeline.source import bundled_model
 from minipuzzle.recipes.schema import Recipe
-from minipuzzle.recipes.source import bundled_model
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.space import resolve_space

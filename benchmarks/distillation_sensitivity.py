@@ -27,9 +27,9 @@ from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
-from minipuzzle.recipes.results import hardware, versions
+from minipuzzle.pipeline.results import hardware, versions
+from minipuzzle.pipeline.source import bundled_model
 from minipuzzle.recipes.schema import Recipe
-from minipuzzle.recipes.source import bundled_model
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import Rotation

@@ -29,8 +29,8 @@ from minipuzzle.importance.racing import Race
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, Whole
 from minipuzzle.models.weights import open_model
-from minipuzzle.recipes.results import hardware, versions
-from minipuzzle.recipes.source import bundled_model
+from minipuzzle.pipeline.results import hardware, versions
+from minipuzzle.pipeline.source import bundled_model
 from minipuzzle.search.damage import drop_order
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from minipuzzle.recipes.results import hardware, versions
+from minipuzzle.pipeline.results import hardware, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -40,8 +40,8 @@ from minipuzzle.importance.widths import score_widths
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model, batches, floats_per_sample
 from minipuzzle.models.weights import open_model
-from minipuzzle.recipes.results import hardware, versions
-from minipuzzle.recipes.source import bundled_model
+from minipuzzle.pipeline.results import hardware, versions
+from minipuzzle.pipeline.source import bundled_model
 from minipuzzle.surgery import refit
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.refit import GAIN

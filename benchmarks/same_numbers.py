@@ -40,6 +40,7 @@ FEW = {"calibration.samples": "8", "calibration.sequence_length": "64", "evaluat
        "search.measure": "6", "search.finalists": "2", "distillation.sequence_length": "64",
        "distillation.batch_tokens": "256", "distillation.tournament_tokens": "1024",
        "distillation.tokens": "3072", "budget.memory": "0.6x"}
+WORDS = "layer state head channel for in def return self import none true false model"
 # name -> (settings, whether the bundled model is pruned, and not the tiny one)
 CASES: dict[str, tuple[dict[str, str], bool]] = {
     "tiny": ({}, False),
@@ -83,7 +84,7 @@ def write_tiny(folder: Path) -> None:
 def write_texts(folder: Path) -> None:
     folder.mkdir()
     chance = random.Random(0)
-    words = ["layer", "state", "head", "channel", "for", "in", "def", "return", "self", "import", "none", "true", "false", "model"]
+    words = WORDS.split()
     for i in range(300):
         lines = [" ".join(chance.choices(words, range(1, len(words) + 1), k=9)) for _ in range(12)]
         (folder / f"{i:03}.txt").write_text("\n".join(lines) + "\n")

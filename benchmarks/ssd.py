@@ -26,8 +26,8 @@ from minipuzzle.core.published import find_config
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.nemotron_h import mamba
 from minipuzzle.models.weights import open_model
-from minipuzzle.recipes.results import hardware, versions
-from minipuzzle.recipes.source import bundled_model
+from minipuzzle.pipeline.results import hardware, versions
+from minipuzzle.pipeline.source import bundled_model
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -30,7 +30,7 @@ from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.recipes.results import hardware, versions
+from minipuzzle.pipeline.results import hardware, versions
 
 END = "<|endoftext|>"
 SEED = 0

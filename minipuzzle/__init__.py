@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from minipuzzle.families.architecture import Architecture
     from minipuzzle.importance.layers import score_layers
     from minipuzzle.importance.widths import score_widths
-    from minipuzzle.recipes.pipeline import Run, prune
+    from minipuzzle.pipeline.verbs import Run, prune
     from minipuzzle.recipes.schema import Recipe
     from minipuzzle.search.candidate import Candidate
     from minipuzzle.search.grid import search_architectures
@@ -33,10 +33,10 @@ _HOMES = {
     "Candidate": "search.candidate",
     "LayerScores": "core.scores",
     "Recipe": "recipes.schema",
-    "Run": "recipes.pipeline",
+    "Run": "pipeline.verbs",
     "WidthScores": "core.scores",
     "distill_model": "distill.loop",
-    "prune": "recipes.pipeline",
+    "prune": "pipeline.verbs",
     "score_layers": "importance.layers",
     "score_widths": "importance.widths",
     "search_architectures": "search.grid",

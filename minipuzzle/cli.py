@@ -23,7 +23,7 @@ from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError
 from minipuzzle.core.files import CANDIDATES_BYTES, machine_errors, our_error, parse_yaml, read_json
 
 if TYPE_CHECKING:
-    from minipuzzle.recipes.progress import Reporter
+    from minipuzzle.pipeline.progress import Reporter
     from minipuzzle.recipes.schema import Recipe
 
 
@@ -205,7 +205,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """-o, --seed, --device, --json, -v, -q; the command gets a `reporter` for the last two."""
     @functools.wraps(command)
     def wrapped(verbose: bool, quiet: bool, **rest: Any) -> Any:
-        from minipuzzle.recipes.progress import Reporter, Terminal
+        from minipuzzle.pipeline.progress import Reporter, Terminal
 
         if verbose and quiet:
             raise RecipeError("-v and -q exclude each other")
@@ -268,17 +268,17 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     minipuzzle prune my-model --budget memory=0.6x --data texts/ -o runs/mine
     minipuzzle prune runs/mine --candidate c0012
     """
-    from minipuzzle.recipes import pipeline
-    from minipuzzle.recipes.source import reopen
+    from minipuzzle.pipeline import verbs
+    from minipuzzle.pipeline.source import reopen
 
     if candidate is not None:  # the run has settled the rest
         given = _given("name", "budgets", "data", "settings", "seed", "output_dir")
         model, recipe, output_dir, seed = reopen(model, given)
     if dry_run:
-        _, plan = pipeline.prepare(model, recipe, memory_bytes)
+        _, plan = verbs.prepare(model, recipe, memory_bytes)
         _print(plan.to_json(), as_json, plan.lines())
         return
-    run = pipeline.prune(model, recipe, output_dir, seed=seed, device=device, redo=redo, fresh=fresh,
+    run = verbs.prune(model, recipe, output_dir, seed=seed, device=device, redo=redo, fresh=fresh,
                          candidate=candidate, reporter=reporter, command=_command(), memory_bytes=memory_bytes)
     parent, result, paired = (run.report[name] for name in ("parent", "result", "paired"))
     recovered = "" if result["recovery"] is None else f" ({result['recovery']:.0%} of the gap recovered)"
@@ -324,7 +324,7 @@ def inspect(model: str, precision: str, kv_precision: str, state_precision: str,
     if as_json:
         _print(data, True, [])
     else:
-        from minipuzzle.recipes.screen import print_inspection
+        from minipuzzle.pipeline.screen import print_inspection
 
         print_inspection(arch, workload, data)
 
@@ -343,8 +343,8 @@ def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device
     minipuzzle score my-model --data texts/ -o scored
     torchrun --nproc-per-node 4 -m minipuzzle score my-model --memory 24GiB
     """
-    from minipuzzle.recipes import single
-    from minipuzzle.recipes.results import records
+    from minipuzzle.pipeline import single
+    from minipuzzle.pipeline.results import records
 
     path, table = single.score(model, recipe, output_dir, seed, device, reporter, _command(), memory_bytes,
                                redo)
@@ -372,7 +372,7 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
     minipuzzle search --model config.json --scores layers.csv --budget memory=31.7GiB -o found
     minipuzzle search runs/mine --budget memory=0.5x,0.6x,0.7x
     """
-    from minipuzzle.recipes.research import research, run_recipe
+    from minipuzzle.pipeline.research import research, run_recipe
 
     if run is not None and not _given("name"):
         given = click.get_current_context().params
@@ -408,7 +408,7 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
     minipuzzle evaluate runs/mine/model --latency --set workload.context=4k
     minipuzzle evaluate runs/mine/model --tasks hellaswag,mmlu --limit 200
     """
-    from minipuzzle.recipes import single
+    from minipuzzle.pipeline import single
 
     if limit is not None and tasks is None:
         raise RecipeError("--limit is for --tasks")
@@ -448,7 +448,7 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
     minipuzzle distill small --teacher big --data texts/ --set distillation.tokens=10M -o distilled
     torchrun --nproc-per-node 8 -m minipuzzle.cli distill small --teacher big --device cuda -o distilled
     """
-    from minipuzzle.recipes.distill import distill as distill_folder
+    from minipuzzle.pipeline.distill import distill as distill_folder
 
     if output_dir is None:
         raise RecipeError("distill needs an output folder: -o FOLDER")
@@ -509,7 +509,7 @@ def doctor(model: str | None, as_json: bool) -> None:
     minipuzzle doctor nemotron-h-8b
     minipuzzle doctor runs/mine
     """
-    from minipuzzle.recipes.doctor import examine, examine_run
+    from minipuzzle.pipeline.doctor import examine, examine_run
 
     is_run = model is not None and (Path(model) / "stages").is_dir()
     checks = examine_run(Path(model)) if model is not None and is_run else examine(model)

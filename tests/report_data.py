@@ -10,7 +10,7 @@ from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.families.architecture import FFN, KINDS, MAMBA, Architecture
 from minipuzzle.families.cost import cost
-from minipuzzle.recipes.results import width_shares
+from minipuzzle.pipeline.results import width_shares
 from minipuzzle.search.candidate import Candidate
 
 PARENT = Architecture(

@@ -19,8 +19,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from minipuzzle.cli import main
-from minipuzzle.recipes import progress
-from minipuzzle.recipes.progress import Terminal
+from minipuzzle.pipeline import progress
+from minipuzzle.pipeline.progress import Terminal
 
 RECORDED = Path(__file__).parent / "data" / "commands.txt"
 # what the parts of a help must have; every verb also has an example (test_imports.py)

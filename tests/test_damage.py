@@ -18,9 +18,9 @@ from minipuzzle import Recipe, prune
 from minipuzzle.cli import main
 from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.partial import Partial
-from minipuzzle.recipes import single
-from minipuzzle.recipes.job import STAGES
-from minipuzzle.recipes.progress import Reporter
+from minipuzzle.pipeline import single
+from minipuzzle.pipeline.job import STAGES
+from minipuzzle.pipeline.progress import Reporter
 
 RECIPE = """
 recipe: 1
@@ -59,7 +59,7 @@ def recipe(texts: Path) -> Recipe:
 def _neither_gate_nor_page() -> Iterator[None]:
     """They take most of the time of such a run, and are tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minipuzzle.recipes.stages.reload_gate", lambda *given: 0.0)
+        patch.setattr("minipuzzle.pipeline.stages.reload_gate", lambda *given: 0.0)
         patch.setattr("minipuzzle.report.html.render_html", lambda report: "")
         yield
 

@@ -26,8 +26,8 @@ from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.recipes import distill as verb
-from minipuzzle.recipes.progress import Reporter
+from minipuzzle.pipeline import distill as verb
+from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.recipes.schema import Recipe
 
 HERE = Path(__file__).parent

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from minipuzzle.cli import main
-from minipuzzle.recipes import doctor, plan
+from minipuzzle.pipeline import doctor, plan
 
 
 def invoke(*arguments: str, code: int = 0) -> Result:

@@ -47,10 +47,10 @@ from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, Whole, layer_forwards, walk
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.recipes import single
-from minipuzzle.recipes.progress import Reporter
+from minipuzzle.pipeline import single
+from minipuzzle.pipeline.progress import Reporter
+from minipuzzle.pipeline.source import bundled_model
 from minipuzzle.recipes.schema import Recipe
-from minipuzzle.recipes.source import bundled_model
 from minipuzzle.search.damage import predict
 from minipuzzle.search.space import Space
 from minipuzzle.surgery.cut import Cutter

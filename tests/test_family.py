@@ -24,7 +24,7 @@ from minipuzzle.families.ssd import causal_conv, ssd
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
-from minipuzzle.recipes.source import bundled_model
+from minipuzzle.pipeline.source import bundled_model
 
 CHUNK = 32
 LENGTHS = (1, 31, 32, 33, 64, 200)  # around and beyond the borders of a chunk

@@ -31,7 +31,7 @@ from minipuzzle.importance.layers import score_layers
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, Source
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
-from minipuzzle.recipes import stages
+from minipuzzle.pipeline import stages
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def recipe(texts: Path) -> Recipe:
 @pytest.fixture(scope="module", autouse=True)
 def _neither_gate_nor_page() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minipuzzle.recipes.stages.reload_gate", lambda *given: 0.0)
+        patch.setattr("minipuzzle.pipeline.stages.reload_gate", lambda *given: 0.0)
         patch.setattr("minipuzzle.report.html.render_html", lambda report: "")
         yield
 

@@ -24,7 +24,7 @@ from minipuzzle.importance.widths import score_widths
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, Whole, final_hidden, walk
 from minipuzzle.models.weights import open_model
-from minipuzzle.recipes.source import bundled_model
+from minipuzzle.pipeline.source import bundled_model
 from minipuzzle.surgery.cut import Cutter
 
 METRICS = ("mse", "nmse", "kl", "loss_delta", "cosine")

@@ -25,12 +25,13 @@ ALLOWED = {
     "evaluate": {"core", "families", "models", "data"},
     "surgery": {"core", "families", "models", "data"},
     "distill": {"core", "families", "models", "data"},
-    "recipes": {"core", "families", "models", "data", "search", "report", "importance", "evaluate", "surgery",
-                "distill"},
-    "cli": {"core", "families", "recipes", "report"},
+    "recipes": {"core", "data", "search"},
+    "pipeline": {"core", "families", "models", "data", "search", "report", "importance", "evaluate", "surgery",
+                 "distill", "recipes"},
+    "cli": {"core", "families", "recipes", "report", "pipeline"},
     "_version": set(),
 }
-NO_TORCH = ("core", "search", "report", "cli")
+NO_TORCH = ("core", "search", "report", "recipes", "cli")
 
 
 def imported(file: Path) -> list[tuple[str, bool]]:

@@ -41,11 +41,11 @@ from minipuzzle.models.module import HybridLM
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
-from minipuzzle.recipes import stages
-from minipuzzle.recipes.job import STAGES
-from minipuzzle.recipes.pipeline import Run
-from minipuzzle.recipes.progress import Reporter, Update
-from minipuzzle.recipes.source import bundled_model
+from minipuzzle.pipeline import stages
+from minipuzzle.pipeline.job import STAGES
+from minipuzzle.pipeline.progress import Reporter, Update
+from minipuzzle.pipeline.source import bundled_model
+from minipuzzle.pipeline.verbs import Run
 from minipuzzle.surgery import gate
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import Rotation
@@ -103,7 +103,7 @@ def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
         assert difference < 1e-4
         return difference
 
-    monkeypatch.setattr("minipuzzle.recipes.stages.reload_gate", check)
+    monkeypatch.setattr("minipuzzle.pipeline.stages.reload_gate", check)
 
 
 @pytest.fixture
@@ -719,7 +719,7 @@ def test_a_candidate_by_hand_goes_on_after_a_stop_and_opens_as_a_run(copy: Path,
     """A finalist goes on from its own training; stopped in the gate, only the export is made again."""
     finalist, before = finished.candidates["name"][1], contents(copy)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minipuzzle.recipes.stages.reload_gate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("minipuzzle.pipeline.stages.reload_gate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prune(copy, candidate=finalist)
     assert not (copy / "candidates" / finalist / "model").exists()

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from minipuzzle import Recipe
 from minipuzzle.cli import main
 from minipuzzle.core.errors import RecipeError, ResourceError
-from minipuzzle.recipes.plan import check_memory, make_plan
+from minipuzzle.pipeline.plan import check_memory, make_plan
 from minipuzzle.recipes.schema import json_schema, recipe_text, shipped_recipes
 
 CONTRACT = {
@@ -73,7 +73,7 @@ def test_every_shipped_recipe_is_valid() -> None:
 
 def test_the_default_fits_the_bundled_model() -> None:
     from minipuzzle.models.weights import open_model
-    from minipuzzle.recipes.source import bundled_model
+    from minipuzzle.pipeline.source import bundled_model
 
     plan = make_plan(open_model(bundled_model()).arch, Recipe())
     assert plan.feasible > 100

@@ -15,7 +15,7 @@ from minipuzzle.cli import main
 from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
-from minipuzzle.recipes.research import candidates_document, research, run_recipe, sweep
+from minipuzzle.pipeline.research import candidates_document, research, run_recipe, sweep
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate
 

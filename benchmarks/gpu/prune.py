@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from minipuzzle.recipes import pipeline
+from minipuzzle.pipeline import verbs
 from minipuzzle.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def prune(run: Run) -> None:
 def outcome(recipe: Recipe, folder: Path, device: str) -> dict[str, Any]:
     """Run or continue the job; what came out, in short."""
     begin = time.perf_counter()
-    done = pipeline.prune(None, recipe, folder, device=device)
+    done = verbs.prune(None, recipe, folder, device=device)
     result = done.report["result"]
     return {
         "seconds": time.perf_counter() - begin,

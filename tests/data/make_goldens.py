@@ -7,7 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from minipuzzle.recipes.research import research
+from minipuzzle.pipeline.research import research
 from minipuzzle.recipes.schema import Recipe
 
 HERE = Path(__file__).parent

@@ -22,8 +22,8 @@ from minipuzzle.distill.loop import Trained, read_metrics
 from minipuzzle.distill.precision import fp8_note
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
-from minipuzzle.recipes.job import STAGES, Job
-from minipuzzle.recipes.source import licence_of
+from minipuzzle.pipeline.job import STAGES, Job
+from minipuzzle.pipeline.source import licence_of
 from minipuzzle.report.card import model_card
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.rank import rank_correlation

@@ -34,14 +34,14 @@ from minipuzzle.distill.precision import check_precision
 from minipuzzle.families.ssd import kernel
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.weights import ModelFolder, open_model
-from minipuzzle.recipes import stages
-from minipuzzle.recipes.job import Job
-from minipuzzle.recipes.plan import Plan, check_disk, check_memory, find_device, make_plan, memory_to_use
-from minipuzzle.recipes.progress import Reporter
-from minipuzzle.recipes.research import candidates_document
-from minipuzzle.recipes.results import make_report, stage_list, versions
+from minipuzzle.pipeline import stages
+from minipuzzle.pipeline.job import Job
+from minipuzzle.pipeline.plan import Plan, check_disk, check_memory, find_device, make_plan, memory_to_use
+from minipuzzle.pipeline.progress import Reporter
+from minipuzzle.pipeline.research import candidates_document
+from minipuzzle.pipeline.results import make_report, stage_list, versions
+from minipuzzle.pipeline.source import bundled_model, default_output, find_model, reopen
 from minipuzzle.recipes.schema import Recipe
-from minipuzzle.recipes.source import bundled_model, default_output, find_model, reopen
 from minipuzzle.report import curves, plots
 from minipuzzle.report.html import write_report
 from minipuzzle.report.svg import Draw, styled

@@ -1,4 +1,4 @@
-"""One stage alone: score, evaluate (distill: recipes/distill.py)."""
+"""One stage alone: score, evaluate (distill: pipeline/distill.py)."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from minipuzzle.evaluate.served import check_tasks, latency, tasks
 from minipuzzle.models.ranks import open_ranks
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import ModelFolder, open_model
-from minipuzzle.recipes import stages
-from minipuzzle.recipes.job import Job
-from minipuzzle.recipes.pipeline import run_stages
-from minipuzzle.recipes.plan import check_memory, find_device, make_plan, memory_to_use
-from minipuzzle.recipes.progress import Reporter
+from minipuzzle.pipeline import stages
+from minipuzzle.pipeline.job import Job
+from minipuzzle.pipeline.plan import check_memory, find_device, make_plan, memory_to_use
+from minipuzzle.pipeline.progress import Reporter
+from minipuzzle.pipeline.source import default_output, find_model
+from minipuzzle.pipeline.verbs import run_stages
 from minipuzzle.recipes.schema import DATA_SECTIONS, Recipe
-from minipuzzle.recipes.source import default_output, find_model
 
 
 def open_job(folder: ModelFolder, recipe: Recipe, output: Path, seed: int, device: str, reporter: Reporter,

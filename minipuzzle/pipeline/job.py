@@ -30,8 +30,8 @@ from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, Source
 from minipuzzle.models.weights import COMPANIONS, ModelFolder
-from minipuzzle.recipes.plan import Plan
-from minipuzzle.recipes.progress import Reporter, Update
+from minipuzzle.pipeline.plan import Plan
+from minipuzzle.pipeline.progress import Reporter, Update
 from minipuzzle.recipes.schema import DATA_SECTIONS
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.rank import rank

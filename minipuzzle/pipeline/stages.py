@@ -1,6 +1,6 @@
 """The stages of a run as plain calls: each reads what earlier ones left in the run directory, and leaves files there.
 
-    tokenize, score, curves, search, measure, tournament, distill, export        (recipes/pipeline.py runs them)
+    tokenize, score, curves, search, measure, tournament, distill, export        (pipeline/verbs.py runs them)
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from minipuzzle.models.module import HybridLM
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.recipes.job import STAGES, Job
-from minipuzzle.recipes.plan import CONTROLS, students_in_memory
-from minipuzzle.recipes.progress import Update
-from minipuzzle.recipes.research import find_candidates
-from minipuzzle.recipes.results import make_report, model_card_files, zero_warning
+from minipuzzle.pipeline.job import STAGES, Job
+from minipuzzle.pipeline.plan import CONTROLS, students_in_memory
+from minipuzzle.pipeline.progress import Update
+from minipuzzle.pipeline.research import find_candidates
+from minipuzzle.pipeline.results import make_report, model_card_files, zero_warning
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.grid import random_architectures
 from minipuzzle.search.prices import KINDS

@@ -30,11 +30,11 @@ from minipuzzle.families.registry import check_prunable
 from minipuzzle.families.ssd import kernel, ssd
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
-from minipuzzle.recipes.job import STAGES
-from minipuzzle.recipes.plan import Plan, check_memory, machine_memory, make_plan
-from minipuzzle.recipes.results import versions
+from minipuzzle.pipeline.job import STAGES
+from minipuzzle.pipeline.plan import Plan, check_memory, machine_memory, make_plan
+from minipuzzle.pipeline.results import versions
+from minipuzzle.pipeline.source import config_of
 from minipuzzle.recipes.schema import Recipe
-from minipuzzle.recipes.source import config_of
 
 TOLERANCE = 1e-4
 KERNEL_TOLERANCE = 1e-2  # on a GPU, where kernels multiply in TF32; no GPU has run this yet

@@ -25,15 +25,15 @@ from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
-from minipuzzle.recipes import stages
-from minipuzzle.recipes.job import Job
-from minipuzzle.recipes.pipeline import run_about
-from minipuzzle.recipes.plan import find_device
-from minipuzzle.recipes.progress import Reporter
-from minipuzzle.recipes.results import distilled_report, model_card_files, training_notes
+from minipuzzle.pipeline import stages
+from minipuzzle.pipeline.job import Job
+from minipuzzle.pipeline.plan import find_device
+from minipuzzle.pipeline.progress import Reporter
+from minipuzzle.pipeline.results import distilled_report, model_card_files, training_notes
+from minipuzzle.pipeline.single import open_job
+from minipuzzle.pipeline.source import find_model
+from minipuzzle.pipeline.verbs import run_about
 from minipuzzle.recipes.schema import Recipe
-from minipuzzle.recipes.single import open_job
-from minipuzzle.recipes.source import find_model
 from minipuzzle.surgery.gate import reload_gate, sample_logits
 
 
