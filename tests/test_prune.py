@@ -623,16 +623,16 @@ def test_untrained_weights_do_not_pass_the_gate(unexported: Path, model_folder: 
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers and this engine agree on the folder, but it is not what was trained."""
     untrained: dict[str, torch.Tensor] = {}
-    load, write = stages.load_student, stages.write_model
+    load, write = stages.load_best, stages.write_model
 
-    def remember(state: Path, student: HybridLM, *name: str) -> None:
+    def remember(state: Path, student: HybridLM) -> Any:
         untrained.update({name: p.detach().clone() for name, p in student.parameters_by_name().items()})
-        load(state, student, *name)
+        return load(state, student)
 
     def write_the_other(folder: Path, config: dict[str, Any], tensors: Any, parent: Path) -> None:
         write(folder, config, ((name, untrained[name].to(t.dtype)) for name, t in tensors), parent)
 
-    monkeypatch.setattr(stages, "load_student", remember)
+    monkeypatch.setattr(stages, "load_best", remember)
     monkeypatch.setattr(stages, "write_model", write_the_other)
     with pytest.raises(CorruptArtifact, match="other logits in transformers than the student in memory"):
         prune(model_folder, recipe_for(texts), unexported)
