@@ -80,7 +80,7 @@ class _Group(click.Group):
             _refuse(error)
         except MinipuzzleError as error:
             _say_and_exit(error)
-        except (OSError, MemoryError, SafetensorError) as error:  # the machine's; the others are bugs
+        except (OSError, MemoryError, RuntimeError, SafetensorError) as error:  # the machine's; the others are bugs
             ours = our_error(error, getattr(error, "filename", None) or "the computation")
             if isinstance(ours, CorruptArtifact):
                 raise

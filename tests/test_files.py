@@ -66,6 +66,8 @@ def test_what_an_error_means() -> None:
     assert kind(OSError(errno.ENOSPC, "full")) is ResourceError
     assert kind(SafetensorError("I/O error: No space left on device (os error 28)")) is ResourceError
     assert kind(MemoryError()) is ResourceError
+    assert kind(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")) is ResourceError
+    assert kind(RuntimeError("a bug")) is CorruptArtifact  # which the command line leaves as the bug that it is
     assert kind(PermissionError(errno.EACCES, "no")) is RecipeError
     assert kind(SafetensorError("header too large")) is CorruptArtifact
     assert kind(RecipeError("ours")) is RecipeError

@@ -339,3 +339,11 @@ def test_a_recipe_file_may_have_what_other_verbs_read(tmp_path: Path, victim: Pa
     path = tmp_path / "mine.yaml"
     path.write_text("recipe: 1\nbudget: {memory: 0.9x}\ndistillation: {tokens: 1k}\nsearch: {keep: 3}\n")
     assert run("search", "--model", victim / "config.json", "--recipe", path, "-o", tmp_path / "found").exit_code == 0
+
+
+def test_no_memory_is_one_line(model_folder: Path, texts: Path) -> None:
+    """A prompt that fits into no machine."""
+    result = run("evaluate", model_folder, "--data", texts, "--latency", "--set", "calibration.sequence_length=32",
+                 "--set", "workload.context=100000000000000000")
+    assert result.exit_code == 6
+    assert "memory" in result.stderr

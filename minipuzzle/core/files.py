@@ -50,6 +50,9 @@ _PATHS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES,
 # What libraries raise about the content of a file
 _CONTENT = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, EOFError,
             SafetensorError)
+# torch says so in a RuntimeError: it has no room, or the bytes do not even fit into an integer
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|size calculation overflowed|"
+                        r"integer multiplication overflow")
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
           stat.S_IFBLK: "a device"}
 
@@ -103,6 +106,8 @@ def _errno(error: BaseException) -> int:
     """The system's number of an error; 0 if it has none. safetensors only writes it into its message."""
     if isinstance(error, OSError):
         return error.errno or 0
+    if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
+        return errno.ENOMEM
     found = re.search(r"\(os error ([0-9]+)\)", str(error)) if isinstance(error, SafetensorError) else None
     return int(found[1]) if found else 0
 

@@ -82,7 +82,7 @@ def stock_errors(folder: Path | str, what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         if "trust_remote_code" in str(error):
             raise UnsupportedModel(f"{folder}: its {what} is code of that folder, which is never run; give the model a "
                                    "tokenizer.json of a class that transformers has, and take out auto_map") from None
