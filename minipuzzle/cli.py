@@ -439,7 +439,7 @@ def _scores_of(data: dict[str, Any]) -> list[dict[str, Any]]:
 @redo_option
 @click.option("--cache-teacher", type=_Path(), metavar="DIR",
               help="Write the teacher's distillation.top_k words to DIR once, and train from there without it.")
-@click.option("--track", help="Also send the metrics to tensorboard, wandb or trackio.")
+@click.option("--track", help="Also send the metrics to tensorboard or wandb.")
 def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str,
             as_json: bool, reporter: Reporter, cache_teacher: Path | None, track: str | None, redo: bool) -> None:
     """Distillation alone: STUDENT learns the teacher's logits -> OUTPUT_DIR/model/.

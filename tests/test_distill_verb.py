@@ -257,11 +257,11 @@ def test_streams_need_to_know_the_layers(small: Path, model_folder: Path, texts:
 
 def test_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_tracker(None, tmp_path)({"step": 1}) is None
-    with pytest.raises(RecipeError, match="known: tensorboard, wandb, trackio"):
+    with pytest.raises(RecipeError, match="known: tensorboard, wandb"):
         open_tracker("mlflow", tmp_path)
-    monkeypatch.setitem(sys.modules, "trackio", None)  # not installed
-    with pytest.raises(RecipeError, match="trackio is not installed"):
-        open_tracker("trackio", tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    with pytest.raises(RecipeError, match="wandb is not installed"):
+        open_tracker("wandb", tmp_path)
     logged: list[tuple[dict[str, float], int]] = []
 
     class Fake:

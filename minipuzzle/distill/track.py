@@ -9,7 +9,7 @@ from typing import Any
 
 from minipuzzle.core.errors import RecipeError
 
-TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 def open_tracker(name: str | None, folder: Path) -> Callable[[dict[str, Any]], None]:
@@ -33,7 +33,7 @@ def open_tracker(name: str | None, folder: Path) -> Callable[[dict[str, Any]], N
             for key, value in _numbers(row).items():
                 writer.add_scalar(key, value, row["step"])
         return scalars
-    run = module.init(project="minipuzzle", name=folder.name)  # wandb and trackio share these calls
+    run = module.init(project="minipuzzle", name=folder.name)
     return lambda row: run.log(_numbers(row), step=row["step"])
 
 

@@ -44,7 +44,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
 
     Under torchrun the processes share the batches and the weights. `cache_teacher`: a folder with the teacher's top
     words, made first where something is missing; then training needs no teacher, and no KL is measured. `track`: also
-    send the metrics to tensorboard, wandb or trackio. `redo`: make damaged tokens again, and start anew where the
+    send the metrics to tensorboard or wandb. `redo`: make damaged tokens again, and start anew where the
     settings are others.
 
     Raises:

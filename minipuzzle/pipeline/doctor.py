@@ -49,7 +49,7 @@ def examine(model: str | None = None) -> list[dict[str, Any]]:
                *_memory(), *(_check(f"scan of the SSM on {d}", kernel(d), True) for d in devices())]
     for package, use in (("mamba_ssm", "Triton scan"), ("causal_conv1d", "CUDA convolution"),
                          ("transformer_engine", "fp8"), ("modelopt", "quantisation"), ("lm_eval", "tasks"),
-                         ("tensorboard", "tracking"), ("wandb", "tracking"), ("trackio", "tracking")):
+                         ("tensorboard", "tracking"), ("wandb", "tracking")):
         found = importlib.util.find_spec(package) is not None
         checks.append(_check(f"{package} ({use})", "installed" if found else "not installed (optional)", True))
     checks += [_bf16(device) for device in devices()]
