@@ -17,6 +17,7 @@ from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.files import open_tensors, read_text, reading
 
 LAYER_METRICS = ("mse", "nmse", "kl", "loss_delta", "cosine")
+_AGAIN = "the command that made it makes it again with --redo"
 INTERACTIONS = "interactions.safetensors"
 COLUMNS = ("layer", "kind", "mse", "mse_stderr", "nmse", "kl", "kl_stderr", "loss_delta", "cosine", "samples")
 
@@ -96,7 +97,7 @@ class LayerScores:
         beside = path.parent / INTERACTIONS
         if path.name != "layers.csv" or not beside.is_file():
             return cls(table, str(path))
-        return cls(table, str(path), _read_arrays(beside, "delete it and score again")[0])
+        return cls(table, str(path), _read_arrays(beside, _AGAIN)[0])
 
 
 def _read_csv(path: Path, hint: str = "") -> pd.DataFrame:
@@ -149,7 +150,7 @@ class WidthScores:
         Raises:
             CorruptArtifact: it cannot be read.
         """
-        hint = "delete it and run again"
+        hint = _AGAIN
         arrays, about = _read_arrays(path, hint)
         per_layer: dict[str, dict[int, np.ndarray]] = {"ffn": {}, "mamba": {}}
         with reading(path, hint=hint):
@@ -186,7 +187,7 @@ class WidthCurves:
 
     @classmethod
     def read(cls, path: Path) -> WidthCurves:
-        table = _read_csv(path, "delete it and run again")
+        table = _read_csv(path, _AGAIN)
         if not {"axis", "width"} <= set(table.columns) or not set(table["axis"]) <= set(WIDTH_AXES):
             raise CorruptArtifact(f"{path} needs the columns axis (one of {', '.join(WIDTH_AXES)}) and width")
         return cls(table)

@@ -169,6 +169,6 @@ def read_refit(path: Path, family: Family, arch: Architecture,
     Raises:
         CorruptArtifact: it cannot be read.
     """
-    with open_tensors(path, device=str(device), hint="delete it and run again") as file:
+    with open_tensors(path, device=str(device), hint="the command that made it makes it again with --redo") as file:
         model = Model.build(family, arch, ((name, file.get_tensor(name)) for name in file.keys()))  # noqa: SIM118
         return model, [BlockFit(**fit) for fit in json.loads(file.metadata()["fits"])]

@@ -55,7 +55,7 @@ class Rotation:
         Raises:
             CorruptArtifact: it cannot be read.
         """
-        with open_tensors(path, "numpy", hint="delete it and run again") as file:
+        with open_tensors(path, "numpy", hint="the command that made it makes it again with --redo") as file:
             return cls(file.get_tensor("basis"), file.get_tensor("energies"))
 
 
