@@ -52,7 +52,7 @@ from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.source import bundled_model
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.damage import predict
-from minipuzzle.search.space import Space
+from minipuzzle.search.space import Space, resolve_space
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import find_rotation
 
@@ -248,6 +248,13 @@ def test_a_race_spends_less_and_chooses_the_same() -> None:
     for metric in ("mse", "kl"):
         assert np.isfinite(table[metric]).all()
     assert np.isfinite(fast.layers.interactions["kl"]).all()
+    # pairs are of all samples on which both were ablated, not of the first look alone
+    last = np.flatnonzero(table["samples"] == fast.samples)
+    assert fast.samples > 8
+    assert len(last) >= 2
+    expected = slow.layers.samples["pairs_kl"][: fast.samples].mean(0)
+    np.testing.assert_allclose(fast.layers.interactions["kl"][np.ix_(last, last)], expected[np.ix_(last, last)], rtol=1e-3,
+                               atol=1e-6)
 
 
 @settings(max_examples=30)
@@ -284,12 +291,17 @@ def test_iterative_is_removing_the_least_one_after_the_other(memo: int) -> None:
         lowest = min(damage, key=lambda i: damage[i])
         row = found.layers.table.loc[lowest]
         assert row["order"] == place
-        assert row["added"] == pytest.approx(damage[lowest] - before, rel=1e-3, abs=1e-5)
+        assert row["added_kl"] == pytest.approx(damage[lowest] - before, rel=1e-3, abs=1e-5)
         before = damage[lowest]
         left = without(left, names.index(lowest))
         names.remove(lowest)
         gone.append(lowest)
     assert found.layers.table["order"].notna().sum() == 5
+    # what was measured of a set is what is predicted of it
+    counts = [sum(ARCH.pattern[i] == kind for i in gone) for kind in "M-*"]
+    spec = dict(zip(("drop_mamba", "drop_ffn", "drop_attention"), counts, strict=True))
+    predicted = predict(ARCH, resolve_space(spec, ARCH), found.layers, None, "kl").layers(resolve_space(spec, ARCH))
+    assert predicted == pytest.approx([before], rel=1e-3)
     # the search drops them in this order
     space = Space((0, 1, 2), (0, 1, 2), (0, 1), (32,), (48,), (8,), (8,))
     orders = predict(ARCH, space, found.layers, None, "kl").orders

@@ -19,6 +19,7 @@ from minipuzzle.core.files import open_tensors, read_text, reading
 LAYER_METRICS = ("mse", "nmse", "kl", "loss_delta", "cosine")
 _AGAIN = "the command that made it makes it again with --redo"
 INTERACTIONS = "interactions.safetensors"
+SAMPLES = "samples.safetensors"
 COLUMNS = ("layer", "kind", "mse", "mse_stderr", "nmse", "kl", "kl_stderr", "loss_delta", "cosine", "samples")
 
 
@@ -28,11 +29,14 @@ class LayerScores:
     scoring `order`, the place in which the layer went (1 first, NaN never).
 
     `interactions`: "mse" and "kl" -> [layers, layers], what pairs of layers do together (importance/layers.py).
+    `samples`: what each sample says, for the errors of sums: a metric -> [samples, layers], "pairs_mse" and "pairs_kl"
+    -> [samples, layers, layers], NaN where a race did not look; "added_METRIC" as in the table.
     """
 
     table: pd.DataFrame
     source: str = ""
     interactions: dict[str, np.ndarray] = field(default_factory=dict)
+    samples: dict[str, np.ndarray] = field(default_factory=dict)
 
     def metric(self, name: str) -> np.ndarray:
         """[layers] of a metric; larger is more important. NaN where the table holds no number.
@@ -55,20 +59,27 @@ class LayerScores:
 
     @property
     def order(self) -> np.ndarray | None:
-        """[layers] the place in which iterative scoring let each go. It also writes `added`: another's `order` is an
-        extra column."""
-        return _numbers(self.table["order"]) if {"order", "added"} <= set(self.table.columns) else None
+        """[layers] the place in which iterative scoring let each go. It also writes `added_METRIC`: another's `order`
+        is an extra column."""
+        ours = any(f"added_{name}" in self.table.columns for name in LAYER_METRICS)
+        return _numbers(self.table["order"]) if ours and "order" in self.table.columns else None
+
+    def added(self, name: str) -> np.ndarray | None:
+        """[layers] what the removal of each added to the damage of those that went before it; NaN where it stayed, None
+        where this metric was not scored iteratively."""
+        return _numbers(self.table[f"added_{name}"]) if f"added_{name}" in self.table.columns else None
 
     @property
     def pattern(self) -> str:
         return "".join(self.table["kind"])
 
     def write(self, path: Path) -> None:
-        """`layers.csv`, and beside it `interactions.safetensors`."""
+        """`layers.csv`, and beside it `interactions.safetensors` and `samples.safetensors`."""
         from safetensors.numpy import save_file
 
         self.table.to_csv(path, index=False, float_format="%.9g")
         save_file({k: np.ascontiguousarray(v) for k, v in self.interactions.items()}, path.parent / INTERACTIONS)
+        save_file({k: np.ascontiguousarray(v, np.float32) for k, v in self.samples.items()}, path.parent / SAMPLES)
 
     @classmethod
     def read(cls, path: Path) -> LayerScores:
@@ -97,7 +108,9 @@ class LayerScores:
         beside = path.parent / INTERACTIONS
         if path.name != "layers.csv" or not beside.is_file():
             return cls(table, str(path))
-        return cls(table, str(path), _read_arrays(beside, _AGAIN)[0])
+        samples = path.parent / SAMPLES
+        return cls(table, str(path), _read_arrays(beside, _AGAIN)[0],
+                   _read_arrays(samples, _AGAIN)[0] if samples.is_file() else {})
 
 
 def _read_csv(path: Path, hint: str = "") -> pd.DataFrame:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from minipuzzle.core.partial import Arrays
 from minipuzzle.core.scores import COLUMNS, LayerScores, WidthScores
-from minipuzzle.importance.racing import FIRST_LOOK, Race, looks, means, toss_ups, undecided
+from minipuzzle.importance.racing import FIRST_LOOK, Race, looks, means, toss_ups, typical, undecided
 from minipuzzle.importance.widths import gather_widths, width_scores
 from minipuzzle.models.logits import compare
 from minipuzzle.models.passes import Pass
@@ -86,24 +86,32 @@ def score(run: Pass, race: Race | None = None, confidence: Race | None = None) -
     run.progress(total)
     values = np.concatenate([p["values"] for p in parts], -1)
     asked = race or confidence
-    every = [p for p in parts if not np.isnan(p["values"][0]).any()]
-    counted = sum(p["values"].shape[-1] for p in every)
-    # a race has them from the samples on which all layers were ablated
-    pairs = {metric: sum(p[f"gram_{metric}"] for p in every) / counted for metric in ("mse", "kl")}
-    if np.isnan(pairs["kl"]).any():  # more variants than memory for them
-        pairs = {}
+    pairs, samples = _interactions(parts, values)
+    samples |= {metric: row.T for metric, row in zip(METRICS, values, strict=True)}
     return Scored(
-        replace(layer_table(arch.pattern, values), interactions=pairs), width_scores(arch, parts, spent),
-        spent, total, forwards,
+        replace(layer_table(arch.pattern, values), interactions=pairs, samples=samples),
+        width_scores(arch, parts, spent), spent, total, forwards,
         toss_ups(values[METRICS.index(asked.metric)], arch.pattern, asked) if asked else [])
+
+
+def _interactions(parts: Sequence[Arrays], values: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """("mse", "kl" -> [L, L], "pairs_mse", "pairs_kl" -> [N, L, L]): G and K, and what each sample says of them. In a
+    race a pair is of the samples on which both were ablated, moved to all as the layers are. Empty where there were
+    more variants than memory to walk them together."""
+    pairs = {metric: np.concatenate([p[f"gram_{metric}"] for p in parts]) for metric in ("mse", "kl")}
+    if any(np.isnan(of_samples).all(0).any() for of_samples in pairs.values()):
+        return {}, {}
+    found = {metric: means(of_samples.reshape(len(of_samples), -1).T, typical(values[METRICS.index(metric)]))
+             .reshape(of_samples.shape[1:]) for metric, of_samples in pairs.items()}
+    return found, {f"pairs_{metric}": of_samples for metric, of_samples in pairs.items()}
 
 
 def score_iteratively(run: Pass, race: Race, memo_bytes: int = MEMO_BYTES) -> Scored:
     """Score one-shot, then find the order in which layers go: the one whose removal, on top of those that went before,
     does least by `race.metric`; of each kind as many as `race.drops` says, and never the last of all layers.
 
-    The table gets `order` (1 first) and `added`, the damage that each removal added. A walk starts at the layer that
-    went last, with the streams that came to it, if those of all variants fit into `memo_bytes`.
+    The table gets `order` (1 first) and `added_METRIC`, the damage that each removal added. A walk starts at the layer
+    that went last, with the streams that came to it, if those of all variants fit into `memo_bytes`.
     """
     scored, arch = score(run, confidence=race), run.source.arch
     whole, size = Whole(run.source), run.size(arch.num_layers + 1)
@@ -112,9 +120,9 @@ def score_iteratively(run: Pass, race: Race, memo_bytes: int = MEMO_BYTES) -> Sc
     memo_bytes = min(memo_bytes, run.memory_bytes or memo_bytes)
     fits = 2 * total * seq * arch.hidden_size * arch.num_layers * (arch.num_layers + 1) <= memo_bytes
     together = run.variants() - 1
-    order, added = np.full(arch.num_layers, np.nan), np.full(arch.num_layers, np.nan)
+    order, added_NL = np.full(arch.num_layers, np.nan), np.full((total, arch.num_layers), np.nan)
     gone: list[int] = []
-    before, forwards = 0.0, scored.forwards
+    before_N, forwards = np.zeros(total), scored.forwards
     wanted = sum(most for _, most in race.drops.values())
     while len(gone) < min(wanted, arch.num_layers - 1):
         left = [i for i, kind in enumerate(arch.pattern) if i not in gone
@@ -132,14 +140,17 @@ def score_iteratively(run: Pass, race: Race, memo_bytes: int = MEMO_BYTES) -> Sc
         part = replace(run, partial=run.partial.part(f"without-{'-'.join(map(str, gone))}"),
                        progress=lambda done: run.progress(total * (len(gone) + done / total) / wanted))
         found = np.concatenate([p["values"] for p in part.run(0, total, size, make)], -1)
-        means_V = found[METRICS.index(race.metric)].mean(-1)
+        found_VN = found[METRICS.index(race.metric)]
+        means_V = found_VN.mean(-1)
         best = min(range(len(left)), key=lambda v: (means_V[v], -left[v]))
-        order[left[best]], added[left[best]] = len(gone) + 1, means_V[best] - before
-        before = means_V[best]
+        order[left[best]], added_NL[:, left[best]] = len(gone) + 1, found_VN[best] - before_N
+        before_N = found_VN[best]
         forwards += total * sum(layer_forwards(paths, gone[-1] if fits and gone else 0) for paths in walks)
         gone.append(left[best])
-    table = scored.layers.table.assign(order=order, added=added)
-    return replace(scored, layers=replace(scored.layers, table=table), forwards=forwards)
+    name = f"added_{race.metric}"
+    table = scored.layers.table.assign(order=order, **{name: added_NL.mean(0)})
+    layers = replace(scored.layers, table=table, samples=scored.layers.samples | {name: added_NL})
+    return replace(scored, layers=layers, forwards=forwards)
 
 
 def _paths(whole: Whole, chosen: Sequence[int], removed: frozenset[int] = frozenset()) -> list[Path]:
@@ -173,16 +184,16 @@ def _ablate(source: Source, chosen: Sequence[int], together: int, first: int, id
     values[4] = torch.stack([cosine[i] for i in range(arch.num_layers)]).numpy(force=True)
     out = {name: tensor.numpy(force=True) for name, tensor in sums.items()} | {"values": values}
     for name, gram in (("gram_mse", gram_mse), ("gram_kl", gram_kl)):
-        out[name] = np.full((arch.num_layers,) * 2, np.nan)
+        out[name] = np.full((bsz, arch.num_layers, arch.num_layers), np.nan)
         if len(groups) == 1:
-            out[name][np.ix_(chosen, chosen)] = gram
+            out[name][np.ix_(range(bsz), chosen, chosen)] = gram
     return out
 
 
 def damage(parts: Parts, full: torch.Tensor, variants: Sequence[torch.Tensor], roots: Sequence[Hashable],
            ids_BT: torch.Tensor, expand: Callable[[torch.Tensor], torch.Tensor] = lambda x: x, gram: bool = False
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mse, nmse, kl, loss_delta [4, variants, B]; with `gram` the sums over samples of G and K).
+    """(mse, nmse, kl, loss_delta [4, variants, B]; with `gram` each sample's G and K, [B, variants, variants]).
 
     `roots`: of the full model and of each variant; `expand` brings a variant's [..., k] to the parent's [..., D].
     """
@@ -196,8 +207,8 @@ def damage(parts: Parts, full: torch.Tensor, variants: Sequence[torch.Tensor], r
     if gram_kl is None:
         return values, np.zeros(0), np.zeros(0)
     flat = errors.flatten(2).transpose(0, 1)
-    gram_mse = (flat @ flat.mT).double().sum(0) / full[0].numel()
-    return values, gram_mse.numpy(force=True), gram_kl.sum(0).numpy(force=True)
+    gram_mse = (flat @ flat.mT).double() / full[0].numel()
+    return values, gram_mse.numpy(force=True), gram_kl.numpy(force=True)
 
 
 def layer_table(pattern: str, values: np.ndarray, **more: Sequence[float]) -> LayerScores:

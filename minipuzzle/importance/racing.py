@@ -52,16 +52,23 @@ def undecided(values_LN: np.ndarray, pattern: str, race: Race, num_looks: int) -
     return out
 
 
-def means(values_LN: np.ndarray) -> np.ndarray:
+def means(values_LN: np.ndarray, like_N: np.ndarray | None = None) -> np.ndarray:
     """[L] mean of each layer. One settled early is compared on the samples it has: its mean is moved by what the
-    layers measured throughout differ between those samples and all."""
+    layers measured throughout differ between those samples and all. (For other rows than layers: `like_N` in place of
+    the mean of those layers.)"""
     whole = ~np.isnan(values_LN).any(-1)
     out = np.array([row[~np.isnan(row)].mean() for row in values_LN])
-    typical = values_LN[whole].mean(0) if whole.any() else np.zeros(values_LN.shape[-1])
+    like_N = typical(values_LN) if like_N is None else like_N
     for i in np.flatnonzero(~whole):
-        part = typical[~np.isnan(values_LN[i])].mean()
-        out[i] *= typical.mean() / part if part > 0 else 1.0
+        part = like_N[~np.isnan(values_LN[i])].mean()
+        out[i] *= like_N.mean() / part if part > 0 else 1.0
     return out
+
+
+def typical(values_LN: np.ndarray) -> np.ndarray:
+    """[N] mean over the layers that were measured throughout."""
+    whole = ~np.isnan(values_LN).any(-1)
+    return np.asarray(values_LN[whole].mean(0)) if whole.any() else np.zeros(values_LN.shape[-1])
 
 
 def _certain(differences_N: np.ndarray, level: float) -> bool:

@@ -106,12 +106,12 @@ def score(job: Job) -> None:
         folder.mkdir(exist_ok=True)
         run = job.passes("score", job.calibration_ids, lambda done: update(done, ""))
         found = score_layers_and_widths(job, run)
-        files = [folder / name for name in ("layers.csv", "widths.safetensors", "interactions.safetensors",
-                                            "scoring.json")]
+        files = [folder / name for name in ("layers.csv", "widths.safetensors", "scoring.json",
+                                            "interactions.safetensors", "samples.safetensors")]
         if job.ranks.main:
             found.layers.write(files[0])
             found.widths.write(files[1])
-            write_json(files[3], {"samples": found.samples, "available": found.available, "confidence":
+            write_json(files[2], {"samples": found.samples, "available": found.available, "confidence":
                                   job.plan.recipe.scores.confidence, "toss_ups": found.toss_ups,
                                   "layer_forwards": found.forwards})
             run.partial.forget()

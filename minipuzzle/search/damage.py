@@ -11,6 +11,7 @@ The suffixes: L = layers, C = combinations of layer counts, W = combinations of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,8 @@ class Damage:
     axes: tuple[np.ndarray, ...] | None
     axes_stderr: tuple[np.ndarray, ...] | None = None
     pairs_LL: np.ndarray | None = None  # interactions, with a zero diagonal
+    values_NL: np.ndarray | None = None  # what each sample says of values_L, NaN where a race did not look
+    pairs_NLL: np.ndarray | None = None
 
     def widths_stderr(self, index_W4: np.ndarray) -> np.ndarray | None:
         """[W] standard error of `widths`, with the axes' errors independent; NaN where it was not measured."""
@@ -55,29 +58,82 @@ class Damage:
         return sums if self.pairs_LL is None else sums + _dropped_pairs(self.pairs_LL, self.orders, space)
 
     def layers_stderr(self, space: Space) -> np.ndarray | None:
-        """[C] its standard error, with the layers' errors independent; NaN where it was not measured."""
-        return None if self.stderr_L is None else np.sqrt(_dropped_sums(self.stderr_L**2, self.orders, space))
+        """[C] its standard error; NaN where it was not measured. Layers share their samples, so that their errors go
+        together; only where no samples came with the scores (a CSV from elsewhere) they count as independent."""
+        if self.stderr_L is None:
+            return None
+        if self.values_NL is None:
+            return np.asarray(np.sqrt(_dropped_sums(self.stderr_L**2, self.orders, space)))
+        return self._stderr(lambda values_L: _dropped_sums(values_L, self.orders, space),
+                            lambda pairs_LL: _dropped_pairs(pairs_LL, self.orders, space))
+
+    def set_stderr(self, gone_L: np.ndarray) -> float:
+        """The same of the sum over any set of layers, a mask [L], without interactions."""
+        assert self.stderr_L is not None
+        if self.values_NL is None:
+            return float(np.sqrt((self.stderr_L[gone_L] ** 2).sum()))
+        return float(self._stderr(lambda values_L: values_L[gone_L].sum(), lambda pairs_LL: np.zeros(())))
+
+    def _stderr(self, singles: Callable[[np.ndarray], np.ndarray], pairs: Callable[[np.ndarray], np.ndarray]
+                ) -> np.ndarray:
+        """Of an estimate that is a linear function of means over samples.
+
+        A mean is a sum of 1/n of each of its n samples, so the estimate is one of what each sample adds, and its
+        variance is the sum of theirs. In a race the later samples know fewer layers: those of one look add alike, and
+        the variance of what one adds is taken over all samples up to it, which know these layers too.
+        """
+        assert self.values_NL is not None
+        known_NL, variance = ~np.isnan(self.values_NL), np.zeros(())
+        counts_L, begin = known_NL.sum(0), 0
+        for end in (*(np.flatnonzero((known_NL[1:] != known_NL[:-1]).any(-1)) + 1), len(known_NL)):
+            adds_NL = np.where(known_NL[begin], self.values_NL[:end] / np.maximum(counts_L, 1), 0.0)
+            adds_NL = adds_NL - adds_NL.mean(0)
+            adds_NLL = self._pairs_add(begin, end)
+            squares = sum((singles(adds_NL[n]) + (0.0 if adds_NLL is None else pairs(adds_NLL[n]))) ** 2
+                          for n in range(end))
+            variance = variance + (end - begin) * squares / (end - 1 if end > 1 else np.nan)
+            begin = end
+        return np.asarray(np.sqrt(variance))
+
+    def _pairs_add(self, begin: int, end: int) -> np.ndarray | None:
+        """[end, L, L] what each sample adds to the interactions known at sample `begin`, about their mean."""
+        if self.pairs_NLL is None:
+            return None
+        known_NLL = ~np.isnan(self.pairs_NLL)
+        adds_NLL = np.where(known_NLL[begin], self.pairs_NLL[:end] / np.maximum(known_NLL.sum(0), 1), 0.0)
+        return np.asarray(adds_NLL - adds_NLL.mean(0))
 
 
 def predict(parent: Architecture, space: Space, scores: LayerScores | None, curves: WidthCurves | None,
             metric: str, damage: str = "auto") -> Damage:
     """Look up what is known about every layer and width of the space. `damage`: additive, quadratic, or auto, which is
-    quadratic where interactions were measured.
+    what each removal added where layers were scored iteratively, else quadratic where interactions were measured.
 
     Raises:
         RecipeError: scores of another model, no such metric, an axis that was not measured.
         CorruptArtifact: values that are not finite.
     """
-    values_L = stderr_L = axes = axes_stderr = pairs_LL = order_L = None
+    values_L = stderr_L = axes = axes_stderr = pairs_LL = order_L = values_NL = pairs_NLL = None
     if scores is not None:
         if scores.pattern != parent.pattern:
             raise RecipeError(f"scores {scores.source or 'given'} are of another model: {len(scores.pattern)} layers "
                               f"{scores.pattern}, the parent has {parent.num_layers} {parent.pattern}")
         values_L, stderr_L = scores.metric(metric), scores.stderr(metric)
         _check_finite(values_L, f"scores {scores.source or 'given'}", metric)
-        order_L = scores.order
-    if damage != "additive":
+        order_L, values_NL = scores.order, _samples(scores, metric, 1)
+    added_L = scores.added(metric) if scores is not None and damage == "auto" else None
+    if added_L is not None and scores is not None and values_L is not None:
+        gone, added_NL = np.isfinite(added_L), _samples(scores, f"added_{metric}", 1)
+        values_L = np.where(gone, added_L, values_L)
+        values_NL = None if values_NL is None or added_NL is None else np.where(gone, added_NL, values_NL)
+    elif damage != "additive":
         pairs_LL = _interactions(scores, metric, damage == "quadratic")
+        if pairs_LL is not None and scores is not None:
+            pairs_NLL = _samples(scores, f"pairs_{metric}", 2)
+            if pairs_NLL is None:
+                values_NL = None
+            else:
+                pairs_NLL = pairs_NLL * (1 - np.eye(len(pairs_LL)))
     orders = tuple(drop_order(parent, kind, values_L, order_L) for kind in KINDS)
     if curves is not None:
         if metric not in curves.table.columns:
@@ -88,7 +144,20 @@ def predict(parent: Architecture, space: Space, scores: LayerScores | None, curv
         if f"{metric}_stderr" in curves.table.columns:
             axes_stderr = tuple(curves.damage(axis, f"{metric}_stderr", np.array(values), _whole(parent, axis, values))
                                 for axis, values in zip(WIDTH_AXES, space.widths, strict=True))
-    return Damage(orders, values_L, stderr_L, axes, axes_stderr, pairs_LL)
+    return Damage(orders, values_L, stderr_L, axes, axes_stderr, pairs_LL, values_NL, pairs_NLL)
+
+
+def _samples(scores: LayerScores, name: str, sides: int) -> np.ndarray | None:
+    """[samples, layers] or [samples, layers, layers]; None where they did not come with the scores.
+
+    Raises:
+        CorruptArtifact: of another number of layers.
+    """
+    found = scores.samples.get(name)
+    if found is not None and (found.shape[1:] != (len(scores.table),) * sides or not len(found)):
+        raise CorruptArtifact(f"samples {name} of {scores.source} are {found.shape}, layers.csv has "
+                              f"{len(scores.table)} layers; score again")
+    return None if found is None else np.asarray(found, float)
 
 
 def _interactions(scores: LayerScores | None, metric: str, asked: bool) -> np.ndarray | None:

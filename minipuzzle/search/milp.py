@@ -254,7 +254,7 @@ def _candidate(problem: _Problem, options: Options, chosen_L: np.ndarray, index_
     if p.damage.axes is not None:
         by_widths = float(p.shared_damage(index_4[None])[0] + p.width_damage(np.arange(len(width_L)), width_L).sum())
     if p.damage.stderr_L is not None:
-        stderr = float(np.sqrt((p.damage.stderr_L[~kept_L] ** 2).sum()))
+        stderr = p.damage.set_stderr(~kept_L)
     predicted = {"layers": by_layers, "widths": by_widths, "damage": by_layers + (by_widths or 0.0),
                  "layers_stderr": stderr if np.isfinite(stderr) else None, "widths_stderr": None}
     return Candidate("", arch, layers, cost(arch, p.workload), predicted)
