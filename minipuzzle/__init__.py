@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from minipuzzle.families.architecture import Architecture
     from minipuzzle.importance.layers import score_layers
     from minipuzzle.importance.widths import score_widths
-    from minipuzzle.pipeline.verbs import Run, prune
+    from minipuzzle.pipeline.run import Run
+    from minipuzzle.pipeline.verbs import prune
     from minipuzzle.recipes.schema import Recipe
     from minipuzzle.search.candidate import Candidate
     from minipuzzle.search.grid import search_architectures
@@ -33,7 +34,7 @@ _HOMES = {
     "Candidate": "search.candidate",
     "LayerScores": "core.scores",
     "Recipe": "recipes.schema",
-    "Run": "pipeline.verbs",
+    "Run": "pipeline.run",
     "WidthScores": "core.scores",
     "distill_model": "distill.loop",
     "prune": "pipeline.verbs",

@@ -44,8 +44,8 @@ from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline import stages
 from minipuzzle.pipeline.job import STAGES
 from minipuzzle.pipeline.progress import Reporter, Update
+from minipuzzle.pipeline.run import Run
 from minipuzzle.pipeline.source import bundled_model
-from minipuzzle.pipeline.verbs import Run
 from minipuzzle.surgery import gate
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import Rotation

@@ -32,7 +32,7 @@ from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.pipeline.plan import check_memory, make_plan
-from minipuzzle.pipeline.verbs import Run
+from minipuzzle.pipeline.run import Run
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.gate import reload_gate, sample_logits
 from minipuzzle.surgery.refit import FOLDS, RIDGES, BlockFit, refit, refit_bytes, ridge_step, samples_needed

@@ -29,10 +29,9 @@ from minipuzzle.pipeline import stages
 from minipuzzle.pipeline.job import Job
 from minipuzzle.pipeline.plan import find_device
 from minipuzzle.pipeline.progress import Reporter
-from minipuzzle.pipeline.results import distilled_report, model_card_files, training_notes
+from minipuzzle.pipeline.results import distilled_report, model_card_files, run_about, training_notes
 from minipuzzle.pipeline.single import open_job
 from minipuzzle.pipeline.source import find_model
-from minipuzzle.pipeline.verbs import run_about
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.surgery.gate import reload_gate, sample_logits
 

@@ -19,9 +19,11 @@ from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.files import read_json
 from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores, mamba_selection
 from minipuzzle.distill.loop import Trained, read_metrics
+from minipuzzle.distill.loss import loss_kernel
 from minipuzzle.distill.precision import fp8_note
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
+from minipuzzle.families.ssd import kernel
 from minipuzzle.pipeline.job import STAGES, Job
 from minipuzzle.pipeline.source import licence_of
 from minipuzzle.report.card import model_card
@@ -304,6 +306,16 @@ def stage_list(job: Job) -> list[dict[str, Any]]:
         out.append({"name": name, "status": "done" if manifest else "open",
                     "seconds": manifest["seconds"] if manifest else 0.0})
     return out
+
+
+def run_about(job: Job) -> dict[str, Any]:
+    """run.json: what the run is, for people and for `search RUN`."""
+    return {"schema": 1, "model": str(job.folder.path.absolute()), "recipe": job.plan.recipe.located().model_dump(),
+            "seed": job.seed, "command": job.command, "versions": versions(), "stages": stage_list(job),
+            "device": str(job.device), "ssm_kernel": kernel(job.device),
+            "loss_kernel": loss_kernel(job.plan.parent.vocab_size, job.device),
+            "model_is": job.folder.sampled,
+            "hashes": {"model": job.folder.fingerprint, "tokenizer": job.tokenizer_hash}}
 
 
 def model_card_files(report: dict[str, Any]) -> dict[str, str]:

@@ -8,30 +8,14 @@ Every stage leaves files and a manifest (core/rundir.py): the same command conti
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
-from matplotlib.figure import Figure
 
 from minipuzzle.core import interrupt
 from minipuzzle.core.environment import world_size
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.files import (
-    CANDIDATES_BYTES,
-    machine_errors,
-    read_json,
-    reading,
-    restore_folder,
-    write_atomic,
-    write_json,
-    write_sealed,
-)
+from minipuzzle.core.files import machine_errors, restore_folder, write_atomic, write_json, write_sealed
 from minipuzzle.core.rundir import RunDir
-from minipuzzle.distill.loss import loss_kernel
 from minipuzzle.distill.precision import check_precision
-from minipuzzle.families.ssd import kernel
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.pipeline import stages
@@ -39,68 +23,12 @@ from minipuzzle.pipeline.job import Job
 from minipuzzle.pipeline.plan import Plan, check_disk, check_memory, find_device, make_plan, memory_to_use
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.research import candidates_document
-from minipuzzle.pipeline.results import make_report, stage_list, versions
+from minipuzzle.pipeline.results import make_report, run_about
+from minipuzzle.pipeline.run import Run
 from minipuzzle.pipeline.source import bundled_model, default_output, find_model, reopen
 from minipuzzle.recipes.schema import Recipe
-from minipuzzle.report import curves, plots
 from minipuzzle.report.html import write_report
-from minipuzzle.report.svg import Draw, styled
 from minipuzzle.search.candidate import to_frame
-
-
-def _figure(draw: Draw) -> Callable[[Run], Figure | None]:
-    def plot(self: Run) -> Figure | None:
-        return styled(draw, self.report)
-
-    plot.__doc__ = f"{draw.__doc__} None where the run has nothing to draw."
-    return plot
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run, or the result of one of its candidates (RUN/candidates/NAME).
-
-    `candidates` has a row per candidate: first what is in `model/`, then best first. The figures are those of the
-    report.
-    """
-
-    path: Path
-    report: dict[str, Any]
-    candidates: pd.DataFrame
-
-    @classmethod
-    def open(cls, path: str | Path) -> Run:
-        """The run in a folder.
-
-        Raises:
-            RecipeError: it is not a finished one.
-        """
-        path = Path(path)
-        hint = "'minipuzzle prune' finishes it"
-        report = read_json(path / "report.json", RecipeError, hint, limit=CANDIDATES_BYTES)
-        with reading(path / "candidates.csv", RecipeError, hint):
-            return cls(path, report, pd.read_csv(path / "candidates.csv"))
-
-    plot_tradeoff = _figure(plots.tradeoff)
-    plot_layers = _figure(plots.layers)
-    plot_layers_by_other_metrics = _figure(plots.layers_by_other_metrics)
-    plot_kept_layers = _figure(plots.kept_grid)
-    plot_prediction = _figure(plots.prediction)
-    plot_widths = _figure(curves.widths)
-    plot_cuts = _figure(curves.cuts)
-    plot_ranks = _figure(curves.ranks)
-    plot_tournament = _figure(curves.tournament)
-    plot_distillation = _figure(curves.distillation)
-    plot_memory = _figure(curves.memory)
-    plot_stages = _figure(curves.stages)
-
-    @property
-    def model_path(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def report_path(self) -> Path:
-        return self.path / "report.html"
 
 
 def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_dir: str | Path | None = None, *,
@@ -198,13 +126,3 @@ def report(job: Job) -> Run:
     write_report(data, path)
     _write_about(job)
     return Run(path, data, frame)
-
-
-def run_about(job: Job) -> dict[str, Any]:
-    """run.json: what the run is, for people and for `search RUN`."""
-    return {"schema": 1, "model": str(job.folder.path.absolute()), "recipe": job.plan.recipe.located().model_dump(),
-            "seed": job.seed, "command": job.command, "versions": versions(), "stages": stage_list(job),
-            "device": str(job.device), "ssm_kernel": kernel(job.device),
-            "loss_kernel": loss_kernel(job.plan.parent.vocab_size, job.device),
-            "model_is": job.folder.sampled,
-            "hashes": {"model": job.folder.fingerprint, "tokenizer": job.tokenizer_hash}}
