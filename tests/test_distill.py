@@ -307,6 +307,32 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_best_weights_that_are_gone_are_trained_again(tmp_path: Path) -> None:
+    """A state that tells of them is not gone on from: nothing would be better than they were."""
+    train(tmp_path / "whole", evaluate=grade)
+    train(tmp_path / "parts", evaluate=grade)
+    (best,) = (tmp_path / "parts").glob("best-*")
+    shutil.rmtree(best)
+    assert_same(train(tmp_path / "parts", evaluate=grade), train(tmp_path / "whole", evaluate=grade))
+    assert load_best(tmp_path / "parts", student()) == load_best(tmp_path / "whole", student())
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 2, "tok', b"\xff\xfe", b"[1]", b"{}", b"null"])
+def test_damaged_metrics_do_not_stop_the_training(stopped: Path, tmp_path: Path, damage: bytes) -> None:
+    """They are a record; a row that is none is dropped."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]) + b"\n")
+    with pytest.raises(Interrupted):
+        train(tmp_path, progress=stop_at(5))
+    assert [row["step"] for row in rows(tmp_path)] == [1, 3, 4, 5]
+    path.write_bytes(b"\n".join([lines[0], damage]))
+    with pytest.raises(CorruptArtifact, match=r"metrics\.jsonl cannot be read .*--redo"):
+        read_metrics(tmp_path)
+
+
 @pytest.mark.parametrize("file", ["rank-00000-of-00001.safetensors", "index.json"])
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "missing", "a sign"])
 def test_a_damaged_state_is_corrupt(stopped: Path, tmp_path: Path, file: str, damage: str) -> None:

@@ -33,6 +33,8 @@ from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blocks import load_blocks
 from minipuzzle.data.held_out import two_parts
+from minipuzzle.distill.settings import TrainSettings
+from minipuzzle.distill.trainer import MAX_SKIPPED, Trainer
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
@@ -607,6 +609,90 @@ def unexported(copy: Path) -> Path:
     (copy / "stages" / "export.json").unlink()
     shutil.rmtree(copy / "model")
     return copy
+
+
+def test_a_tournament_made_again_is_what_it_was(copy: Path, finished: Run, model_folder: Path, texts: Path) -> None:
+    """Its winner has been trained to the end since: each finalist is measured after the tournament's share alone."""
+    file = copy / "search" / "tournament.json"
+    before = file.read_bytes()
+    file.write_bytes(before.replace(b'"loss": ', b'"loss": 1', 1))
+    with pytest.raises(CorruptArtifact, match=r"tournament\.json .*--redo"):
+        prune(model_folder, recipe_for(texts), copy)
+    recorder = Recorder()
+    prune(model_folder, recipe_for(texts), copy, redo=True, reporter=recorder)
+    assert recorder.made == ["tournament"]
+    assert file.read_bytes() == before
+    assert_same_result(copy, finished.path)
+    assert sorted(p.name for p in (copy / "distillation").iterdir()) == sorted(
+        p.name for p in (finished.path / "distillation").iterdir())
+
+
+@pytest.mark.usefixtures("quick_gate")
+@pytest.mark.parametrize("what", ["damaged", "missing"])
+def test_the_weights_that_the_export_needs(unexported: Path, finished: Run, model_folder: Path, texts: Path, what: str) -> None:
+    """A damaged one is named, and --redo trains again; so does the same command where there is none."""
+    if what == "missing":
+        shutil.rmtree(unexported / "distillation")
+    else:
+        (best,) = unexported.glob(f"distillation/{finished.candidates['name'][0]}-*/best-*/*.safetensors")
+        data = best.read_bytes()
+        best.write_bytes(data[:-1] + bytes([data[-1] ^ 0x80]))
+        for _ in range(2):
+            with pytest.raises(CorruptArtifact, match=r"best-\d+ is damaged.*changed.* --redo") as error:
+                prune(model_folder, recipe_for(texts), unexported)
+            assert error.value.exit_code == 5
+    recorder = Recorder()
+    prune(model_folder, recipe_for(texts), unexported, reporter=recorder, redo=what == "damaged")
+    assert recorder.made == ["distill", "export"]
+    assert_same_result(unexported, finished.path)
+
+
+def train_again(run: Path) -> None:
+    """Take a copy of a run back to before its tournament."""
+    for name in ("tournament", "distill", "export"):
+        (run / "stages" / f"{name}.json").unlink()
+    shutil.rmtree(run / "distillation")
+
+
+@pytest.mark.usefixtures("quick_gate")
+def test_a_finalist_that_diverges_comes_last(copy: Path, finished: Run, model_folder: Path, texts: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    train_again(copy)
+    first, second = finished.candidates["name"][:2]
+    real = Trainer.end
+
+    def end(self: Trainer, done: int) -> dict[str, Any]:
+        if self.pupil.folder.name.startswith(f"{first}-") and self.pupil.step == 2:
+            self.sums, self.pupil.skipped = self.sums * math.nan, MAX_SKIPPED
+        return real(self, done)
+
+    monkeypatch.setattr(Trainer, "end", end)
+    run = prune(model_folder, recipe_for(texts), copy)
+    assert list(run.candidates["name"][:2]) == [second, first]
+    data = json.loads((copy / "candidates.json").read_text())["candidates"]
+    assert [c["chosen"] for c in data[:2]] == [True, False]
+    assert data[1]["after_distillation"] == {"loss": None}
+    old = finished.candidates.set_index("name")
+    assert data[0]["after_distillation"]["loss"] == pytest.approx(old.loc[second, "after_distillation_loss"], rel=1e-6)
+    assert run.report["result"]["candidate"] == second
+    assert (copy / "report.html").is_file()
+
+
+@pytest.mark.usefixtures("quick_gate")
+def test_all_finalists_diverge(copy: Path, finished: Run, model_folder: Path, recipe_file: Path, texts: Path,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a learning rate of 1e30 does it: four steps whose losses are no numbers after the first."""
+    train_again(copy)
+    monkeypatch.setattr(TrainSettings, "rate", lambda self, step, steps: 1e30)
+    for _ in range(2):
+        said = refused(invoke("prune", model_folder, "--recipe", recipe_file, "-o", copy), 2)
+        assert "2 of 2 finalists diverged" in said
+        assert "lower distillation.learning_rate (0.003)" in said
+    assert sorted(p.stem for p in (copy / "stages").iterdir()) == sorted(STAGES[:5])
+    monkeypatch.undo()
+    shutil.rmtree(copy / "distillation")
+    prune(model_folder, recipe_for(texts), copy)
+    assert_same_result(copy, finished.path)
 
 
 def test_the_gate_closes(unexported: Path, model_folder: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

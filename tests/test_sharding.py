@@ -72,6 +72,8 @@ def test_stop_and_go_on_with_another_number_of_processes(tmp_path: Path) -> None
         assert losses(folder) == pytest.approx(losses(tmp_path / "straight"), rel=1e-3)
         states = sorted(p.name for p in folder.glob("state*"))
         assert states == ["state-8"]  # the last alone is kept
+        kinds = {p.suffix for p in folder.rglob("*") if p.is_file()}
+        assert kinds == {".safetensors", ".json", ".jsonl"}  # no pickle
         pupil = student()
         load_student(folder, pupil)  # one process reads what two have written
         for key, p in pupil.parameters_by_name().items():

@@ -126,6 +126,16 @@ def test_a_cache_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     files = sorted(f.name for f in (tmp_path / "whole").iterdir())
     assert sorted(f.name for f in (tmp_path / "parts").iterdir()) == files
     assert all((tmp_path / "parts" / f).read_bytes() == (tmp_path / "whole" / f).read_bytes() for f in files)
+    shard, index = tmp_path / "whole" / "shard-00001.safetensors", tmp_path / "whole" / "teacher.json"
+    for place in range(-1, -SEQ * 50 * 4, -997):  # of the last block's words, or of what all four have
+        data = bytearray((tmp_path / "parts" / shard.name).read_bytes())
+        data[place] ^= 0x80
+        shard.write_bytes(data)
+        with pytest.raises(CorruptArtifact, match=r"shard-00001.*block \d was changed"):
+            CachedTeacher(tmp_path / "whole", ALONE.device).look(torch.zeros(4, SEQ), [4, 5, 6, 7], ())
+    index.write_text(index.read_text().replace("[8, 9]", "[9, 8]"))
+    with pytest.raises(CorruptArtifact, match=r"teacher\.json was changed after it was written; delete"):
+        CachedTeacher(tmp_path / "whole", ALONE.device)
     (tmp_path / "parts" / "shard-00001.safetensors").write_bytes(b"damaged")
     with pytest.raises(CorruptArtifact, match="shard-00001"):
         make(tmp_path / "parts", list(range(10)), rest).look(torch.zeros(1, SEQ), [5], ())

@@ -11,7 +11,6 @@ in lock-step: the teacher reads each batch once for all of them.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.files import reading
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill import state
@@ -30,7 +30,7 @@ from minipuzzle.distill.precision import autocast, check_precision
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import shard
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher, Teacher
-from minipuzzle.distill.trainer import Batch, Pupil, Row, Trainer
+from minipuzzle.distill.trainer import Batch, Diverged, Pupil, Row, Trainer, parse_row
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
@@ -63,7 +63,7 @@ def distill_model(student: HybridLM, teacher: Model | Teacher | None, blocks: Bl
     the metrics. Under several `ranks` each takes its part of every batch, and student and teacher are sharded.
 
     Raises:
-        RecipeError: too many steps with a non-finite loss; settings that do not go together.
+        RecipeError: settings that do not go together. Diverged: too many steps with a non-finite loss.
         CorruptArtifact: the state in `folder` cannot be read.
         Interrupted: raised by `progress`; the state has been saved.
     """
@@ -76,7 +76,13 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
                      progress: Callable[[int, Row], None] = lambda tokens, row: None, ranks: Ranks | None = None,
                      track: Callable[[Row], None] = lambda row: None) -> list[Trained]:
     """`distill_model` for several students on the same batches: each learns what it would learn alone. `progress` hears
-    the metrics of the one with the least training loss."""
+    the metrics of the one with the least training loss.
+
+    One that diverges is left where it is, and says so (`Pupil.diverged`); the others go on.
+
+    Raises:
+        Diverged: all of them did. The rest as `distill_model`.
+    """
     ranks = ranks or Ranks(pupils[0].student.head.device)
     check_precision(settings.precision, ranks.device)
     if ranks.device.type == "cuda" and settings.precision != "fp32":
@@ -95,6 +101,8 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
             trainer.evaluate({})
     for step in range(first, last):
         active = [t for t in trainers if t.pupil.step == step]
+        if not active:
+            continue
         numbers = blocks.numbers(settings.seed, step * size, size)
         batch = Batch.make(blocks, numbers, ranks)
         for trainer in active:
@@ -108,9 +116,15 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
             for trainer in active:
                 trainer.backward(part, target, streams)
         tokens, speed = (step + 1) * size * seq, (step + 1 - first) * size * seq / (time.perf_counter() - begin)
-        rows = []
-        for trainer in active:
-            row = trainer.end(tokens) | {"tokens_per_second": speed}
+        rows: list[Row] = []
+        for trainer in list(active):
+            try:
+                row = trainer.end(tokens) | {"tokens_per_second": speed}
+            except Diverged:
+                if all(pupil.diverged for pupil in pupils):
+                    raise
+                active.remove(trainer)
+                continue
             if step + 1 == last or (evaluate_every and (step + 1) % evaluate_every == 0):
                 trainer.evaluate(row)
             trainer.write(row)
@@ -118,7 +132,7 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
             rows.append(row)
         stop: Interrupted | None = None
         try:
-            progress(tokens, min(rows, key=training_loss))
+            progress(tokens, min(rows, key=training_loss, default={}))
         except Interrupted as error:
             stop = error
         signum, save = _agree(ranks, stop.exit_code - 128 if stop else 0,
@@ -157,9 +171,16 @@ def _teacher(teacher: Model | Teacher | None, settings: TrainSettings, ranks: Ra
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """The rows of metrics.jsonl; empty if there is none."""
+    """The rows of metrics.jsonl; empty if there is none.
+
+    Raises:
+        CorruptArtifact: a line is no row.
+    """
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    with reading(path, hint=state.REMEDY):
+        return [parse_row(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def training_loss(row: Row) -> float:
@@ -177,13 +198,14 @@ def say(row: Row) -> str:
 
 def load_student(folder: Path, student: HybridLM, name: str = "state", ranks: Ranks | None = None) -> Row:
     """Put the weights of the state in `folder` (or of its `best`) into `student`; what is known about it, with `step`.
+    All of its files are verified.
 
     Raises:
         CorruptArtifact: there is none, or it cannot be read.
     """
     found = state.find(folder, name)
     if found is None:
-        raise CorruptArtifact(f"{folder} holds no {name}; run the same command again")
+        raise CorruptArtifact(f"{folder} holds no {name}; run with --redo to train it again")
     state.load(found[0], {f"model.{n}": p.detach() for n, p in student.parameters_by_name().items()}, ranks)
     return found[1]
 

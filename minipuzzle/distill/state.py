@@ -34,7 +34,7 @@ from minipuzzle.models.ranks import Ranks
 Tensors = dict[str, torch.Tensor]
 INDEX = "index.json"
 INDEX_BYTES = 2**28
-REMEDY = "run prune with --redo, or delete it, to train again from the start"
+REMEDY = "run with --redo, or delete it, to train again from the start"
 
 
 def save(folder: Path, name: str, tensors: Tensors, about: dict[str, Any], ranks: Ranks) -> None:
@@ -74,6 +74,12 @@ def find(folder: Path, name: str = "state") -> tuple[Path, dict[str, Any]] | Non
     if (old := folder / f"{name}.safetensors").exists():
         raise _of_an_earlier_version(old)
     return None
+
+
+def find_resumable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The latest state, if a training can go on from it: not if the best weights that it tells of are gone."""
+    found = find(folder)
+    return None if found is not None and found[1].get("best") and find(folder, "best") is None else found
 
 
 def verify(path: Path, ranks: Ranks | None = None) -> None:

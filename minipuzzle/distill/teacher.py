@@ -4,11 +4,13 @@
     CACHE/shard-00000.safetensors   words [blocks, T, K], log_p [blocks, T, K] float16, log_rest [blocks, T] float16
 
 Log-probabilities are at the run's temperature; log_rest is the log of the mass of all other words. A token takes
-4 K + 2 bytes (6 K + 2 with more than 65,536 words). What K costs in quality: docs/distillation.md.
+4 K + 2 bytes (6 K + 2 with more than 65,536 words). What K costs in quality: docs/distillation.md. A shard holds a hash
+of each of its blocks, which is compared whenever the block is read: no process hashes more than what it uses.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,15 +19,18 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import save_file
 
-from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.files import open_tensors, read_json, reading, replacing, write_json
+from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.files import open_tensors, read_sealed, reading, replacing, write_sealed
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loss import Target, chunk_tokens, top_words
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
+from minipuzzle.models.weights import tensors_hash
 
 SHARD_BLOCKS = 256
+MANIFEST_BYTES = 2**30  # a number for each block
+_PARTS = ("words", "log_p", "log_rest")
 _AGAIN = "delete it, and the same command makes it again"
 Streams = dict[int, torch.Tensor]
 
@@ -76,8 +81,13 @@ class CachedTeacher:
         rows = []
         for number in numbers:
             shard, row = self.places[number]
-            with open_tensors(_shard(self.folder, shard), hint=_AGAIN) as file:
-                rows.append([file.get_slice(name)[row] for name in ("words", "log_p", "log_rest")])
+            path = _shard(self.folder, shard)
+            with open_tensors(path, hint=_AGAIN) as file:
+                values = {name: file.get_slice(name)[row] for name in _PARTS}
+                if json.loads(file.metadata()["sha256"])[row] != tensors_hash(values, number):
+                    raise CorruptArtifact(f"{path}: what it says of block {number} was changed after it was written; "
+                                          f"{_AGAIN}")
+            rows.append(list(values.values()))
         words, log_p, rest = (torch.cat(parts).to(self.device) for parts in zip(*rows, strict=True))
         log_p, rest = log_p.float(), rest.float()
         # float16 rounds: make them sum to one again
@@ -107,7 +117,7 @@ def cache_teacher(folder: Path, teacher: Callable[[], Teacher], blocks: Blocks, 
         missing = list(dict.fromkeys(n for n in wanted if n not in known))
         if missing or not path.is_file():
             about["shards"] += [missing[i : i + SHARD_BLOCKS] for i in range(0, len(missing), SHARD_BLOCKS)]
-            write_json(path, about)
+            write_sealed(path, about)
     ranks.barrier()
     shards = _manifest(folder)["shards"]
     todo = ranks.share([i for i in range(len(shards)) if not _shard(folder, i).is_file()])
@@ -118,10 +128,11 @@ def cache_teacher(folder: Path, teacher: Callable[[], Teacher], blocks: Blocks, 
         for number in shards[shard]:
             parts.append(_top(made, blocks, number, key["temperature"], key["top_k"], ranks.device))
             progress(done * SHARD_BLOCKS + len(parts))
-        tensors = {name: torch.stack(values) for name, values in
-                   zip(("words", "log_p", "log_rest"), zip(*parts, strict=True), strict=True)}
+        tensors = {name: torch.stack(values) for name, values in zip(_PARTS, zip(*parts, strict=True), strict=True)}
+        hashes = [tensors_hash(dict(zip(_PARTS, part, strict=True)), number)
+                  for part, number in zip(parts, shards[shard], strict=True)]
         with replacing(_shard(folder, shard)) as temporary:
-            save_file(tensors, temporary)
+            save_file(tensors, temporary, metadata={"sha256": json.dumps(hashes)})
     ranks.barrier()
 
 
@@ -149,7 +160,7 @@ def _shard(folder: Path, number: int) -> Path:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     path, hint = folder / "teacher.json", f"delete {folder}{_AGAIN.removeprefix('delete it')}"
-    about: dict[str, Any] = read_json(path, hint=hint)
+    about: dict[str, Any] = read_sealed(path, hint=hint, limit=MANIFEST_BYTES)
     with reading(path, hint=hint):
         if not isinstance(about["key"], dict) or not all(type(n) is int for shard in about["shards"] for n in shard):
             raise ValueError("not the cache's table of contents")

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.files import write_atomic
 from minipuzzle.core.rundir import changes
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill import state
@@ -29,10 +30,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 Row = dict[str, Any]
 
 
+class Diverged(RecipeError):
+    """A training whose loss is no longer a finite number."""
+
+
 @dataclass
 class Pupil:
     """A student with its folder. `layers`: the teacher's layer of each of its own, for the cosine on streams.
-    `evaluate`: a look at held-out blocks, with `kl` or `loss`."""
+    `evaluate`: a look at held-out blocks, with `kl` or `loss`. `diverged`: why its training was given up."""
 
     student: HybridLM
     folder: Path
@@ -41,6 +46,7 @@ class Pupil:
     skipped: int = 0
     step: int = 0
     best: Row = field(default_factory=dict)
+    diverged: Diverged | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,11 @@ class Trainer:
         self.sums += torch.stack(found) / torch.tensor([part.kl_count, part.lm_count, part.kl_count])
 
     def end(self, tokens: int) -> Row:
-        """Take the step, or skip it; its row of the metrics."""
+        """Take the step, or skip it; its row of the metrics.
+
+        Raises:
+            Diverged: too many were skipped.
+        """
         s, pupil = self.settings, self.pupil
         if self.ranks.size > 1:
             sums = self.sums.to(self.ranks.device)
@@ -148,8 +158,10 @@ class Trainer:
         else:
             pupil.skipped += 1
             if pupil.skipped > MAX_SKIPPED:
-                raise RecipeError(f"distillation: {pupil.skipped} steps with a non-finite loss or gradient, the last "
-                                  f"at step {pupil.step}; lower distillation.learning_rate ({s.learning_rate})")
+                pupil.diverged = Diverged(
+                    f"distillation: {pupil.skipped} steps with a non-finite loss or gradient, the last at step "
+                    f"{pupil.step}; lower distillation.learning_rate ({s.learning_rate})")
+                raise pupil.diverged
         pupil.step += 1
         kl, lm, hidden = (_number(float(x)) for x in self.sums)
         row = {"step": pupil.step, "tokens": tokens, "lr": rate, "loss": lm, "grad_norm": _number(norm)}
@@ -193,7 +205,7 @@ class Trainer:
         state.save(p.folder, "state", self._weights() | self._moments(), about, self.ranks)
 
     def _load(self) -> None:
-        found = state.find(self.pupil.folder)
+        found = state.find_resumable(self.pupil.folder)
         if found is None:
             return
         path, about = found
@@ -216,9 +228,24 @@ def _number(value: float) -> float | None:
 
 
 def _trim_metrics(path: Path, step: int) -> None:
-    """Drop rows after the saved state: those steps will be made again."""
+    """Drop rows after the saved state, and what a kill left half written: those steps will be made again."""
     if path.is_file():
-        lines = path.read_text().splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        lines = path.read_text(errors="replace").splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
         if len(kept) < len(lines):
-            path.write_text("".join(line + "\n" for line in kept))
+            write_atomic(path, "".join(line + "\n" for line in kept))
+
+
+def parse_row(line: str) -> Row:
+    """A row of the metrics. ValueError, LookupError or TypeError: it is none."""
+    row: Row = dict(json.loads(line))
+    row["step"] = int(row["step"])
+    return row
+
+
+def _step_of(line: str) -> float:
+    """The step of a row of the metrics; infinity if it is none."""
+    try:
+        return float(parse_row(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        return math.inf

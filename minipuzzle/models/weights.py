@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -134,6 +134,15 @@ class ModelFolder:
 
 def _files_of(folder: ModelFolder) -> list[Path]:
     return sorted({file for file, _ in folder.files.values()})
+
+
+def tensors_hash(tensors: Mapping[str, torch.Tensor], about: Any = None) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes on CPU, and of `about`, which is anything JSON can hold."""
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def open_model(path: Path) -> ModelFolder:

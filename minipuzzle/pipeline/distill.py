@@ -27,6 +27,7 @@ from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
 from minipuzzle.pipeline import stages
 from minipuzzle.pipeline.job import Job
+from minipuzzle.pipeline.mend import forget_damaged_training
 from minipuzzle.pipeline.plan import find_device
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.results import distilled_report, model_card_files, run_about, training_notes
@@ -143,6 +144,7 @@ def _begin(job: Job, inputs: dict[str, Any], cached: bool, redo: bool) -> None:
         restore_folder(job.run.path / "model")
         if redo:
             job.forget_damaged()
+            forget_damaged_training(job, job.run.path / "distillation" / digest(inputs))
         if different := job.run.differences("distill", inputs):
             if not redo:
                 raise RecipeError(f"{job.run.path} distils with other settings ({'; '.join(different)}); with those "

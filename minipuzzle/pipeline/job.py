@@ -57,6 +57,7 @@ class Job:
     reporter: Reporter
     command: str = ""
     candidate: str | None = None
+    redo: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -201,7 +202,8 @@ class Job:
         self.ranks.barrier()
 
     def forget_damaged(self) -> None:
-        """Drop the finished stages whose manifest or files are damaged; every byte is read."""
+        """With --redo: drop the finished stages whose manifest or files are damaged; every byte is read."""
+        self.redo = True
         for name in self.stages:
             try:
                 self.home(name).verify(name)

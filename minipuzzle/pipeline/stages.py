@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -21,10 +22,10 @@ from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.data.blocks import Blocks, load_blocks, tokenize
 from minipuzzle.data.corpus import parse_blend
 from minipuzzle.data.held_out import two_parts
-from minipuzzle.distill.loop import distill_model, distill_together, load_best, read_metrics, say
+from minipuzzle.distill.loop import distill_model, distill_together, load_best, say
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import whole
-from minipuzzle.distill.trainer import Pupil, Row
+from minipuzzle.distill.trainer import Diverged, Pupil, Row
 from minipuzzle.evaluate.quality import Reference, measure, measure_paths
 from minipuzzle.evaluate.sample import greedy
 from minipuzzle.importance.curves import measure_curves
@@ -36,6 +37,7 @@ from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.pipeline.job import STAGES, Job
+from minipuzzle.pipeline.mend import forget_damaged_training, forget_unusable_training, look_at, steps_done
 from minipuzzle.pipeline.plan import CONTROLS, students_in_memory
 from minipuzzle.pipeline.progress import Update
 from minipuzzle.pipeline.research import find_candidates
@@ -210,17 +212,29 @@ def tournament(job: Job) -> None:
         finalists = every[: job.plan.recipe.search.finalists]
         if share == 0 or len(finalists) == 1:
             finalists = []
-        results: dict[str, dict[str, float]] = {}
-        reference = job.reference(job.selection_ids)
-        together = students_in_memory(job.plan)
+        results: dict[str, dict[str, float | None]] = {}
+        how, together, reference = settings(job), students_in_memory(job.plan), job.reference(job.selection_ids)
+        steps = how.steps(d.sequence_length, share)
+        for c in finalists:
+            forget_damaged_training(job, job.state_folder(c), steps)
         for i in range(0, len(finalists), together):
             # in lock-step: the teacher reads each batch once for all of them
             group = finalists[i : i + together]
             pupils = [Pupil(_student(job, c), job.state_folder(c), c.kept_layers, partial(_look, job, c, reference))
                       for c in group]
-            distill_together(pupils, job.model, training_blocks(job), settings(job), share,
-                             progress=partial(_say, update, i * share, "best", len(group)))
-            results |= {c.name: _at_the_end(job, c, share) for c in group}
+            with contextlib.suppress(Diverged):  # all of them: each says so
+                distill_together(pupils, job.model, training_blocks(job), how, share,
+                                 progress=partial(_say, update, i * share, "best", len(group)))
+            results |= {c.name: {"loss": None} if p.diverged else look_at(p.folder, steps)
+                        for c, p in zip(group, pupils, strict=True)}
+            update((i + len(group)) * share, f"{i + len(group)} finalists measured")
+        diverged = [name for name, found in results.items() if found["loss"] is None]
+        if diverged:
+            said = f"{len(diverged)} of {len(finalists)} finalists diverged in the tournament ({', '.join(diverged)})"
+            if len(diverged) == len(finalists):
+                raise Diverged(f"{said}; lower distillation.learning_rate ({d.learning_rate}): the stages before the "
+                               "tournament are kept")
+            job.reporter.say(f"{said}: they come last")
         path = job.run.path / "search" / "tournament.json"
         every = rank([dataclasses.replace(c, after_distillation=results.get(c.name)) for c in every])
         job.write_candidates(path, [dataclasses.replace(c, chosen=i == 0) for i, c in enumerate(every)])
@@ -232,13 +246,6 @@ def tournament(job: Job) -> None:
 def _look(job: Job, candidate: Candidate, reference: Reference, student: HybridLM) -> dict[str, float]:
     """The student as its checkpoint would be written, measured."""
     return measure(_as_written(job, candidate, student), reference)
-
-
-def _at_the_end(job: Job, candidate: Candidate, tokens: int) -> dict[str, float]:
-    """What the look after so many tokens of training found."""
-    step = settings(job).steps(job.plan.recipe.distillation.sequence_length, tokens)
-    row = next(r for r in read_metrics(job.state_folder(candidate)) if r["step"] == step)
-    return {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_")}
 
 
 def _say(update: Update, before: int, name: str, students: int, tokens: int, row: Row) -> None:
@@ -326,17 +333,21 @@ def distill(job: Job) -> None:
             write_atomic(metrics, "")
             return [metrics]
         candidate = chosen(job)
-        student, state = _student(job, candidate), job.state_folder(candidate)
-        show_metrics(job, state)
+        student, folder = _student(job, candidate), job.state_folder(candidate)
+        show_metrics(job, folder)
         reference = job.reference(job.selection_ids)
-        steps = settings(job).steps(d.sequence_length)
-        distill_model(student, job.model, training_blocks(job), settings(job), state,
-                      evaluate=partial(_look, job, candidate, reference),
-                      evaluate_every=max(1, steps // EVALUATIONS),
-                      layers=candidate.kept_layers, progress=partial(_say, update, 0, candidate.name, 1))
-        write_atomic(metrics, (state / "metrics.jsonl").read_text())
+        how, share = settings(job), min(d.tournament_tokens, d.tokens)
+        train = partial(distill_model, student, job.model, training_blocks(job), how, folder,
+                        evaluate=partial(_look, job, candidate, reference), layers=candidate.kept_layers,
+                        progress=partial(_say, update, 0, candidate.name, 1))
+        if candidate.after_distillation and steps_done(folder) < how.steps(d.sequence_length, share):
+            train(share)  # what it learned in the tournament is gone: the same again
+        train(evaluate_every=max(1, how.steps(d.sequence_length) // EVALUATIONS))
+        write_atomic(metrics, (folder / "metrics.jsonl").read_text())
         return [metrics]
 
+    if d.tokens:
+        forget_unusable_training(job, chosen(job), settings(job).steps(d.sequence_length))
     job.stage("distill", max(d.tokens, 1), make)
 
 
@@ -372,7 +383,8 @@ def export(job: Job) -> None:
         update(0.3, "written; reloading in transformers")
         difference = reload_gate(unchecked, ids, wanted)
         written = open_model(unchecked)
-        result = {"reload_difference": difference, "sliced": plain, "pruned": pruned, "exported": exported,
+        result = {"candidate": candidate.name, "reload_difference": difference, "sliced": plain, "pruned": pruned,
+                  "exported": exported,
                   "parameters": sum(written.read(name).numel() for name in written.files)}
         if result["parameters"] != candidate.cost.parameters:
             raise AssertionError(f"{result['parameters']} parameters written, {candidate.cost.parameters} priced")

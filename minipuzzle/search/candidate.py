@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,8 @@ class Candidate:
     predicted: `layers` and `widths` damage (null where it was not scored), their standard errors, and their sum
     `damage`.
     measured: before any training: `loss`, `kl`, `accuracy`, `agreement` and standard errors, on held-out blocks.
-    after_distillation: the same after the tournament.
+    after_distillation: the same after the tournament; `loss` alone, not a number, of a student that diverged. In JSON
+    what is not a finite number is null.
     """
 
     name: str
@@ -27,8 +30,8 @@ class Candidate:
     kept_layers: tuple[int, ...]
     cost: Cost
     predicted: dict[str, float | None]
-    measured: dict[str, float] | None = None
-    after_distillation: dict[str, float] | None = None
+    measured: Mapping[str, float | None] | None = None
+    after_distillation: Mapping[str, float | None] | None = None
     chosen: bool = False
 
     def __str__(self) -> str:
@@ -37,8 +40,9 @@ class Candidate:
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "architecture": self.architecture.to_json(), "kept_layers": list(self.kept_layers),
-                "cost": self.cost.to_json(), "predicted": self.predicted, "measured": self.measured,
-                "after_distillation": self.after_distillation, "chosen": self.chosen}
+                "cost": self.cost.to_json(), "predicted": _finite(self.predicted),
+                "measured": _finite(self.measured), "after_distillation": _finite(self.after_distillation),
+                "chosen": self.chosen}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Candidate:
@@ -59,6 +63,11 @@ class Candidate:
                                ("after_distillation", self.after_distillation or {})):
             out |= {f"{prefix}_{k}": v for k, v in values.items()}
         return out | {"kept_layers": " ".join(map(str, self.kept_layers))}
+
+
+def _finite(values: Mapping[str, float | None] | None) -> dict[str, float | None] | None:
+    """As JSON can hold them."""
+    return None if values is None else {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
 
 
 def to_frame(candidates: list[Candidate]) -> pd.DataFrame:

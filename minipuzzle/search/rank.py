@@ -17,12 +17,12 @@ def rank(candidates: list[Candidate]) -> list[Candidate]:
     """Best first: by loss after distillation, then by KL measured before it, then by predicted damage.
 
     Whoever has been further comes first, whatever its number: the stages before chose it, and losses, KL and
-    damage have no common scale. Within a stage NaN (a student that diverged) is last; ties go by name.
+    damage have no common scale. Within a stage null or NaN (a student that diverged) is last; ties go by name.
     """
     def key(c: Candidate) -> tuple[int, float, str]:
         for stage, (values, name) in enumerate(((c.after_distillation, "loss"), (c.measured, "kl"),
                                                 (c.predicted, "damage"))):
-            if values and values.get(name) is not None:
+            if values and name in values:
                 return stage, _number(values, name), c.name
         return 3, 0.0, c.name
 

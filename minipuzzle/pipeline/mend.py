@@ -1,0 +1,70 @@
+"""Trainings that are not what a stage needs: damaged, missing, or another candidate's."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from minipuzzle.core.errors import CorruptArtifact
+from minipuzzle.core.files import read_json
+from minipuzzle.distill import state
+from minipuzzle.distill.loop import read_metrics
+from minipuzzle.pipeline.job import Job
+from minipuzzle.search.candidate import Candidate
+
+
+def steps_done(folder: Path) -> int:
+    """Of the training whose states lie there.
+
+    Raises:
+        CorruptArtifact: the latest is damaged.
+    """
+    found = state.find_resumable(folder)
+    return 0 if found is None else int(found[1]["step"])
+
+
+def look_at(folder: Path, step: int) -> dict[str, float | None]:
+    """What the look after so many steps of training found, however far it has gone since.
+
+    Raises:
+        CorruptArtifact: the metrics do not say.
+    """
+    for row in read_metrics(folder):
+        if row["step"] == step and "eval_loss" in row:
+            return {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_")}
+    raise CorruptArtifact(f"{folder / 'metrics.jsonl'} does not say what step {step} was worth; {state.REMEDY}")
+
+
+def forget_damaged_training(job: Job, folder: Path, look: int | None = None) -> None:
+    """With --redo: what is damaged is trained again. `look`: the step whose held-out loss must be known if the training
+    has come so far."""
+    if not job.redo:
+        return
+    try:
+        for name in ("state", "best"):
+            if found := state.find(folder, name):
+                state.verify(found[0])
+        read_metrics(folder)
+        if look is not None and steps_done(folder) >= look:
+            look_at(folder, look)
+    except CorruptArtifact as error:
+        job.reporter.say(f"trained again: {error}")
+        shutil.rmtree(folder)
+
+
+def forget_unusable_training(job: Job, candidate: Candidate, steps: int) -> None:
+    """Forget a finished training whose state is not there, where the export still needs it; and training and export of
+    another candidate: a tournament that was made again may have another winner.
+
+    Raises:
+        CorruptArtifact: the state is damaged, and --redo was not given.
+    """
+    run, folder = job.result, job.state_folder(candidate)
+    if run.is_done("export", job.inputs["export"]):
+        if read_json(run.path / "search" / "result.json").get("candidate", candidate.name) == candidate.name:
+            return
+        run.drop("export")
+    forget_damaged_training(job, folder)
+    if steps_done(folder) < steps and run.manifest("distill") is not None:
+        job.reporter.say(f"{folder} has no state of the finished training, which the export needs: it is trained again")
+        run.drop("distill")
