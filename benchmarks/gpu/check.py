@@ -34,7 +34,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +62,26 @@ LOG_LINES = 40
 @dataclass(frozen=True)
 class Step:
     """`function` is "module:function"; `seconds` its limit, imports and compilation of kernels
-    included.
+    included; `environment` is added to that of its process.
     """
 
     function: str
     seconds: float
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
+# mamba-ssm compiles and tries about ten configurations of each of its kernels. Where speed is not
+# the question one is taken; where it is, the choice is kept for the next process.
+ONE = {"MAMBA_DETERMINISTIC": "1"}
+FASTEST = {"TRITON_CACHE_AUTOTUNING": "1"}
 # In the order in which they run: what says most about the installation first.
 STEPS: dict[str, Step] = {
-    "doctor": Step("doctor:doctor", 50),
-    "scan": Step("scan:scan", 100),
-    "prune": Step("prune:prune", 100),
-    "step": Step("train:step", 150),
-    "prefill": Step("generate:prefill", 60),
-    "decode": Step("generate:decode", 60),
+    "doctor": Step("doctor:doctor", 45, ONE),
+    "scan": Step("scan:scan", 90, ONE),
+    "prune": Step("prune:prune", 110, ONE),
+    "step": Step("train:step", 170, FASTEST),
+    "prefill": Step("generate:prefill", 70, FASTEST),
+    "decode": Step("generate:decode", 40, FASTEST),
 }
 
 
@@ -143,7 +148,8 @@ def run_steps(
             f"check.py: {out} would hold {len(others) + len(steps)} files, at most {MAX_FILES}: "
             "choose fewer --steps, or another --out"
         )
-    about = {"hardware": hardware(), "versions": versions(), "commit": commit(), "sources": sources(), "tiny": tiny}
+    about = {"hardware": hardware(), "versions": versions(), "tiny": tiny}
+    about |= {"commit": commit(), "sources": sources()}
     statuses = {}
     for name, step in steps.items():
         before = earlier(result_path(out, name))
@@ -155,6 +161,7 @@ def run_steps(
         common = about | {
             "step": name,
             "limit_seconds": step.seconds,
+            "environment": dict(step.environment),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "arguments": {"steps": list(steps), "minutes": minutes, "retry": retry},
         }
@@ -164,7 +171,7 @@ def run_steps(
                 "seconds": 0.0,
                 "found": {},
                 "why": [
-                    f"{step.seconds:.0f} s may be needed, {max(0.0, left):.0f} s were left of the call"
+                    f"{step.seconds:.0f} s may be needed, {max(0.0, left):.0f} s were left"
                 ],
             }
         else:
@@ -204,6 +211,7 @@ def one(step: Step, tiny: bool) -> dict[str, Any]:
             "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
+            **step.environment,
         }
         begin = time.monotonic()
         with log.open("wb") as output:
@@ -388,8 +396,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:
-        if args.tiny:  # these need a GPU; where they are installed transformers takes them without one
-            sys.modules["mamba_ssm"] = sys.modules["causal_conv1d"] = None  # type: ignore[assignment]
+        if args.tiny:
+            # these need a GPU, and transformers takes them wherever they are installed
+            sys.modules.update(mamba_ssm=None, causal_conv1d=None)  # type: ignore[arg-type]
         return child(args.child, args.out, args.tiny)
     with terminated_is_raised():
         statuses = run_steps(chosen(args.steps), args.out, args.minutes, args.tiny, args.retry)

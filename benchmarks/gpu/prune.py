@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent.parent
 SETTINGS: dict[str, Any] = {
     "budget": {"memory": "0.6x"},
-    "calibration": {"samples": 16},
-    "evaluation": {"samples": 32},
-    "search": {"measure": 16, "finalists": 2},
-    "distillation": {"tournament_tokens": "8k", "tokens": "40k"},
+    "calibration": {"samples": 8},
+    "evaluation": {"samples": 16},
+    "search": {"measure": 8, "finalists": 2},
+    "distillation": {"tournament_tokens": "4k", "tokens": "20k"},
 }
 TINY: dict[str, Any] = {
     "budget": {"memory": "0.8x"},

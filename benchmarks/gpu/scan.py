@@ -6,9 +6,7 @@ Some dt are below 0.001, where other implementations have a floor. A change of t
 not reach the outputs before it, nor gradients of those the last third.
 
 Each precision runs in a process of its own, because Triton reads the precision of its products
-once; the three run at the same time. They take one configuration of each kernel
-(MAMBA_DETERMINISTIC) in place of the fastest of about ten, which is compiled in a tenth of the
-time.
+once; the three run at the same time. They take one configuration of each kernel (ONE in check.py).
 """
 
 from __future__ import annotations
@@ -86,7 +84,6 @@ def start(name: str, device: str, scratch: Path) -> tuple[subprocess.Popen[bytes
     answer = scratch / f"scan{number}.json"
     environment = os.environ | {
         "TRITON_F32_DEFAULT": PRECISIONS[name].products,
-        "MAMBA_DETERMINISTIC": "1",
         "TRITON_CACHE_DIR": str(scratch / f"triton{number}"),
     }
     return subprocess.Popen(

@@ -20,7 +20,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from common import memory, out_of_memory, peak_flops, reset_memory, seconds_of
+from common import memory, now, out_of_memory, peak_flops, reset_memory, seconds_of
 
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.published import published
@@ -33,7 +33,7 @@ from minipuzzle.distill.trainer import Batch, Pupil, Trainer
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import parameters_by_kind, prefill_flops_per_token
 from minipuzzle.families.registry import family_of
-from minipuzzle.families.ssd import kernel
+from minipuzzle.families.ssd import kernel, ssd
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
@@ -160,9 +160,31 @@ def train(
         rows.append(trainer.end(ids.numel()))
         at(f"after {len(rows)} steps")
 
+    at("while kernels were compiled")
+    begin = now(run.device)
+    compile_scan(small, device)
+    attempt["compile_seconds"] = now(run.device) - begin
     at("in the first step")
     attempt |= seconds_of(one, run.device, 1, STEPS)
     attempt |= memory(run.device) or {}
+
+
+def compile_scan(arch: Architecture, device: torch.device) -> None:
+    """One scan of two chunks forward and backward, as training calls it: kernels are compiled and
+    chosen by the shape of a head, which teacher and student share.
+    """
+    ones = {
+        kind: torch.ones(*size, device=device, requires_grad=True)
+        for kind, size in {
+            "x": (1, 512, arch.mamba_num_heads, arch.mamba_head_dim),
+            "dt": (1, 512, arch.mamba_num_heads),
+            "a": (arch.mamba_num_heads,),
+            "b": (1, 512, arch.n_groups, arch.state_size),
+            "c": (1, 512, arch.n_groups, arch.state_size),
+            "d": (arch.mamba_num_heads,),
+        }.items()
+    }
+    ssd(ones["x"], ones["dt"], -ones["a"], ones["b"], ones["c"], ones["d"]).sum().backward()
 
 
 def shape_of(name: str, tiny: bool) -> Architecture:
