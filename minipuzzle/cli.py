@@ -416,6 +416,8 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
         refuse_unread(click.get_current_context().params["settings"], ("calibration", "evaluation"),
                       " without --latency")
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
+        raise RecipeError("--tasks names no task; write for example --tasks mmlu,gsm8k")
     data = single.evaluate(model, teacher, recipe, device, latency, names, limit)
     paired = {f"{'' if k.startswith('loss') else 'paired_'}{k}": v for k, v in (data.get("paired") or {}).items()}
     parts = (data, paired, data.get("latency") or {}, *_scores_of(data))

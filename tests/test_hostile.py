@@ -244,6 +244,16 @@ def test_any_scores(victim: Path, text: str, headed: bool) -> None:
         "--set", "search.keep=3", "--set", "scores.layer_metric=mse")
 
 
+@pytest.mark.parametrize("text", ["[]", "{", '{"max_new_tokens": -5}'])
+def test_a_generation_config_that_the_result_could_not_have(model_folder: Path, texts: Path, tmp_path: Path, text: str) -> None:
+    """Before anything is computed, not at the reload gate."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "generation_config.json").write_text(text)
+    result = run("score", folder, "--data", texts, "--set", "calibration.sequence_length=32", "-o", tmp_path / "run")
+    assert result.exit_code == 5
+    assert "its generation_config.json cannot be used" in result.stderr
+
+
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "SOURCE_DATE_EPOCH", "MASTER_PORT"])
 @pytest.mark.parametrize("value", ["x", "-1", "1.5", "9" * 50, "²"])
 def test_numbers_of_the_environment(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,6 +333,7 @@ def test_no_call_can_run_what_it_reads() -> None:
     (("distill", ".", "--teacher", ".", "--set", "space.hidden_size=0.5x"), "does not read space"),
     (("prune", "--seed", "-1"), "-1 is not in the range"), (("prune", "--seed", str(2**63)), "is not in the range"),
     (("prune", "-o", ""), "it is empty"), (("prune", ""), "it is empty"), (("prune", "--recipe", ""), "it is empty"),
+    (("evaluate", ".", "--tasks", ","), "names no task"),
     (("prune", "--data", "", "--dry-run"), "calibration.data = ''"), (("prune", "--budget="), "write KEY=VALUE"),
     (("prune", "--set", "search.keep=100000000"), "less than or equal to"),
     (("prune", "--set", "distillation.tokens=1e9999999"), "is not a size"),

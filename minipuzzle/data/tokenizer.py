@@ -29,23 +29,28 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(folder: Path, whole_documents: bool = True) -> Any:
-    """The tokenizer of a model folder, tried on a few words. `whole_documents`: without the model's own maximum, for
-    texts that are cut into blocks afterwards.
+    """The tokenizer of a model folder, tried on a few words; its configurations are tried too.
+
+    `whole_documents`: without the model's own maximum, for texts that are cut into blocks afterwards.
 
     Raises:
         RecipeError: the folder has none.
         UnsupportedModel: it is code of the folder, or of a class that this transformers does not have.
         CorruptArtifact: its files are damaged.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     if not any((folder / name).is_file() for name in FILES):
         raise RecipeError(f"{folder} has no tokenizer that transformers can load (none of {', '.join(FILES)}); copy "
                           "the model's own there")
     config = folder / "tokenizer_config.json"
     name = str(read_json(config).get("tokenizer_class"))[:100] if config.is_file() else "of an unknown class"
-    with stock_errors(folder, "config.json"):  # which the result has too: better now than at its reload gate
+    # the result has them too: better now than at its reload gate
+    with stock_errors(folder, "config.json"):
         AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    if (folder / "generation_config.json").is_file():
+        with stock_errors(folder, "generation_config.json"):
+            GenerationConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     with stock_errors(folder, f"tokenizer {name}"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False,
                                                   **({"model_max_length": 2**62} if whole_documents else {}))
