@@ -26,8 +26,9 @@ from train_bundled_model import initial_weights  # noqa: E402
 
 from minipuzzle.core.scores import WidthScores  # noqa: E402
 from minipuzzle.data.blocks import load_blocks  # noqa: E402
-from minipuzzle.distill.loop import distill_model, read_metrics  # noqa: E402
+from minipuzzle.distill.loop import distill_model  # noqa: E402
 from minipuzzle.distill.settings import TrainSettings  # noqa: E402
+from minipuzzle.distill.trained import read_metrics  # noqa: E402
 from minipuzzle.evaluate.quality import Reference, measure  # noqa: E402
 from minipuzzle.models.module import HybridLM  # noqa: E402
 from minipuzzle.models.walk import Model  # noqa: E402

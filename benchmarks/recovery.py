@@ -30,7 +30,8 @@ from transformers import AutoTokenizer
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.data.blocks import load_blocks, tokenize
-from minipuzzle.distill.loop import TrainSettings, distill_model, distill_together, read_metrics
+from minipuzzle.distill.loop import TrainSettings, distill_model, distill_together
+from minipuzzle.distill.trained import read_metrics
 from minipuzzle.distill.trainer import Pupil
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.families.architecture import Architecture

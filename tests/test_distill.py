@@ -19,9 +19,10 @@ from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data.blocks import TokenBlocks
 from minipuzzle.distill import loop, trainer
-from minipuzzle.distill.loop import distill_model, load_best, load_student, read_metrics
+from minipuzzle.distill.loop import distill_model
 from minipuzzle.distill.loss import distillation_loss, kl_loss
 from minipuzzle.distill.settings import TrainSettings
+from minipuzzle.distill.trained import load_best, load_student, read_metrics
 from minipuzzle.distill.trainer import MAX_SKIPPED
 from minipuzzle.families.selection import Selection
 from minipuzzle.models.module import HybridLM

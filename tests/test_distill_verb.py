@@ -19,8 +19,8 @@ from test_distill import STEP_TOKENS, assert_same, rows, student, train
 from tiny import tokens
 
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.distill.loop import read_metrics
 from minipuzzle.distill.track import open_tracker
+from minipuzzle.distill.trained import read_metrics
 from minipuzzle.families.selection import Selection
 from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.ranks import Ranks

@@ -18,8 +18,9 @@ from test_distill import STEP_TOKENS, blocks, rows, student, tiny_model
 
 from minipuzzle.core.errors import RecipeError
 from minipuzzle.distill import state
-from minipuzzle.distill.loop import distill_model, load_student
+from minipuzzle.distill.loop import distill_model
 from minipuzzle.distill.settings import TrainSettings
+from minipuzzle.distill.trained import load_student
 from minipuzzle.models.ranks import Ranks
 
 HERE = Path(__file__).parent

@@ -20,17 +20,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
-from minipuzzle.core.files import reading
+from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data.blocks import Blocks
-from minipuzzle.distill import state
 from minipuzzle.distill.loss import Target
 from minipuzzle.distill.precision import autocast, check_precision
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import shard
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher, Teacher
-from minipuzzle.distill.trainer import Batch, Diverged, Pupil, Row, Trainer, parse_row
+from minipuzzle.distill.trainer import Batch, Diverged, Pupil, Row, Trainer
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
@@ -170,52 +168,8 @@ def _teacher(teacher: Model | Teacher | None, settings: TrainSettings, ranks: Ra
     return teacher
 
 
-def read_metrics(folder: Path) -> list[Row]:
-    """The rows of metrics.jsonl; empty if there is none.
-
-    Raises:
-        CorruptArtifact: a line is no row.
-    """
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    with reading(path, hint=state.REMEDY):
-        return [parse_row(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def training_loss(row: Row) -> float:
     """What the step minimised, from its metrics: the KL, or the next-token loss where there is no teacher; infinite
     where it was not finite."""
     value = row["kl"] if "kl" in row else row["loss"]
     return math.inf if value is None else float(value)
-
-
-def say(row: Row) -> str:
-    """A step's metrics in words."""
-    return ", ".join(f"{name} {row[key]:.3f}" for key, name in (("kl", "KL"), ("loss", "loss"))
-                     if row.get(key) is not None)
-
-
-def load_student(folder: Path, student: HybridLM, name: str = "state", ranks: Ranks | None = None) -> Row:
-    """Put the weights of the state in `folder` (or of its `best`) into `student`; what is known about it, with `step`.
-    All of its files are verified.
-
-    Raises:
-        CorruptArtifact: there is none, or it cannot be read.
-    """
-    found = state.find(folder, name)
-    if found is None:
-        raise CorruptArtifact(f"{folder} holds no {name}; run with --redo to train it again")
-    state.load(found[0], {f"model.{n}": p.detach() for n, p in student.parameters_by_name().items()}, ranks)
-    return found[1]
-
-
-def load_best(folder: Path, student: HybridLM, ranks: Ranks | None = None) -> Row:
-    """Put the best weights that the looks saw into `student`, those before the first step among them; which they are:
-    `step` of `steps`, `kl` and `loss` there, and at the end `last_kl` and `last_loss` (null if not finite).
-
-    Raises:
-        CorruptArtifact: no look found a finite number, or the weights cannot be read.
-    """
-    best, last = load_student(folder, student, "best", ranks), read_metrics(folder)[-1]
-    return best | {"steps": last["step"]} | {f"last_{k}": last.get(f"eval_{k}") for k in ("kl", "loss") if k in best}

@@ -11,13 +11,14 @@ from minipuzzle.core.errors import MinipuzzleError, RecipeError
 from minipuzzle.core.files import read_json, reading, replace_folder, restore_folder, write_atomic, write_sealed
 from minipuzzle.core.rundir import digest
 from minipuzzle.data.blocks import Blocks
-from minipuzzle.distill.loop import Trained, distill_model, load_best, say
+from minipuzzle.distill.loop import Trained, distill_model
 from minipuzzle.distill.precision import autocast, check_precision
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import reshard
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher
 from minipuzzle.distill.teacher import cache_teacher as cache_blocks
 from minipuzzle.distill.track import open_tracker
+from minipuzzle.distill.trained import load_best, say
 from minipuzzle.distill.trainer import Row
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.models.logits import token_metrics

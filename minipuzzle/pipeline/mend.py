@@ -8,7 +8,7 @@ from pathlib import Path
 from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.files import read_json
 from minipuzzle.distill import state
-from minipuzzle.distill.loop import read_metrics
+from minipuzzle.distill.trained import read_metrics
 from minipuzzle.pipeline.job import Job
 from minipuzzle.search.candidate import Candidate
 

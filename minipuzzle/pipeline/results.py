@@ -18,9 +18,10 @@ from minipuzzle._version import __version__
 from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.files import read_json
 from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores, mamba_selection
-from minipuzzle.distill.loop import Trained, read_metrics
+from minipuzzle.distill.loop import Trained
 from minipuzzle.distill.loss import loss_kernel
 from minipuzzle.distill.precision import fp8_note
+from minipuzzle.distill.trained import read_metrics
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
 from minipuzzle.families.ssd import kernel

@@ -22,9 +22,10 @@ from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.data.blocks import Blocks, load_blocks, tokenize
 from minipuzzle.data.corpus import parse_blend
 from minipuzzle.data.held_out import two_parts
-from minipuzzle.distill.loop import distill_model, distill_together, load_best, say
+from minipuzzle.distill.loop import distill_model, distill_together
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import whole
+from minipuzzle.distill.trained import load_best, say
 from minipuzzle.distill.trainer import Diverged, Pupil, Row
 from minipuzzle.evaluate.quality import Reference, measure, measure_paths
 from minipuzzle.evaluate.sample import greedy
