@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Spinning OpenMP threads slow two processes at once down by up to 20x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install prune test browser test-browser lint docs gpu-wheels clean
+.PHONY: install prune test browser test-browser test-extras lint docs gpu-wheels clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,15 @@ browser:
 
 test-browser: install browser
 	$(BIN)/python -m pytest tests/test_browser.py
+
+# Every extra that installs without CUDA, installed into an environment of its own and used once; needs the network.
+# -> benchmarks/results/extras.json
+EXTRAS := build/extras
+test-extras:
+	$(PYTHON) -m venv --clear $(EXTRAS)
+	$(EXTRAS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(EXTRAS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[eval,track,quantize,docs]'
+	HF_HUB_OFFLINE=1 $(EXTRAS)/bin/python benchmarks/extras.py
 
 # The API reference, from the docstrings -> build/docs
 docs: install

@@ -263,10 +263,12 @@ def test_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match="wandb is not installed"):
         open_tracker("wandb", tmp_path)
     logged: list[tuple[dict[str, float], int]] = []
+    begun: list[str] = []
 
     class Fake:
         @staticmethod
         def init(project: str, name: str) -> Fake:
+            begun.append(name)
             return Fake()
 
         def log(self, values: dict[str, float], step: int) -> None:
@@ -275,6 +277,7 @@ def test_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", Fake)  # type: ignore[arg-type]
     seen: list[dict[str, Any]] = []
     track = open_tracker("wandb", tmp_path)
+    assert begun == []  # before the first row the run must find its folder empty: trackers write into it
     train(tmp_path / "run", stop_at_tokens=2 * STEP_TOKENS, track=lambda row: (seen.append(row), track(row))[1])
     assert [step for _, step in logged] == [1, 2]
     assert logged[1][0]["loss"] == seen[1]["loss"]

@@ -26,15 +26,18 @@ def open_tracker(name: str | None, folder: Path) -> Callable[[dict[str, Any]], N
         module = importlib.import_module(TRACKERS[name])
     except ImportError:
         raise RecipeError(f"{name} is not installed; pip install 'minipuzzle[track]', or leave --track out") from None
-    if name == "tensorboard":
-        writer = module.SummaryWriter(str(folder / "tensorboard"))
+    begun: list[Any] = []  # by the first row: until then the folder is the run's alone, which must find it empty
 
-        def scalars(row: dict[str, Any]) -> None:
+    def send(row: dict[str, Any]) -> None:
+        if not begun:
+            begun.append(module.SummaryWriter(str(folder / "tensorboard")) if name == "tensorboard" else
+                         module.init(project="minipuzzle", name=folder.name))
+        if name == "tensorboard":
             for key, value in _numbers(row).items():
-                writer.add_scalar(key, value, row["step"])
-        return scalars
-    run = module.init(project="minipuzzle", name=folder.name)
-    return lambda row: run.log(_numbers(row), step=row["step"])
+                begun[0].add_scalar(key, value, row["step"])
+        else:
+            begun[0].log(_numbers(row), step=row["step"])
+    return send
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
