@@ -37,10 +37,10 @@ distillation:
 # every file of a finished run but those of the training, the licence and the reports' copies
 FILES = ("run.json", "candidates.json", "candidates.csv", "report.json", "metrics.jsonl", "stages/tokenize.json",
          "stages/score.json", "stages/curves.json", "stages/search.json", "stages/measure.json",
-         "stages/distill.json", "stages/export.json", "tokens/*/tokens.json",
+         "stages/tournament.json", "stages/distill.json", "stages/export.json", "tokens/*/tokens.json",
          "tokens/*/train.bin", "tokens/*/held_out.bin", "scores/layers.csv", "scores/widths.safetensors",
          "scores/interactions.safetensors", "scores/samples.safetensors", "scores/scoring.json", "scores/width_curves.csv",
-         "scores/rotation.safetensors", "search/predicted.json", "search/measured.json", "search/controls.json",
+         "scores/rotation.safetensors", "search/predicted.json", "search/measured.json", "search/tournament.json", "search/controls.json",
          "search/result.json", "model/model.safetensors", "model/config.json", "model/tokenizer.json",
          "model/generation_config.json", "model/README.md", "model/minipuzzle.json", "model/LICENSE")
 REWRITTEN = ("run.json", "candidates.json", "candidates.csv", "report.json")  # by every command
