@@ -105,6 +105,7 @@ def test_evaluate(model_folder: Path, texts: Path) -> None:
     data = json.loads(invoke(*request, "--teacher", model_folder, "--json").stdout)
     assert data["kl"] == pytest.approx(0, abs=1e-6)
     assert data["agreement"] == 1
+    assert data["paired"] == {"loss_minus_parent": pytest.approx(0, abs=1e-6), "stderr": pytest.approx(0, abs=1e-6)}
     assert data["tokens"] == 4 * 32
     assert data["perplexity"] == pytest.approx(2.718281828 ** data["loss"], rel=1e-6)
     text = invoke(*request).stdout

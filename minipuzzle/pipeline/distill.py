@@ -29,7 +29,7 @@ from minipuzzle.models.weights import ModelFolder, open_model, write_model
 from minipuzzle.pipeline import stages
 from minipuzzle.pipeline.job import Job
 from minipuzzle.pipeline.mend import forget_damaged_training
-from minipuzzle.pipeline.plan import find_device
+from minipuzzle.pipeline.plan import EVALUATIONS, find_device
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.results import distilled_report, model_card_files, run_about, training_notes
 from minipuzzle.pipeline.single import open_job
@@ -90,7 +90,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
         with job.reporter.stage("distill", recipe.distillation.tokens) as update:
             done = distill_model(pupil, source, blocks, settings, state, layers=layers, ranks=ranks,
                                  evaluate=evaluate, track=tracker if ranks.main else lambda row: None,
-                                 evaluate_every=max(1, settings.steps(blocks.sequence_length) // stages.EVALUATIONS),
+                                 evaluate_every=max(1, settings.steps(blocks.sequence_length) // EVALUATIONS),
                                  progress=lambda tokens, row: update(tokens, f"{tokens:,} tokens, {say(row)}"))
         selection = None
         exported = load_best(state, pupil, ranks)

@@ -28,6 +28,7 @@ from minipuzzle.surgery.refit import refit_bytes, samples_needed, writer_inputs
 # key, the only value that exists so far, and what to say. Accepting and ignoring a setting would be a lie.
 _NOT_YET = (("search.export", "uniform"),)
 HELD_OUT_TOKENS = 2**20  # of a source
+EVALUATIONS = 12  # looks at the selection part of the held-out blocks during a whole distillation
 CONTROLS = 8  # random architectures that are measured beside the best predicted, to judge the prediction
 CURVE_POINTS = 3  # measured widths per axis; between them the search interpolates
 # of a large matrix product's speed: what the whole forward pass of a hybrid reaches on CPU, from
@@ -172,14 +173,16 @@ class Plan:
         points = sum(len(w) for w in self.curve_widths.values())
         share = min(r.distillation.tournament_tokens, r.distillation.tokens)
         per_token = parent + 3 * child
+        look = held_out * child if r.distillation.tokens else 0
         # the parent, the student twice, and Gram matrices in float64
         refit = r.calibration.sequence_length * self.refit_samples * (
             parent + 2 * child + 4 * self.parent.num_layers * writer_inputs(self.parent) ** 2)
         flops = {"tokenize": 0.0, "score": calibration * parent * (self.parent.num_layers / 2 + 2),
                  "curves": calibration * parent * (points + 1), "search": 0.0,
                  "measure": held_out * (parent + child * min(r.search.measure + CONTROLS, self.feasible)),
-                 "tournament": float((per_token * share + refit) * min(r.search.finalists, self.feasible)),
-                 "distill": float(per_token * (r.distillation.tokens - share)), "export": held_out * 3.0 * parent}
+                 "tournament": float((per_token * share + refit + 2 * look) * min(r.search.finalists, self.feasible)),
+                 "distill": float(per_token * (r.distillation.tokens - share) + EVALUATIONS * look),
+                 "export": held_out * 3.0 * parent}
         fixed = {"tokenize": 5.0, "search": 1.0, "export": 15.0}
         return {name: count / speed + fixed.get(name, 0.5) for name, count in flops.items()}
 

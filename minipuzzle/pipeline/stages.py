@@ -39,7 +39,7 @@ from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.pipeline.job import STAGES, Job
 from minipuzzle.pipeline.mend import forget_damaged_training, forget_unusable_training, look_at, steps_done
-from minipuzzle.pipeline.plan import CONTROLS, students_in_memory
+from minipuzzle.pipeline.plan import CONTROLS, EVALUATIONS, students_in_memory
 from minipuzzle.pipeline.progress import Update
 from minipuzzle.pipeline.research import find_candidates
 from minipuzzle.pipeline.results import make_report, model_card_files, zero_warning
@@ -50,8 +50,6 @@ from minipuzzle.search.rank import diverse, rank
 from minipuzzle.surgery.gate import reload_gate, sample_logits
 from minipuzzle.surgery.refit import BlockFit, check_samples, read_refit, write_refit
 from minipuzzle.surgery.rotate import find_rotation
-
-EVALUATIONS = 12  # looks at the selection part of the held-out blocks during a whole distillation
 
 
 def tokenize_data(job: Job) -> None:
