@@ -38,6 +38,7 @@ from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
 from minipuzzle.importance.layers import score_layers
 from minipuzzle.importance.widths import score_widths
+from minipuzzle.models.forward import block
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model, batches, floats_per_sample
 from minipuzzle.models.weights import open_model
@@ -162,7 +163,7 @@ def streams(model: Model, ids_NT: torch.Tensor) -> torch.Tensor:
         x = model.family.embed(model.top, ids)
         norms = [x.norm(dim=-1).flatten()]
         for kind, weights in zip(model.arch.pattern, model.layers, strict=True):
-            x = x + model.family.block(model.arch, kind, weights, x)
+            x = x + block(model.arch, kind, weights, x)
             norms.append(x.norm(dim=-1).flatten())
         parts.append(torch.stack(norms))
     return torch.cat(parts, 1)
@@ -179,7 +180,7 @@ def second_moments(model: Model, ids_NT: torch.Tensor) -> np.ndarray:
             n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + model.arch.norm_eps)
             out[i] += n.T @ n
             if i < model.arch.num_layers:
-                x = x + model.family.block(model.arch, model.arch.pattern[i], model.layers[i], x)
+                x = x + block(model.arch, model.arch.pattern[i], model.layers[i], x)
     return (out / ids_NT.numel()).numpy()
 
 
@@ -205,8 +206,8 @@ def scaled(parent: Model, small: Model, kept: tuple[int, ...], ids_NT: torch.Ten
     top[name] = top[name] * factor[0]
     layers = []
     for j, (kind, weights) in enumerate(zip(small.arch.pattern, small.layers, strict=True)):
-        writer, _ = small.family.layer_writers(kind)
-        layers.append({**weights, writer: weights[writer] * factor[j + 1]})
+        writers = [name for name, _ in small.family.kinds[kind].writes]
+        layers.append({**weights, **{name: weights[name] * factor[j + 1] for name in writers}})
     return dataclasses.replace(small, top=top, layers=tuple(layers))
 
 
@@ -229,7 +230,7 @@ def sums(bench: Bench, cases: list[str], chosen: list[str]) -> None:
         ids = bench.calibration(seed)
         plain = bench.cutter(seed, False).scores
         readers = [sum(float((w[n] * w[norm]).square().sum()) for norm, names in table.items() for n in names)
-                   for w, table in [*((w, family.layer_readers(k))
+                   for w, table in [*((w, family.kinds[k].reads)
                                       for w, k in zip(bench.parent.layers, arch.pattern, strict=True)),
                                     (bench.parent.top, family.top_readers())]]
         energies = streams(bench.parent, ids).square().mean(1).double().numpy()

@@ -21,7 +21,7 @@ import pandas as pd
 
 from minipuzzle.core.budget import Budget
 from minipuzzle.core.published import published
-from minipuzzle.core.scores import WIDTH_AXES, LayerScores, WidthCurves
+from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
 from minipuzzle.recipes.schema import Recipe
@@ -60,17 +60,18 @@ def ask(recipe_name, parent_name, scores_name, changes):
 def loop(parent, space, budget, workload, scores, metric):
     """The plain loop, best 10000 kept: (points, seen, feasible, least damage)."""
     values = scores.metric(metric)
+    drops_3 = list(space.drops.values())
     sums = [[float(values[drop_order(parent, kind, values)[:n]].sum()) for n in drops]
-            for kind, drops in zip("M-*", space.drops, strict=True)]
+            for kind, drops in zip("M-*", drops_3, strict=True)]
     kept, seen, feasible = [], 0, 0
-    for point in itertools.product(*(range(len(drops)) for drops in space.drops), *space.widths):
+    for point in itertools.product(*(range(len(drops)) for drops in drops_3), *space.widths.values()):
         if seen == LOOP_POINTS:
             break
         seen += 1
         counts = [parent.pattern.count(kind) - drops[i]
-                  for kind, drops, i in zip("M-*", space.drops, point[:3], strict=True)]
+                  for kind, drops, i in zip("M-*", drops_3, point[:3], strict=True)]
         arch = dataclasses.replace(parent, pattern="".join(k * n for k, n in zip("M-*", counts, strict=True)),
-                                   **dict(zip(WIDTH_AXES, point[3:], strict=True)))
+                                   **dict(zip(space.widths, point[3:], strict=True)))
         priced = cost(arch, workload)
         if budget.exceeded(priced.to_json()):
             continue
@@ -95,8 +96,9 @@ def run_case(name):
         out = {"points": points, "seen": seen, "feasible": feasible, "least_damage": least}
     else:
         # no curve of the 56B is published: one that grows faster than the width falls
-        curves = WidthCurves(pd.DataFrame({"axis": "ffn_size", "width": space.ffn_size,
-                                           metric: [0.6 * (1 - w / parent.ffn_size) ** 1.3 for w in space.ffn_size]}))
+        widths = space.widths["ffn_size"]
+        curves = WidthCurves(pd.DataFrame({"axis": "ffn_size", "width": widths,
+                                           metric: [0.6 * (1 - w / parent.ffn_size) ** 1.3 for w in widths]}))
         solved = solve_architectures(parent, space, budget, workload, scores, curves, metric, SOLUTIONS,
                                      kind == "per_layer")
         out = {"points": f"{solved.points:.3g}", "programs": solved.programs, "candidates": len(solved.candidates),

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from minipuzzle.core.published import find_config
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.nemotron_h import mamba
+from minipuzzle.families.mixers import mamba2
 from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline.results import hardware, versions
 from minipuzzle.pipeline.source import bundled_model
@@ -70,13 +70,13 @@ def compare(arch: Architecture, batch: int, tokens: int, rounds: int) -> dict[st
         for parameter in mixer.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
-    weights = {f"mixer.{n}": p for n, p in mixer.named_parameters()}
+    weights = dict(mixer.named_parameters())
     x = torch.randn(batch, tokens, arch.hidden_size)
     known = {p.untyped_storage().data_ptr() for p in mixer.parameters()}
     out: dict[str, Any] = {"heads": arch.mamba_num_heads, "head channels": arch.mamba_head_dim, "groups": arch.n_groups,
                            "state": arch.state_size, "samples": batch, "tokens": tokens}
-    lean = mamba(arch, weights, x, None)
-    out["minipuzzle"] = measure(lambda: mamba(arch, weights, x, None), known, rounds)
+    lean = mamba2(arch, weights, x, None)
+    out["minipuzzle"] = measure(lambda: mamba2(arch, weights, x, None), known, rounds)
     for chunk in (32, 64, 128):
         mixer.chunk_size = chunk
         theirs = mixer(x)

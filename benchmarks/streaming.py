@@ -26,8 +26,7 @@ import torch
 
 from minipuzzle.core.published import find_config
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import block_parameters
-from minipuzzle.families.registry import family_of
+from minipuzzle.families.cost import layer_parameters
 from minipuzzle.importance.layers import score
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.stream import StreamedModel
@@ -50,7 +49,7 @@ def make(folder: Path) -> None:
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         generator = torch.Generator().manual_seed(0)
-        for name, shape in family_of(arch.model_type).shapes(arch).items():
+        for name, shape in arch.family.shapes(arch).items():
             value = torch.randn(shape, generator=generator, dtype=torch.float32)
             value *= shape[-1] ** -0.5 if len(shape) > 1 else 0.1
             if name.endswith(("norm.weight", "norm_f.weight", "A_log", ".D")):
@@ -107,7 +106,7 @@ def main() -> None:
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     arch = shapes()
     assert found["streamed"]["kl"] == found["resident"]["kl"], "the same numbers, bit for bit"
-    largest = 4 * max(sum(block_parameters(arch, kind, arch.ffn_sizes[0])) for kind in "M-*")
+    largest = 4 * max(layer_parameters(arch, i) for i in range(arch.num_layers))
     streams = 4 * SAMPLES * TOKENS * arch.hidden_size * (2 * arch.num_layers + 4)
     out = {"what": "scoring a checkpoint streamed from disk, against the parent in memory", "versions": versions(),
            "date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "threads": torch.get_num_threads(),

@@ -24,8 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minipuzzle.data.blocks import load_blocks, tokenize
 from minipuzzle.data.corpus import documents, is_held_out
-from minipuzzle.families.architecture import KIND_NAMES, KINDS, Architecture
-from minipuzzle.families.nemotron_h import NemotronH
+from minipuzzle.families.architecture import Architecture
 from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model, final_hidden
@@ -76,7 +75,7 @@ def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def initial_weights(arch: Architecture) -> dict[str, torch.Tensor]:
     gen = torch.Generator().manual_seed(SEED)
     out = {}
-    for name, shape in NemotronH().shapes(arch).items():
+    for name, shape in arch.family.shapes(arch).items():
         leaf = name.split("mixer.")[-1]
         if leaf == "A_log":
             out[name] = torch.empty(shape).uniform_(1, 16, generator=gen).log()
@@ -136,7 +135,7 @@ def train(work: Path, tokens: int, muon_lr: float, adam_lr: float, stop_after: i
     evaluation = torch.from_numpy(held.first(96))
     print(f"{len(blocks)} blocks of {SEQUENCE_LENGTH}, {blocks.bytes_per_token:.2f} bytes a token", flush=True)
 
-    model = HybridLM(NemotronH(), ARCHITECTURE, initial_weights(ARCHITECTURE))
+    model = HybridLM(ARCHITECTURE.family, ARCHITECTURE, initial_weights(ARCHITECTURE))
     print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
     opts = optimizers(model, muon_lr, adam_lr)
     base = [[group["lr"] for group in opt.param_groups] for opt in opts]
@@ -183,7 +182,7 @@ def train(work: Path, tokens: int, muon_lr: float, adam_lr: float, stop_after: i
 def export(work: Path, folder: Path) -> None:
     """Write the Hugging Face folder in bf16, and measure what was written."""
     saved = torch.load(work / "state.pt", weights_only=True)
-    model = HybridLM(NemotronH(), ARCHITECTURE, initial_weights(ARCHITECTURE))
+    model = HybridLM(ARCHITECTURE.family, ARCHITECTURE, initial_weights(ARCHITECTURE))
     model.load_state_dict(saved["model"])
     weights = {n: p.detach().to(torch.bfloat16) for n, p in model.parameters_by_name().items()}
     write_model(folder, ARCHITECTURE.to_config(CONFIG), weights.items(), work / "tokenizer")
@@ -210,9 +209,10 @@ def measure_bundled(folder: Path, work: Path) -> dict:
     text = b"".join(text.encode() for name, text in documents("stdlib") if is_held_out(name))
     gzipped = len(gzip.compress(text, 9, mtime=0)) * 8 * math.log(2) / len(text)
     without = {}
-    for kind in KINDS:
+    for kind in "M*-":
         silent = {n: torch.zeros_like(t) if kind_of(n) == kind else t for n, t in model.by_name().items()}
-        without[KIND_NAMES[kind]] = float(nn_loss(Model.build(model.family, model.arch, silent.items()), ids)) - loss
+        without[model.family.kinds[kind].name] = float(
+            nn_loss(Model.build(model.family, model.arch, silent.items()), ids)) - loss
     return {"parameters": sum(t.numel() for t in model.by_name().values()), "held_out_tokens": ids.numel(),
             "held_out_bytes": len(text), "loss_nats_per_token": loss, "loss_nats_per_byte": loss / held.bytes_per_token,
             "gzip9_nats_per_byte": gzipped, "loss_increase_without": without, "corpus_hash": held.corpus_hash,

@@ -8,7 +8,7 @@ import numpy as np
 
 from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.core.scores import WidthScores
-from minipuzzle.families.architecture import FFN, KINDS, MAMBA, Architecture
+from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
 from minipuzzle.pipeline.results import width_shares
 from minipuzzle.search.candidate import Candidate
@@ -24,7 +24,7 @@ RECIPE = "recipe: 1\nbudget:       {memory: 0.5x}   # half\nworkload:     {preci
 def layer_scores(rng: np.random.Generator) -> list[dict[str, Any]]:
     rows = []
     for layer, kind in enumerate(PARENT.pattern):
-        kl = float(np.exp(rng.normal({MAMBA: -3.0, FFN: -3.6}.get(kind, -2.4), 0.9))) * (8 if layer in (0, 1) else 1)
+        kl = float(np.exp(rng.normal({"M": -3.0, "-": -3.6}.get(kind, -2.4), 0.9))) * (8 if layer in (0, 1) else 1)
         rows.append({"layer": layer, "kind": kind, "mse": 3 * kl, "mse_stderr": 0.2 * kl, "nmse": kl / 2, "kl": kl,
                      "kl_stderr": kl / 12, "loss_delta": kl - 0.01, "cosine": kl / 9, "samples": 64})
     return rows
@@ -42,8 +42,8 @@ def candidates(rows: list[dict[str, Any]], rng: np.random.Generator, count: int,
     limit = cost(PARENT, LOAD).memory_bytes // 2
     found: list[tuple[float, Architecture, tuple[int, ...]]] = []
     while len(found) < count:
-        drop = {kind: rng.integers(0, 4 if kind != "*" else 2) for kind in KINDS}
-        gone = {layer for kind in KINDS for layer in
+        drop = {kind: rng.integers(0, 4 if kind != "*" else 2) for kind in "M*-"}
+        gone = {layer for kind in "M*-" for layer in
                 sorted(PARENT.layers_of(kind), key=lambda i: rows[i]["kl"] * rng.uniform(0.8, 1.25))[: drop[kind]]}
         kept = tuple(i for i in range(PARENT.num_layers) if i not in gone)
         arch = PARENT.keep(kept)
@@ -111,8 +111,9 @@ def build(count: int = 200, measure: int = 64) -> dict[str, Any]:
         "evaluation": {"blocks": 64, "sequence_length": 256, "tokens": 16384, "bytes_per_token": 3.12,
                        "source": "stdlib (Python 3.11.2)"},
         "scores": {"metric": "mse", "layers": rows, "curves": width_curves()} | width_shares(
-            WidthScores(rng.uniform(size=96), {i: rng.uniform(size=512) for i in PARENT.layers_of(FFN)},
-                        {i: rng.uniform(size=(16, 16)) for i in PARENT.layers_of(MAMBA)}), PARENT, chosen),
+            WidthScores(rng.uniform(size=96), {
+                "ffn": {i: rng.uniform(size=512) for i in PARENT.layers_of("-")},
+                "mamba": {i: rng.uniform(size=(16, 16)) for i in PARENT.layers_of("M")}}), PARENT, chosen),
         "search": {"points": 15120, "feasible": 6011, "measured": measure},
         "rank_correlation": {"measured": 0.37, "controls": 0.92},
         "controls": [c.to_json() | {"name": f"r{i + 1}"} for i, c in enumerate(found[3:43:5])],

@@ -19,7 +19,7 @@ from minipuzzle.core.budget import Budget, Workload, human_bytes, human_count, p
 from minipuzzle.core.errors import CorruptArtifact, RecipeError, UnsupportedModel
 from minipuzzle.core.published import read_config
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost, inspect, kv_cache_bytes, mamba_state_bytes, parameters_by_kind, weights_bytes
+from minipuzzle.families.cost import cost, inspect, parameters_by_kind
 from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline.source import bundled_model
 
@@ -122,14 +122,19 @@ def test_caches_are_those_of_a_generation() -> None:
         # a workload's KV cache and conv state are at 16 bit here, its SSM state in float32, as transformers keeps it
         scale = dtype.itemsize // 2
         workload = Workload(context=length, batch=3)
-        assert kv == scale * kv_cache_bytes(arch, workload)
-        assert conv // scale + state == mamba_state_bytes(arch, workload, conv_columns=arch.conv_kernel)
-        assert state == mamba_state_bytes(arch, workload, conv_columns=0)
+        assert kv == scale * cost(arch, workload).kv_cache_bytes
+        assert conv // scale + state == state_bytes(arch, workload, arch.conv_kernel)
+        assert state == state_bytes(arch, workload, 0)
         measured += 1
     assert measured == 2
     # a serving engine keeps a column less
     column = 2 * arch.mamba_conv * arch.pattern.count("M")
-    assert mamba_state_bytes(arch, Workload()) + column == mamba_state_bytes(arch, Workload(), arch.conv_kernel)
+    assert cost(arch, Workload()).mamba_state_bytes + column == state_bytes(arch, Workload(), arch.conv_kernel)
+
+
+def state_bytes(arch: Architecture, workload: Workload, columns: int) -> int:
+    """The Mamba state with so many columns of the conv state."""
+    return cost(dataclasses.replace(arch, conv_kernel=columns + 1), workload).mamba_state_bytes
 
 
 def test_weights_at_precisions() -> None:
@@ -138,20 +143,20 @@ def test_weights_at_precisions() -> None:
     assert len(matrices) == 2 + 2 * 4 + 4 * 2 + 2 * 3
     big = sum(weights[n].numel() for n in matrices)
     small = sum(w.numel() for w in weights.values()) - big
-    assert weights_bytes(ARCH, Workload()) == 2 * (big + small)
-    assert weights_bytes(ARCH, Workload("fp8")) == big + 2 * small
-    assert weights_bytes(ARCH, Workload("nvfp4")) == -(-big * 9 // 16) + 2 * small
+    assert cost(ARCH, Workload()).weights_bytes == 2 * (big + small)
+    assert cost(ARCH, Workload("fp8")).weights_bytes == big + 2 * small
+    assert cost(ARCH, Workload("nvfp4")).weights_bytes == -(-big * 9 // 16) + 2 * small
     head = weights["lm_head.weight"].numel()
-    assert weights_bytes(ARCH, Workload("fp8", keep_16bit=("lm_head",))) == big + head + 2 * small
+    assert cost(ARCH, Workload("fp8", keep_16bit=("lm_head",))).weights_bytes == big + head + 2 * small
     attention = sum(weights[n].numel() for n in matrices if "_proj" in n and any(f".{x}_proj" in n for x in "qkvo"))
-    assert weights_bytes(ARCH, Workload("fp8", keep_16bit=("attention",))) == big + attention + 2 * small
-    assert weights_bytes(ARCH, Workload("fp8", keep_16bit=("embedding", "lm_head", "mamba", "attention", "ffn"))) \
-        == weights_bytes(ARCH, Workload())
+    assert cost(ARCH, Workload("fp8", keep_16bit=("attention",))).weights_bytes == big + attention + 2 * small
+    assert cost(ARCH, Workload("fp8", keep_16bit=("embedding", "lm_head", "mamba", "attention", "ffn"))).weights_bytes \
+        == cost(ARCH, Workload()).weights_bytes
 
 
 def test_the_56b_at_nvfp4_is_the_papers_size() -> None:
     arch, _ = published("56B")
-    assert weights_bytes(arch, Workload("nvfp4")) / 2**30 == pytest.approx(29.5, abs=0.1)
+    assert cost(arch, Workload("nvfp4")).weights_bytes / 2**30 == pytest.approx(29.5, abs=0.1)
 
 
 def test_memory_is_linear_in_context_and_batch() -> None:
@@ -288,7 +293,7 @@ def test_head_dim_never_comes_from_hidden_over_heads() -> None:
 
 def test_widths_that_differ_are_not_written() -> None:
     arch = dataclasses.replace(ARCH, ffn_size=(8, 8, 16))
-    assert arch.ffn_size_of(1) == 8
+    assert arch.sizes(1)["ffn_size"] == 8
     assert arch.keep((0, 1, 8)).ffn_size == (8, 16)
     with pytest.raises(UnsupportedModel, match="differ per layer"):
         arch.to_config(PARENT_CONFIG)

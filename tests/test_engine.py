@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from test_importance import by_hand, without
 from tiny import (
     ARCH,
-    FAMILY,
     PARENT_CONFIG,
+    make_space,
     relative,
     tiny_model,
     tokens,
@@ -41,6 +41,7 @@ from minipuzzle.importance import layers
 from minipuzzle.importance.layers import Scored, score, score_iteratively
 from minipuzzle.importance.racing import Race, looks, toss_ups, undecided
 from minipuzzle.importance.widths import score_widths
+from minipuzzle.models import walk as walking
 from minipuzzle.models.logits import compare
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.ranks import Ranks
@@ -52,7 +53,7 @@ from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.source import bundled_model
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.damage import predict
-from minipuzzle.search.space import Space, resolve_space
+from minipuzzle.search.space import resolve_space
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import find_rotation
 
@@ -118,9 +119,8 @@ def test_shared_beginnings_are_computed_once(monkeypatch: pytest.MonkeyPatch) ->
     paths = [whole.path(), *(whole.path({i}) for i in range(LAYERS)), whole.path({3, 7}), whole.path({3, 7})]
     alone = [walk(whole, [p], ids)[0] for p in paths]
     calls = Counter[str]()
-    block = type(FAMILY).block
-    monkeypatch.setattr(type(FAMILY), "block", lambda self, arch, kind, *rest: (calls.update(kind), block(
-        self, arch, kind, *rest))[1])
+    block = walking.block
+    monkeypatch.setattr(walking, "block", lambda arch, kind, *rest: (calls.update(kind), block(arch, kind, *rest))[1])
     together = walk(whole, paths, ids)
     for a, b in zip(alone, together, strict=True):
         assert torch.equal(a, b)
@@ -210,14 +210,14 @@ def test_quadratic_damage_is_the_sum_over_all_pairs(seed: int) -> None:
     pairs = pairs + pairs.T
     scores = LayerScores(pd.DataFrame({"layer": range(LAYERS), "kind": list(ARCH.pattern), "kl": values}), "given",
                          {"kl": pairs})
-    space = Space((0, 2, 3), (0, 1, 2), (0, 1), (32,), (48,), (8,), (8,))
+    space = make_space((0, 2, 3), (0, 1, 2), (0, 1), (32,), (48,), (8,), (8,))
     found = predict(ARCH, space, scores, None, "kl", "quadratic")
     damage = found.layers(space)
     additive = predict(ARCH, space, scores, None, "kl", "additive").layers(space)
     assert damage is not None
     assert additive is not None
     assert len(damage) == 18
-    for c, drops in enumerate(itertools.product(*space.drops)):
+    for c, drops in enumerate(itertools.product(*space.drops.values())):
         gone = [i for order, n in zip(found.orders, drops, strict=True) for i in order[:n]]
         expected = sum(values[i] for i in gone) + sum(pairs[i, j] for i in gone for j in gone if i != j)
         assert damage[c] == pytest.approx(expected, abs=1e-9)
@@ -303,7 +303,7 @@ def test_iterative_is_removing_the_least_one_after_the_other(memo: int) -> None:
     predicted = predict(ARCH, resolve_space(spec, ARCH), found.layers, None, "kl").layers(resolve_space(spec, ARCH))
     assert predicted == pytest.approx([before], rel=1e-3)
     # the search drops them in this order
-    space = Space((0, 1, 2), (0, 1, 2), (0, 1), (32,), (48,), (8,), (8,))
+    space = make_space((0, 1, 2), (0, 1, 2), (0, 1), (32,), (48,), (8,), (8,))
     orders = predict(ARCH, space, found.layers, None, "kl").orders
     assert [order[: DROPS[k][1]] for order, k in zip(orders, "M-*", strict=True)] == [
         [i for i in gone if ARCH.pattern[i] == k] for k in "M-*"]
@@ -314,9 +314,9 @@ def test_a_walk_starts_where_something_changed(monkeypatch: pytest.MonkeyPatch) 
     race = Race(DROPS, metric="kl")
     lazy = score_iteratively(Pass(model, ids), race)
     calls = Counter[str]()
-    block = type(FAMILY).block
-    monkeypatch.setattr(type(FAMILY), "block", lambda self, arch, kind, weights, x, probe=None: (
-        calls.update({kind: len(x)}), block(self, arch, kind, weights, x, probe))[1])
+    block = walking.block
+    monkeypatch.setattr(walking, "block", lambda arch, kind, weights, x, probe=None: (
+        calls.update({kind: len(x)}), block(arch, kind, weights, x, probe))[1])
     score_iteratively(Pass(model, ids), race)
     assert calls.total() == lazy.forwards
     assert lazy.forwards < score_iteratively(Pass(model, ids), race, 0).forwards
@@ -427,7 +427,7 @@ def test_interactions_that_cannot_be_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.interactions["mse"], scored.interactions["mse"])
     save_file({k: torch.from_numpy(v[:2, :2]).contiguous() for k, v in load_numpy(tmp_path).items()},
               tmp_path / "interactions.safetensors")
-    space = Space((0, 1), (0,), (0,), (32,), (48,), (8,), (8,))
+    space = make_space((0, 1), (0,), (0,), (32,), (48,), (8,), (8,))
     with pytest.raises(CorruptArtifact, match="score again"):
         predict(ARCH, space, LayerScores.read(tmp_path), None, "kl")
     (tmp_path / "interactions.safetensors").write_bytes(b"no")

@@ -17,7 +17,7 @@ from tiny import relative, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minipuzzle.core.published import read_config
-from minipuzzle.families import nemotron_h
+from minipuzzle.families import mixers
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Family
 from minipuzzle.families.ssd import causal_conv, ssd
@@ -141,7 +141,7 @@ class FamilyContract(ABC):
         assert torch.equal(plain, probed)
         assert {i for i, place in seen if place == "hidden"} == set(range(self.arch.num_layers))
         assert {i for i, place in seen if place == "ffn"} == set(self.arch.layers_of("-"))
-        assert {i for i, place in seen if place == "mamba_x"} == set(self.arch.layers_of("M"))
+        assert {i for i, place in seen if place == "mamba"} == set(self.arch.layers_of("M"))
         assert {i for i, place in seen if place == "attention_out"} == set(self.arch.layers_of("*"))
 
 
@@ -348,17 +348,17 @@ def test_autocast_leaves_the_scan_in_float32() -> None:
 def test_a_mamba_block_in_bf16_scans_in_float32(weights_in_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast, and with bf16 weights: only the two projections are bf16; dt is rounded nowhere after in_proj."""
     seen: list[tuple[torch.Tensor, ...]] = []
-    real = nemotron_h.ssd
-    monkeypatch.setattr(nemotron_h, "ssd", lambda *inputs: (seen.append(inputs), real(*inputs))[1])
+    real = mixers.ssd
+    monkeypatch.setattr(mixers, "ssd", lambda *inputs: (seen.append(inputs), real(*inputs))[1])
     dtype = torch.bfloat16 if weights_in_bf16 else torch.float32
-    weights = {n: t.to(dtype) for n, t in tiny.layer_weights(tiny.trained_like(tiny.ARCH), 0).items()}
+    weights = {n.removeprefix("mixer."): t.to(dtype) for n, t in tiny.layer_weights(tiny.trained_like(tiny.ARCH), 0).items()}
     x = torch.randn(2, 70, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     with MatrixProducts() as products, torch.autocast("cpu", torch.bfloat16, enabled=not weights_in_bf16):
-        out = nemotron_h.mamba(tiny.ARCH, weights, x, None)
+        out = mixers.mamba2(tiny.ARCH, weights, x, None)
     assert out.dtype == torch.bfloat16
     assert products.dtypes == {"mm": [torch.bfloat16] * 2, "bmm": [torch.float32] * 4}
     ((xs, dt, a, b, c, _),) = seen
     assert {t.dtype for t in (xs, dt, a, b, c)} == {torch.float32}
-    projected = torch.nn.functional.linear(x.bfloat16(), weights["mixer.in_proj.weight"].bfloat16())[..., -8:].double()
-    wanted = torch.nn.functional.softplus(projected + weights["mixer.dt_bias"].double())
+    projected = torch.nn.functional.linear(x.bfloat16(), weights["in_proj.weight"].bfloat16())[..., -8:].double()
+    wanted = torch.nn.functional.softplus(projected + weights["dt_bias"].double())
     assert relative(dt, wanted) < 1e-6

@@ -234,8 +234,8 @@ def test_a_matrix_of_zeros_is_named(model_folder: Path, recipe: Recipe, tmp_path
 def test_nothing_but_zeros(model_folder: Path, recipe: Recipe, tmp_path: Path) -> None:
     def change(weights: dict[str, torch.Tensor]) -> None:
         for i, kind in enumerate(ARCH.pattern):
-            readers = [n for names in FAMILY.layer_readers(kind).values() for n in names]
-            for name in (*readers, FAMILY.layer_writers(kind)[0]):
+            readers = [n for names in FAMILY.kinds[kind].reads.values() for n in names]
+            for name in (*readers, *(name for name, _ in FAMILY.kinds[kind].writes)):
                 weights[f"backbone.layers.{i}.{name}"].zero_()
 
     folder = changed(model_folder, tmp_path / "model", change)

@@ -12,15 +12,16 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ARCH, FAMILY, relative, tiny_model, tokens, trained_like
+from tiny import ARCH, relative, tiny_model, tokens, trained_like
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
-from minipuzzle.core.scores import COLUMNS, LayerScores, WidthScores, mamba_selection, top
+from minipuzzle.core.scores import COLUMNS, LayerScores, WidthScores
 from minipuzzle.evaluate.quality import Reference, measure
-from minipuzzle.families.selection import Selection, select
+from minipuzzle.families.selection import Selection, choose, select, top
 from minipuzzle.importance.curves import measure_curves
 from minipuzzle.importance.layers import score, score_layers, standard_error
 from minipuzzle.importance.widths import score_widths
+from minipuzzle.models.forward import block
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, Whole, final_hidden, walk
 from minipuzzle.models.weights import open_model
@@ -67,7 +68,7 @@ def cosines(model: Model, ids: torch.Tensor) -> np.ndarray:
     x = model.top["backbone.embeddings.weight"][ids]
     rows = []
     for i, kind in enumerate(model.arch.pattern):
-        y = x + FAMILY.block(model.arch, kind, model.layers[i], x)
+        y = x + block(model.arch, kind, model.layers[i], x)
         a, b = x.double().numpy(), y.double().numpy()
         rows.append(1 - ((a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))).mean(-1))
         x = y
@@ -177,14 +178,14 @@ def test_width_scores_against_hooks_on_transformers() -> None:
 
     mine = score_widths(tiny_model(), ids)
     np.testing.assert_allclose(mine.hidden, sum(score(caught[i, "norm"]) for i in range(ARCH.num_layers)), rtol=1e-4)
-    assert set(mine.ffn) == set(ARCH.layers_of("-"))
-    assert set(mine.mamba) == set(ARCH.layers_of("M"))
+    assert set(mine.layers["ffn"]) == set(ARCH.layers_of("-"))
+    assert set(mine.layers["mamba"]) == set(ARCH.layers_of("M"))
     for i in ARCH.layers_of("-"):
-        np.testing.assert_allclose(mine.ffn[i], score(caught[i, "ffn"]), rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(mine.layers["ffn"][i], score(caught[i, "ffn"]), rtol=1e-3, atol=1e-6)
     for i in ARCH.layers_of("M"):
         inner = ARCH.mamba_inner
         rows = [a[..., inner : 2 * inner] for a in caught[i, "in"]]  # [z | x | B | C | dt]
-        np.testing.assert_allclose(mine.mamba[i], score(rows).reshape(8, 8), rtol=1e-4)
+        np.testing.assert_allclose(mine.layers["mamba"][i], score(rows).reshape(8, 8), rtol=1e-4)
 
 
 def test_width_scores_in_a_file(tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ def mamba_scores(draw: st.DrawFn) -> tuple[np.ndarray, int, int, int]:
 @given(mamba_scores())
 def test_heads_never_leave_their_group(case: tuple[np.ndarray, int, int, int]) -> None:
     scores, groups, num_heads, head_dim = case
-    heads, channels = mamba_selection(scores, groups, num_heads, head_dim)
+    heads, channels = choose(scores, (num_heads, head_dim), (groups, 1))
     per = len(scores) // groups
     assert len(set(heads)) == len(heads) == num_heads
     assert len(set(channels)) == len(channels) == head_dim
@@ -234,17 +235,17 @@ def test_head_scores_are_nested() -> None:
     """Head 1 is the larger over all channels, head 0 over the channel that is kept."""
     scores = np.array([[5.0, 0.0, 0.0], [3.0, 4.9, 0.0], [9.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
     assert scores[1] @ scores[1] > scores[0] @ scores[0]
-    heads, channels = mamba_selection(scores, 2, 2, 1)
+    heads, channels = choose(scores, (2, 1), (2, 1))
     assert channels.tolist() == [0]
     assert heads.tolist() == [0, 2]
-    assert mamba_selection(scores, 2, 2, 3)[0].tolist() == [1, 2]
+    assert choose(scores, (2, 3), (2, 1))[0].tolist() == [1, 2]
 
 
 def test_ties_go_to_the_lower_index() -> None:
     assert top(np.array([1.0, 2.0, 2.0, 1.0, 2.0]), 2).tolist() == [1, 2]
     assert top(np.zeros(6), 4).tolist() == [0, 1, 2, 3]
     assert top(np.array([0.0, 3.0, 1.0]), 3).tolist() == [0, 1, 2]
-    heads, channels = mamba_selection(np.ones((8, 4)), 2, 4, 2)
+    heads, channels = choose(np.ones((8, 4)), (4, 2), (2, 1))
     assert heads.tolist() == [0, 1, 4, 5]
     assert channels.tolist() == [0, 1]
 
@@ -269,9 +270,9 @@ def test_curves_are_slices_measured_by_hand() -> None:
         small = model.slice(target, selection)
         hidden = final_hidden(small, ids)
         expected = by_hand(full, hidden, model.head, small.head, ids)
-        if selection.hidden is not None:  # what was cut counts as zero
+        if "hidden_size" in selection.stream:  # what was cut counts as zero
             h, e = full.double().numpy(), np.zeros(full.shape)
-            e[..., selection.hidden] = hidden.numpy()
+            e[..., selection.stream["hidden_size"]] = hidden.numpy()
             expected["mse"] = ((h - e) ** 2).mean((1, 2))
             expected["nmse"] = expected["mse"] / (h**2).mean((1, 2))
         assert set(expected) == {"mse", "nmse", "kl", "loss_delta"}

@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import WIDTH_AXES
 
 from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload
 from minipuzzle.core.errors import Infeasible, RecipeError, ResourceError
-from minipuzzle.core.scores import WIDTH_AXES, LayerScores, WidthCurves
+from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
 from minipuzzle.search import milp, program
@@ -30,6 +31,10 @@ PARENT = Architecture("M-M*-M-*", vocab_size=101, hidden_size=48, ffn_size=96, m
 FIG9 = Path(__file__).parent / "data" / "nemotron_h_56b_fig9_layer_mse.csv"
 
 
+def ffn_sizes(arch):
+    return tuple(arch.sizes(i)["ffn_size"] for i in arch.layers_of("-"))
+
+
 def layer_scores(pattern, values):
     return LayerScores(pd.DataFrame({"layer": range(len(pattern)), "kind": list(pattern), "mse": values,
                                      "mse_stderr": [2.0] * len(pattern)}))
@@ -37,8 +42,8 @@ def layer_scores(pattern, values):
 
 def limits_between(parent, space, workload, percents):
     """Limits so far (in percent; below 0: just too little) from the smallest of the space to the parent."""
-    pattern = "".join(k * (parent.pattern.count(k) - drops[-1]) for k, drops in zip("M-*", space.drops, strict=True))
-    smallest = dataclasses.replace(parent, pattern=pattern, **{axis: getattr(space, axis)[0] for axis in WIDTH_AXES})
+    pattern = "".join(k * (parent.pattern.count(k) - drops[-1]) for k, drops in zip("M-*", space.drops.values(), strict=True))
+    smallest = dataclasses.replace(parent, pattern=pattern, **{axis: space.widths[axis][0] for axis in WIDTH_AXES})
     least, most = cost(smallest, workload).to_json(), cost(parent, workload).to_json()
     limits = tuple((key, least[BUDGET_KEYS[key][0]] - 1 if percent < 0 else least[BUDGET_KEYS[key][0]] + percent * (
         most[BUDGET_KEYS[key][0]] - least[BUDGET_KEYS[key][0]]) // 100) for key, percent in percents.items())
@@ -64,7 +69,7 @@ def problems(draw):
     scores = layer_scores(pattern, [float(draw(st.integers(-1, 9))) for _ in pattern])
     slope, per_layer = draw(st.integers(-1, 3)), draw(st.booleans())
     curves = WidthCurves(pd.DataFrame([{"axis": axis, "width": width, "mse": float(slope * (getattr(parent, axis) - width))}
-                                       for axis in WIDTH_AXES for width in getattr(space, axis)]))
+                                       for axis in WIDTH_AXES for width in space.widths[axis]]))
     return parent, space, workload, scores, curves if per_layer or draw(st.booleans()) else None, per_layer
 
 
@@ -84,13 +89,13 @@ def brute_force(parent, space, limits, workload, scores, curves, per_layer):
     for kept in itertools.product([True, False], repeat=parent.num_layers):
         layers = tuple(i for i, stays in enumerate(kept) if stays)
         gone = [sum(not kept[i] for i in parent.layers_of(kind)) for kind in "M-*"]
-        if any(n not in drops for n, drops in zip(gone, space.drops, strict=True)):
+        if any(n not in drops for n, drops in zip(gone, space.drops.values(), strict=True)):
             continue
         narrow = [i for i in ffn_layers if kept[i]]
-        own = list(itertools.product(space.ffn_size, repeat=len(narrow))) if per_layer else [
-            (width,) * len(narrow) for width in space.ffn_size]
-        for (n, widths), hidden, heads in itertools.product(enumerate(own), space.hidden_size, space.mamba_num_heads):
-            uniform = space.ffn_size[n] if not per_layer else space.ffn_size[-1]
+        own = list(itertools.product(space.widths["ffn_size"], repeat=len(narrow))) if per_layer else [
+            (width,) * len(narrow) for width in space.widths["ffn_size"]]
+        for (n, widths), hidden, heads in itertools.product(enumerate(own), space.widths["hidden_size"], space.widths["mamba_num_heads"]):
+            uniform = space.widths["ffn_size"][n] if not per_layer else space.widths["ffn_size"][-1]
             arch = dataclasses.replace(parent.keep(layers), hidden_size=hidden, mamba_num_heads=heads,
                                        ffn_size=widths if per_layer and narrow else uniform)
             priced = cost(arch, workload)
@@ -131,7 +136,7 @@ def test_equals_brute_force(problem, data):
     np.testing.assert_allclose([c.predicted["damage"] for c in found], [row[0] for row in expected[:keep]], rtol=1e-9,
                                atol=1e-9)
     def key(kept_layers, arch):
-        own = arch.ffn_sizes if arch.ffn_sizes or per_layer else arch.ffn_size  # of no FFN layer
+        own = ffn_sizes(arch) if "-" in arch.pattern or per_layer else arch.ffn_size  # of no FFN layer
         return kept_layers, own, arch.hidden_size, arch.mamba_num_heads
 
     table = {key(row[2], row[3]): row for row in expected}
@@ -186,9 +191,10 @@ def test_the_56b_with_a_width_for_each_layer():
         assert all(c.cost.memory_bytes <= 31.7 * 2**30 for c in solved.candidates)
         damage = [c.predicted["damage"] for c in solved.candidates]
         assert damage == sorted(damage)
-        assert len({(c.kept_layers, c.architecture.ffn_sizes) for c in solved.candidates}) == 3
+        assert len({(c.kept_layers, ffn_sizes(c.architecture)) for c in solved.candidates}) == 3
     assert own.candidates[0].predicted["damage"] < 0.95 * uniform.candidates[0].predicted["damage"]
-    widths = dict(zip(own.candidates[0].architecture.layers_of("-"), own.candidates[0].architecture.ffn_sizes, strict=True))
+    first = own.candidates[0].architecture
+    widths = dict(zip(first.layers_of("-"), ffn_sizes(first), strict=True))
     assert len(set(widths.values())) >= 3
     mse = LayerScores.read(FIG9).metric("mse")
     kept = [i for i in own.candidates[0].kept_layers if BIG.pattern[i] == "-"]

@@ -134,7 +134,7 @@ def test_inspect_prints_the_keys_of_the_contract():
     assert memory["total_bytes"] == memory["weights_bytes"] + memory["kv_cache_bytes"] + memory["mamba_state_bytes"]
     assert memory["kv_cache_bytes"] == 6 * 2 * 2 * 128 * 2**20
     assert memory["mamba_state_bytes"] == 23 * (64 * 64 * 128 * 4 + (64 * 64 + 2 * 8 * 128) * 3 * 2)
-    assert data["architecture"]["n_routed_experts"] == 128
+    assert data["architecture"]["num_experts"] == 128
     assert {"workspace_bytes", "flops_per_token", "prefill_flops_per_token", "workload"} < set(data)
 
 

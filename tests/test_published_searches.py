@@ -123,8 +123,8 @@ def test_4b_candidates_are_in_the_space(row):
     recipe = Recipe.load("nemotron-h-4b")
     space = resolve_space(recipe.space.model_dump(), parent)
     widths = {axis: int(row[axis]) for axis in ("hidden_size", "ffn_size", "mamba_num_heads", "mamba_head_dim")}
-    assert all(width in getattr(space, axis) for axis, width in widths.items())
-    splits = [gone for gone in itertools.product(*space.drops) if 52 - sum(gone) == row["layers"]]
+    assert all(width in space.widths[axis] for axis, width in widths.items())
+    splits = [gone for gone in itertools.product(*space.drops.values()) if 52 - sum(gone) == row["layers"]]
     assert splits
     sizes = [cost(dataclasses.replace(parent, pattern="M" * (24 - m) + "-" * (24 - f) + "*" * (4 - a), **widths),
                   Workload()).parameters for m, f, a in splits]

@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import WIDTH_AXES, make_space
 
 from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload
 from minipuzzle.core.errors import CorruptArtifact, Infeasible, RecipeError
-from minipuzzle.core.scores import WIDTH_AXES, LayerScores, WidthCurves
+from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
 from minipuzzle.search import grid
@@ -25,7 +26,7 @@ from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.infeasible import round_up
 from minipuzzle.search.prices import prices
 from minipuzzle.search.rank import diverse, rank, rank_correlation
-from minipuzzle.search.space import Space, resolve_space
+from minipuzzle.search.space import resolve_space
 
 PARENT = Architecture("M-M*-MM-*", vocab_size=101, hidden_size=48, ffn_size=96, mamba_num_heads=8, mamba_head_dim=16,
                       n_groups=4, state_size=8, num_attention_heads=4, num_key_value_heads=1, head_dim=3)
@@ -44,8 +45,8 @@ def budget(parent=PARENT, workload=None, **texts):
 
 def between(parent, space, workload, percents):
     """Limits so far (0 to 100 %, or just below 0) from the smallest architecture of the space to the parent."""
-    pattern = "".join(k * (parent.pattern.count(k) - drops[-1]) for k, drops in zip("M-*", space.drops, strict=True))
-    smallest = dataclasses.replace(parent, pattern=pattern, **{axis: getattr(space, axis)[0] for axis in WIDTH_AXES})
+    pattern = "".join(k * (parent.pattern.count(k) - drops[-1]) for k, drops in zip("M-*", space.drops.values(), strict=True))
+    smallest = dataclasses.replace(parent, pattern=pattern, **{axis: space.widths[axis][0] for axis in WIDTH_AXES})
     least, most = cost(smallest, workload).to_json(), cost(parent, workload).to_json()
     limits = []
     for key, percent in percents.items():
@@ -64,14 +65,14 @@ def width_curves(space, parent, slope=1):
     """Whole numbers at every width of the space, so that sums of floats are exact whatever their order."""
     return WidthCurves(pd.DataFrame([
         {"axis": axis, "width": width, "mse": float(slope * (getattr(parent, axis) - width))}
-        for axis in WIDTH_AXES for width in getattr(space, axis)]))
+        for axis in WIDTH_AXES for width in space.widths[axis]]))
 
 
 def brute_force(parent, space, limits, workload, scores, curves):
     """[(damage, parameters, kept layers, widths)] of all feasible points in order, written plainly."""
     rows = []
     mse = scores.metric("mse")
-    for number, point in enumerate(itertools.product(*space.drops, *space.widths)):
+    for number, point in enumerate(itertools.product(*space.drops.values(), *space.widths.values())):
         dropped = set()
         for kind, count in zip("M-*", point[:3], strict=True):
             dropped |= set(sorted(parent.layers_of(kind), key=lambda i: (mse[i], -i))[:count])
@@ -138,10 +139,10 @@ def test_equals_brute_force(problem, data):
 def test_grid_prices_are_the_exact_costs(problem):
     """Every budget key at every point, also those that no limit of another test touches."""
     parent, space, workload, _, _ = problem
-    widths = list(itertools.product(*space.widths))
-    lines = prices(parent, workload, np.array(widths))
+    widths = list(itertools.product(*space.widths.values()))
+    lines = prices(parent, workload, dict(zip(WIDTH_AXES, np.array(widths).T, strict=True)))
     counts = [[parent.pattern.count(kind) - n for kind, n in zip("M-*", drops, strict=True)]
-              for drops in itertools.product(*space.drops)]
+              for drops in itertools.product(*space.drops.values())]
     checked = 0
     for key, (name, _) in BUDGET_KEYS.items():
         grid = -(-lines[key].grid(np.array(counts)) // (16 if name.endswith("_bytes") else 1))
@@ -274,7 +275,7 @@ def test_infeasible_advice_helps_or_says_that_no_space_does():
     with pytest.raises(Infeasible, match=r"widen the space, e.g. space.hidden_size down to 24 \(then memory "):
         search_architectures(PARENT, narrow, budget(memory="0.1x"), Workload())
     one_left = resolve_space({"drop_attention": [0, 9]}, PARENT)
-    assert one_left.drop_attention == (0, 1)
+    assert one_left.drops["drop_attention"] == (0, 1)
     with pytest.raises(Infeasible, match="shorter context"):
         search_architectures(PARENT, one_left, budget(kv_cache="0.1x"), Workload())
 
@@ -338,29 +339,30 @@ def test_wrong_requests():
 
 def test_space_resolves_against_the_parent():
     own = resolve_space({}, BIG)
-    assert own == Space((0,), (0,), (0,), (8192,), (32768,), (256,), (64,))
+    assert own == make_space((0,), (0,), (0,), (8192,), (32768,), (256,), (64,))
     assert resolve_space(dict.fromkeys(own.to_json()), BIG) == own
     space = resolve_space({
         "drop_mamba": [0, "0.1x", 2],         # 54 layers: 5.4 is floored, and 5 is in though 2 does not reach it
         "drop_ffn": 3, "drop_attention": [8, 99],  # 10 layers, of which one stays
         "hidden_size": ["0.5x", "1x", "0.25x"], "ffn_size": ["0.9x", "1x", 2048],
         "mamba_num_heads": ["0.51x", "1x", "0.25x"], "mamba_head_dim": ["0.6x", "1x"]}, BIG)
-    assert space == Space((0, 2, 4, 5), (3,), (8, 9), (4096, 6144, 8192), (29504, 31552, 32768),
+    assert space == make_space((0, 2, 4, 5), (3,), (8, 9), (4096, 6144, 8192), (29504, 31552, 32768),
                           (128, 192, 256), (40, 48, 56, 64))
     assert space.num_points == 4 * 2 * 3 * 3 * 3 * 4
     assert json.loads(json.dumps(space.to_json()))["drop_attention"] == [8, 9]
-    assert resolve_space({"hidden_size": [17, 40, "1x"]}, PARENT).hidden_size == (17, 40)  # exactly as asked
-    assert resolve_space({"drop_attention": [0, 1]}, dataclasses.replace(PARENT, pattern="M-")).drop_attention == (0,)
-    assert resolve_space({"ffn_size": [8, 96]}, dataclasses.replace(PARENT, pattern="MM*")).ffn_size == (96,)
+    assert resolve_space({"hidden_size": [17, 40, "1x"]}, PARENT).widths["hidden_size"] == (17, 40)  # exactly as asked
+    assert resolve_space({"drop_attention": [0, 1]}, dataclasses.replace(PARENT, pattern="M-")).drops["drop_attention"] == (0,)
+    assert resolve_space({"ffn_size": [8, 96]}, dataclasses.replace(PARENT, pattern="MM*")).widths["ffn_size"] == (96,)
     no_attention = dataclasses.replace(PARENT, pattern="M-M")
-    assert resolve_space({"drop_mamba": [0, 9], "drop_ffn": [0, 9]}, no_attention).drops == ((0, 1), (0, 1), (0,))
+    assert resolve_space({"drop_mamba": [0, 9], "drop_ffn": [0, 9]}, no_attention).drops == {
+        "drop_mamba": (0, 1), "drop_ffn": (0, 1), "drop_attention": (0,)}
 
 
 @given(st.sampled_from(WIDTH_AXES), st.integers(1, 100), st.integers(1, 100), st.integers(1, 100))
 def test_relative_ranges_are_valid_widths_and_hold_the_parent(axis, low, step, whole):
     parent = dataclasses.replace(PARENT, hidden_size=whole * 31, ffn_size=whole * 77, mamba_num_heads=whole * 4,
                                  mamba_head_dim=whole)
-    values = getattr(resolve_space({axis: [f"{low / 100}x", "1x", f"{step / 100}x"]}, parent), axis)
+    values = resolve_space({axis: [f"{low / 100}x", "1x", f"{step / 100}x"]}, parent).widths[axis]
     assert values[-1] == getattr(parent, axis)
     assert values[0] >= 1
     assert all(value % 4 == 0 for value in values if axis == "mamba_num_heads")

@@ -19,6 +19,7 @@ from tiny import (
     FAMILY,
     config_of,
     layer_weights,
+    make_selection,
     reference_attention,
     reference_ffn_inner,
     reference_hidden,
@@ -37,8 +38,9 @@ from minipuzzle.core.errors import CorruptArtifact, RecipeError, UnsupportedMode
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
-from minipuzzle.families.selection import Selection, select, slice_model
+from minipuzzle.families.selection import Selection, select
 from minipuzzle.models.module import HybridLM
+from minipuzzle.models.slicing import slice_model
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.pipeline.source import bundled_model
@@ -66,8 +68,9 @@ def raw_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 def random_scores(arch: Architecture, seed: int = 0) -> WidthScores:
     chance = np.random.default_rng(seed)
     return WidthScores(chance.random(arch.hidden_size),
-                       {i: chance.random(arch.ffn_size_of(i)) for i in arch.layers_of("-")},
-                       {i: chance.random((arch.mamba_num_heads, arch.mamba_head_dim)) for i in arch.layers_of("M")}, 4)
+                       {"ffn": {i: chance.random(arch.sizes(i)["ffn_size"]) for i in arch.layers_of("-")},
+                        "mamba": {i: chance.random((arch.mamba_num_heads, arch.mamba_head_dim))
+                                  for i in arch.layers_of("M")}}, 4)
 
 
 def logits(model: Model, ids: torch.Tensor) -> torch.Tensor:
@@ -81,7 +84,7 @@ def masked_logits(arch: Architecture, weights: Mapping[str, torch.Tensor], ids: 
     A norm's mean square is over the kept channels: sum / kept. Without `correct_means` it is over all of them,
     which is what a masked model computes and a sliced one does not.
     """
-    kept = np.arange(arch.hidden_size) if selection.hidden is None else selection.hidden
+    kept = selection.stream.get("hidden_size", np.arange(arch.hidden_size))
     mask = _mask(arch.hidden_size, kept)
     count = len(kept) if correct_means else arch.hidden_size
 
@@ -90,16 +93,16 @@ def masked_logits(arch: Architecture, weights: Mapping[str, torch.Tensor], ids: 
 
     x = weights["backbone.embeddings.weight"].double()[ids] * mask
     for i in selection.kept_layers:
-        w = layer_weights(weights, i)
+        w, index = layer_weights(weights, i), selection.of(i)
         h = norm(x, w["norm.weight"])
         if arch.pattern[i] == "*":
             y = reference_attention(arch, w, h)
         elif arch.pattern[i] == "-":
             up = reference_ffn_inner(w, h)
-            y = (up * _mask(up.shape[-1], selection.ffn.get(i))) @ w["mixer.down_proj.weight"].T
+            y = (up * _mask(up.shape[-1], index.get("ffn_size"))) @ w["mixer.down_proj.weight"].T
         else:
-            y = _gated_norm(arch, w["mixer.norm.weight"], reference_scan(arch, w, h), selection.heads.get(i),
-                            selection.channels.get(i), correct_means) @ w["mixer.out_proj.weight"].T
+            y = _gated_norm(arch, w["mixer.norm.weight"], reference_scan(arch, w, h), index.get("mamba_num_heads"),
+                            index.get("mamba_head_dim"), correct_means) @ w["mixer.out_proj.weight"].T
         x = x + y * mask
     return norm(x, weights["backbone.norm_f.weight"]) @ weights["lm_head.weight"].double().T
 
@@ -113,7 +116,7 @@ def _mask(size: int, kept: np.ndarray | None) -> torch.Tensor:
 def _gated_norm(arch: Architecture, weight: torch.Tensor, y: torch.Tensor, heads: np.ndarray | None,
                 channels: np.ndarray | None, correct_means: bool) -> torch.Tensor:
     """The grouped norm of a Mamba block over the kept heads of each group, head by head."""
-    hd, per = arch.mamba_head_dim, arch.heads_per_group
+    hd, per = arch.mamba_head_dim, arch.mamba_num_heads // arch.n_groups
     heads = np.arange(arch.mamba_num_heads) if heads is None else heads
     channels = np.arange(hd) if channels is None else channels
     out = torch.zeros_like(y)
@@ -150,10 +153,11 @@ def test_full_size_is_the_identity_bit_for_bit(tmp_path: Path, dtype: torch.dtyp
     parent = open_model(write_folder(tmp_path / "parent", weights=weights))
     selection = select(ARCH, ARCH, ALL, random_scores(ARCH))
     if explicit:  # the same with index lists that keep everything
-        selection = Selection(ALL, np.arange(32), {i: np.arange(48) for i in FFN_LAYERS},
-                              {i: np.arange(8) for i in MAMBA_LAYERS}, {i: np.arange(8) for i in MAMBA_LAYERS})
+        selection = make_selection(ALL, np.arange(32), ffn={i: np.arange(48) for i in FFN_LAYERS},
+                                   heads={i: np.arange(8) for i in MAMBA_LAYERS},
+                                   channels={i: np.arange(8) for i in MAMBA_LAYERS})
     write_model(tmp_path / "child", ARCH.to_config(parent.config),
-                slice_model(FAMILY, ARCH, ARCH, selection, parent.read))
+                slice_model(ARCH, ARCH, selection, parent.read))
     before, after = raw_tensors(tmp_path / "parent"), raw_tensors(tmp_path / "child")
     assert len(before) == len(FAMILY.shapes(ARCH)) > 40
     assert after == before
@@ -197,7 +201,7 @@ def parents_and_children(draw: st.DrawFn) -> tuple[Architecture, Architecture, t
     target = dataclasses.replace(
         parent.keep(kept), hidden_size=draw(st.integers(1, parent.hidden_size)),
         ffn_size=draw(st.integers(1, parent.ffn_size)),  # type: ignore[arg-type]
-        mamba_num_heads=parent.n_groups * draw(st.integers(1, parent.heads_per_group)),
+        mamba_num_heads=parent.n_groups * draw(st.integers(1, parent.mamba_num_heads // parent.n_groups)),
         mamba_head_dim=draw(st.integers(1, parent.mamba_head_dim)))
     return parent, target, kept
 
@@ -227,7 +231,7 @@ def test_transformers_counts_the_same_and_computes_the_same(tmp_path: Path, chan
     parent = open_model(write_folder(tmp_path / "parent", arch, trained_like(arch)))
     selection = select(arch, target, (0, 1, 3, 4, 6), random_scores(arch))
     write_model(tmp_path / "model", target.to_config(parent.config),
-                slice_model(FAMILY, arch, target, selection, parent.read), shard_bytes=6000)
+                slice_model(arch, target, selection, parent.read), shard_bytes=6000)
     assert len(list((tmp_path / "model").glob("model-*-of-*.safetensors"))) > 3
     loaded, about = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32,
                                                          output_loading_info=True)
@@ -248,7 +252,7 @@ def test_transformers_counts_the_same_and_computes_the_same(tmp_path: Path, chan
 
 
 def mamba_selection_of(heads: np.ndarray, channels: np.ndarray) -> Selection:
-    return Selection(ALL, heads=dict.fromkeys(MAMBA_LAYERS, heads), channels=dict.fromkeys(MAMBA_LAYERS, channels))
+    return make_selection(ALL, heads=dict.fromkeys(MAMBA_LAYERS, heads), channels=dict.fromkeys(MAMBA_LAYERS, channels))
 
 
 def test_mamba_heads_equal_the_reference() -> None:
@@ -271,10 +275,10 @@ def test_heads_of_other_layers_are_not_the_reference() -> None:
     heads = {a: HEADS, b: np.array([0, 1, 5, 6]), c: np.array([2, 3, 4, 5]), MAMBA_LAYERS[3]: HEADS}
     channels = dict.fromkeys(MAMBA_LAYERS, np.arange(8))
     target = smaller(mamba_num_heads=4)
-    sliced_equals_reference(Selection(ALL, heads=heads, channels=channels), target)
+    sliced_equals_reference(make_selection(ALL, heads=heads, channels=channels), target)
     weights, ids = trained_like(ARCH, dtype=torch.float64), tokens(2, 37)
-    exchanged = Selection(ALL, heads=heads | {a: heads[b], b: heads[a]}, channels=channels)
-    mine = logits(tiny_model(dtype=torch.float64).slice(target, Selection(ALL, heads=heads, channels=channels)), ids)
+    exchanged = make_selection(ALL, heads=heads | {a: heads[b], b: heads[a]}, channels=channels)
+    mine = logits(tiny_model(dtype=torch.float64).slice(target, make_selection(ALL, heads=heads, channels=channels)), ids)
     assert relative(mine, masked_logits(ARCH, weights, ids, exchanged)) > 0.01
 
 
@@ -287,11 +291,11 @@ def test_mamba_heads_and_channels_equal_the_reference() -> None:
 
 
 def test_hidden_size_equals_the_reference() -> None:
-    sliced_equals_reference(Selection(ALL, hidden=HIDDEN), smaller(hidden_size=len(HIDDEN)))
+    sliced_equals_reference(make_selection(ALL, hidden=HIDDEN), smaller(hidden_size=len(HIDDEN)))
 
 
 def test_ffn_equals_the_reference() -> None:
-    sliced_equals_reference(Selection(ALL, ffn=dict.fromkeys(FFN_LAYERS, NEURONS)), smaller(ffn_size=len(NEURONS)))
+    sliced_equals_reference(make_selection(ALL, ffn=dict.fromkeys(FFN_LAYERS, NEURONS)), smaller(ffn_size=len(NEURONS)))
 
 
 def test_dropped_layers_equal_the_reference() -> None:
@@ -306,13 +310,13 @@ def test_everything_at_once_equals_the_reference() -> None:
     kept = (0, 1, 3, 5, 6, 7)
     target = dataclasses.replace(ARCH.keep(kept), hidden_size=21, ffn_size=30, mamba_num_heads=6, mamba_head_dim=5)
     selection = select(ARCH, target, kept, random_scores(ARCH))
-    assert len(selection.heads) == 3
-    assert len(selection.ffn) == 1
+    assert sum("mamba_num_heads" in index for index in selection.layers.values()) == 3
+    assert sum("ffn_size" in index for index in selection.layers.values()) == 1
     sliced_equals_reference(selection, target)
 
 
 @pytest.mark.parametrize(("selection", "target"), [
-    (Selection(ALL, hidden=HIDDEN), smaller(hidden_size=len(HIDDEN))),
+    (make_selection(ALL, hidden=HIDDEN), smaller(hidden_size=len(HIDDEN))),
     (mamba_selection_of(HEADS, np.arange(8)), smaller(mamba_num_heads=4)),
     (mamba_selection_of(np.arange(8), CHANNELS), smaller(mamba_head_dim=5))])
 def test_masking_without_care_for_the_norms_is_another_model(selection: Selection, target: Architecture) -> None:
@@ -333,13 +337,13 @@ def test_the_references_agree_with_each_other_and_with_transformers() -> None:
 def test_selection_keeps_the_best_scored() -> None:
     scores, target = random_scores(ARCH), smaller(hidden_size=20, ffn_size=18, mamba_num_heads=4)
     selection = select(ARCH, target, ALL, scores)
-    assert selection.hidden is not None
-    assert set(selection.hidden) == set(np.argsort(-scores.hidden)[:20])
-    assert (np.diff(selection.hidden) > 0).all()
+    hidden = selection.stream["hidden_size"]
+    assert set(hidden) == set(np.argsort(-scores.hidden)[:20])
+    assert (np.diff(hidden) > 0).all()
     for layer in FFN_LAYERS:
-        assert set(selection.ffn[layer]) == set(np.argsort(-scores.ffn[layer])[:18])
+        assert set(selection.of(layer)["ffn_size"]) == set(np.argsort(-scores.layers["ffn"][layer])[:18])
     for layer in MAMBA_LAYERS:
-        assert [int((selection.heads[layer] // 4 == group).sum()) for group in range(2)] == [2, 2]
+        assert [int((selection.of(layer)["mamba_num_heads"] // 4 == group).sum()) for group in range(2)] == [2, 2]
     assert select(ARCH, smaller(), ALL, None) == Selection(ALL)
     with pytest.raises(RecipeError, match="width scores"):
         select(ARCH, target, ALL, None)
@@ -353,14 +357,14 @@ def test_selection_keeps_the_best_scored() -> None:
     (Selection(ALL), smaller(ffn_size=20)),
     (Selection(ALL), smaller(mamba_num_heads=4)),
     (Selection(ALL), smaller(mamba_head_dim=4)),
-    (Selection(ALL, ffn={FFN_LAYERS[0]: NEURONS}), smaller(ffn_size=len(NEURONS))),  # one layer forgotten
-    (Selection(ALL, heads={0: HEADS}, channels={0: np.arange(8)}), smaller(mamba_num_heads=4)),
-    (Selection(ALL, hidden=HIDDEN), smaller()),  # cut, but the target is not smaller
+    (make_selection(ALL, ffn={FFN_LAYERS[0]: NEURONS}), smaller(ffn_size=len(NEURONS))),  # one layer forgotten
+    (make_selection(ALL, heads={0: HEADS}, channels={0: np.arange(8)}), smaller(mamba_num_heads=4)),
+    (make_selection(ALL, hidden=HIDDEN), smaller()),  # cut, but the target is not smaller
 ])
 def test_a_slice_of_another_shape_than_the_target_is_an_error(selection: Selection, target: Architecture) -> None:
     read = trained_like(ARCH).__getitem__
     with pytest.raises(AssertionError, match="must be"):
-        list(slice_model(FAMILY, ARCH, target, selection, read))
+        list(slice_model(ARCH, target, selection, read))
 
 
 def damaged(folder: Path, change: str) -> None:

@@ -33,6 +33,7 @@ from minipuzzle.distill.loss import distillation_loss
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher, cache_teacher
 from minipuzzle.distill.trainer import Pupil
 from minipuzzle.families.selection import Selection
+from minipuzzle.models.forward import block
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import final_hidden
@@ -201,7 +202,7 @@ def test_streams_of_mapped_layers(tmp_path: Path) -> None:
         for i, kind in enumerate(arch.pattern):
             out.append(x)
             prefix = f"backbone.layers.{i}."
-            x = x + FAMILY.block(arch, kind, {n: by_name[prefix + n] for n in FAMILY.layer_axes(arch, kind)}, x)
+            x = x + block(arch, kind, {n: by_name[prefix + n] for n in arch.layer_weights(i)}, x)
         return out
 
     theirs, ours = streams(ARCH, model.by_name()), streams(pupil.arch, weights(pupil))

@@ -7,7 +7,7 @@ it would not be seen. `reference_hidden` is the plain reference: float64, one to
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ from safetensors.torch import save_file
 
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.registry import family_of
+from minipuzzle.families.selection import Selection
 from minipuzzle.models.walk import Model
+from minipuzzle.search.space import Space
 
 ARCH = Architecture("M-M*-MM*-", vocab_size=97, hidden_size=32, ffn_size=48, mamba_num_heads=8, mamba_head_dim=8,
                     n_groups=2, state_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 FAMILY = family_of("nemotron_h")
+WIDTH_AXES = ("hidden_size", "ffn_size", "mamba_num_heads", "mamba_head_dim")
 
 # What a parent's config.json has beside the sizes, with keys that must not travel (MoE, infinities, a layer list).
 PARENT_CONFIG: dict[str, Any] = {
@@ -209,6 +212,26 @@ def reference_hidden(arch: Architecture, weights: Mapping[str, torch.Tensor], id
 
 def reference_logits(arch: Architecture, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
     return reference_hidden(arch, weights, ids) @ weights["lm_head.weight"].double().T
+
+
+# Of ARCH's family, in few words ----------------------------------------------------------------------------------
+
+
+def make_space(mamba: Sequence[int], ffn: Sequence[int], attention: Sequence[int],
+               *widths: Sequence[int]) -> Space:
+    """Layers to drop, and the values of WIDTH_AXES."""
+    return Space({"drop_mamba": tuple(mamba), "drop_ffn": tuple(ffn), "drop_attention": tuple(attention)},
+                 dict(zip(WIDTH_AXES, map(tuple, widths), strict=True)))
+
+
+def make_selection(kept: tuple[int, ...], hidden: np.ndarray | None = None, **lists: dict[int, np.ndarray]) -> Selection:
+    """`ffn`, `heads`, `channels`: what layers keep."""
+    names = {"ffn": "ffn_size", "heads": "mamba_num_heads", "channels": "mamba_head_dim"}
+    layers: dict[int, dict[str, np.ndarray]] = {}
+    for name, by_layer in lists.items():
+        for layer, index in by_layer.items():
+            layers.setdefault(layer, {})[names[name]] = index
+    return Selection(kept, {} if hidden is None else {"hidden_size": hidden}, layers)
 
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

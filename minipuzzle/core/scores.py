@@ -103,8 +103,8 @@ class LayerScores:
         if list(table["layer"]) != list(range(len(table))):
             raise CorruptArtifact(f"{path}: layers must be 0 to {len(table) - 1}, each once")
         for layer, kind in enumerate(table["kind"]):
-            if kind not in ("M", "*", "-", "E"):
-                raise CorruptArtifact(f"{path}: layer {layer} has no kind; it is one of M, *, - and E")
+            if not isinstance(kind, str) or len(kind) != 1:
+                raise CorruptArtifact(f"{path}: layer {layer} has no kind; it is one letter, as in the layer pattern")
         beside = path.parent / INTERACTIONS
         if path.name != "layers.csv" or not beside.is_file():
             return cls(table, str(path))
@@ -132,23 +132,20 @@ def _numbers(column: pd.Series) -> np.ndarray:
 
 @dataclass(frozen=True)
 class WidthScores:
-    """Activation scores of channels.
+    """Activation scores: the L2 over samples of mean |x| (Group-Aware SSM Pruning, arXiv:2504.11409, eq. 19).
 
-    hidden: [D], summed over layers. ffn: layer -> [F]. mamba: layer -> [heads, channels], the L2 over samples
-    of mean |x| (Group-Aware SSM Pruning, arXiv:2504.11409, eq. 19), from which heads and channels are ranked.
+    hidden: [D], summed over layers. layers: place -> layer -> scores, with a dimension for each axis that the family
+    scores there; "ffn" [F], "mamba" [heads, channels].
     """
 
     hidden: np.ndarray
-    ffn: dict[int, np.ndarray] = field(default_factory=dict)
-    mamba: dict[int, np.ndarray] = field(default_factory=dict)
+    layers: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
     samples: int = 0
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Flat names for safetensors: `hidden`, `layers.3.ffn`, `layers.0.mamba`."""
-        out = {"hidden": self.hidden}
-        out |= {f"layers.{i}.ffn": a for i, a in self.ffn.items()}
-        out |= {f"layers.{i}.mamba": a for i, a in self.mamba.items()}
-        return out
+        return {"hidden": self.hidden} | {f"layers.{layer}.{place}": array for place, arrays in self.layers.items()
+                                          for layer, array in arrays.items()}
 
     def write(self, path: Path) -> None:
         from safetensors.numpy import save_file
@@ -165,24 +162,20 @@ class WidthScores:
         """
         hint = _AGAIN
         arrays, about = _read_arrays(path, hint)
-        per_layer: dict[str, dict[int, np.ndarray]] = {"ffn": {}, "mamba": {}}
+        layers: dict[str, dict[int, np.ndarray]] = {}
         with reading(path, hint=hint):
-            for name, array in arrays.items():
-                if name != "hidden":
-                    _, layer, axis = name.split(".")
-                    per_layer[axis][int(layer)] = array
-            return cls(arrays["hidden"], per_layer["ffn"], per_layer["mamba"], int(about.get("samples", 0)))
-
-
-WIDTH_AXES = ("hidden_size", "ffn_size", "mamba_num_heads", "mamba_head_dim")
+            for name in sorted(arrays.keys() - {"hidden"}):
+                _, layer, place = name.split(".")
+                layers.setdefault(place, {})[int(layer)] = arrays[name]
+            return cls(arrays["hidden"], layers, int(about.get("samples", 0)))
 
 
 @dataclass(frozen=True)
 class WidthCurves:
     """What one axis alone costs at a few widths: measured by slicing the whole model, no training.
 
-    `table` has axis (one of WIDTH_AXES), width, and the layer metrics with their standard errors, against the
-    full model; in the same units as LayerScores, so that both may be added.
+    `table` has axis, width, and the layer metrics with their standard errors, against the full model; in the same
+    units as LayerScores, so that both may be added.
     """
 
     table: pd.DataFrame
@@ -201,25 +194,6 @@ class WidthCurves:
     @classmethod
     def read(cls, path: Path) -> WidthCurves:
         table = _read_csv(path, _AGAIN)
-        if not {"axis", "width"} <= set(table.columns) or not set(table["axis"]) <= set(WIDTH_AXES):
-            raise CorruptArtifact(f"{path} needs the columns axis (one of {', '.join(WIDTH_AXES)}) and width")
+        if not {"axis", "width"} <= set(table.columns):
+            raise CorruptArtifact(f"{path} needs the columns axis and width")
         return cls(table)
-
-
-def top(scores: np.ndarray, keep: int) -> np.ndarray:
-    """Indices of the `keep` largest scores, in ascending order; ties go to the lower index."""
-    order = np.lexsort((np.arange(len(scores)), -scores))
-    return np.sort(order[:keep])
-
-
-def mamba_selection(scores_HP: np.ndarray, n_groups: int, num_heads: int, head_dim: int) -> tuple[np.ndarray, ...]:
-    """(kept heads, kept channels) of a Mamba block, nested and group-aware.
-
-    1. channel score = L2 over heads, one order for all heads, keep `head_dim`; 2. head score = L2 over the kept
-    channels; 3. the same number of heads kept inside each group (arXiv:2504.11409, eq. 20-24).
-    """
-    channels = top(np.linalg.norm(scores_HP, axis=0), head_dim)
-    head_scores = np.linalg.norm(scores_HP[:, channels], axis=1)
-    per, kept = len(scores_HP) // n_groups, num_heads // n_groups
-    heads = [group * per + top(head_scores[group * per : (group + 1) * per], kept) for group in range(n_groups)]
-    return np.concatenate(heads), channels

@@ -23,6 +23,7 @@ from minipuzzle.core.errors import CorruptArtifact, RecipeError
 from minipuzzle.core.files import open_tensors, read_sealed, reading, replacing, write_sealed
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loss import Target, chunk_tokens, top_words
+from minipuzzle.models.forward import block, embed, final_norm
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
@@ -60,12 +61,12 @@ class LiveTeacher:
 
 
 def _forward(model: Model, ids_BT: torch.Tensor, streams: Streams) -> torch.Tensor:
-    x = model.family.embed(model.top, ids_BT)
+    x = embed(model.family, model.top, ids_BT)
     for i, kind in enumerate(model.arch.pattern):
         if i in streams:
             streams[i] = x
-        x = x + model.family.block(model.arch, kind, model.layers[i], x)
-    return model.family.final_norm(model.arch, model.top, x)
+        x = x + block(model.arch, kind, model.layers[i], x)
+    return final_norm(model.arch, model.top, x)
 
 
 class CachedTeacher:

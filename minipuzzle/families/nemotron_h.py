@@ -1,205 +1,214 @@
-"""Nemotron-H (arXiv:2504.03624): Mamba-2, attention and squared-ReLU FFN blocks on one residual stream.
+"""Nemotron-H (arXiv:2504.03624) and its MoE successors: Mamba-2, attention, squared-ReLU FFN and MoE blocks.
 
     h <- h + mixer(RMSNorm(h))        one mixer a layer, no positions, no linear bias, LM head not tied
 
-Shapes: B batch, T time, D hidden, H Mamba heads, P channels of a head, G groups, N state, K kernel,
-I = H P (z, x, the gated norm and out_proj), F FFN, Q attention heads, V vocabulary.
+What is read of config.json is what transformers reads. So, as there:
 
-Axes whose rows are made of parts: `mamba_in` = [z: I | x: I | B: G N | C: G N | dt: H],
-`mamba_conv` = [x: I | B: G N | C: G N]. families/selection.py builds their index lists.
+- a missing key has the default of `NemotronHConfig`, except the layers, which must be told;
+- `layer_types` wins over `layers_block_type`, and that over `hybrid_override_pattern`; an older alias
+  (`mamba_n_groups`) wins over the key (`n_groups`); `num_hidden_layers` counts for nothing beside them;
+- `attention_head_dim` (published configs have it; 128 is also the default of `head_dim`), `attention_bias`,
+  `tie_word_embeddings` (the LM head stays apart) and `n_shared_experts` (there is one, as wide as
+  `moe_shared_expert_intermediate_size` says) are not read. MTP layers are not built; they are counted apart.
+
+Beyond it: `|` (pipeline stages) and `/` (MTP depths) in a pattern, as Megatron writes them, and FFN widths as a list.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-import torch.nn.functional as F
+from typing import Any
 
-from minipuzzle.families.architecture import ATTENTION, FFN, MAMBA, Architecture
-from minipuzzle.families.base import Axes, Family, Probe, Weights
-from minipuzzle.families.selection import Selection
-from minipuzzle.families.ssd import causal_conv, ssd
+from minipuzzle.core.errors import UnsupportedModel
+from minipuzzle.families import blocks
+from minipuzzle.families.base import Axis, Config, Family, Kind, Sizes
+from minipuzzle.families.config import MOST_LAYERS, epsilon, flag, shown, size, spelled
+
+MAMBA, ATTENTION, FFN, MOE = "M", "*", "-", "E"
+_BLOCK_TYPES = {"mamba": MAMBA, "mamba2": MAMBA, "linear_attention": MAMBA, "attention": ATTENTION,
+                "full_attention": ATTENTION, "mlp": FFN, "moe": MOE}
+_MTP_PATTERN = ATTENTION + MOE  # the default of one MTP depth
+
+_NOT_YET = "is not cut yet"
+_KINDS = (
+    Kind(MAMBA, "mamba", "Mamba", {"mixer.": blocks.MAMBA2}),
+    Kind(ATTENTION, "attention", "attention", {"mixer.": blocks.ATTENTION}),
+    Kind(FFN, "ffn", "FFN", {"mixer.": blocks.FFN}),
+    Kind(MOE, "moe", "MoE", {"mixer.": blocks.MOE}, refuse="they cannot be pruned yet"),
+)
+_AXES = (
+    Axis("hidden_size", "hidden size", "hidden", "hidden {hidden_size}"),
+    Axis("ffn_size", "FFN width", "FFN", "FFN {ffn_size}", per_layer=True),
+    Axis("num_experts", "experts", "experts", "MoE {experts_per_token} of {num_experts} experts of {moe_ffn_size} + "
+         "shared {shared_ffn_size}", per_group=2),
+    Axis("moe_ffn_size", "expert width", "expert"),
+    Axis("shared_ffn_size", "shared expert width", "shared"),
+    Axis("moe_latent_size", "MoE latent size", "latent", "latent {moe_latent_size}"),
+    # heads stay in their group and every group keeps the same number (arXiv:2504.11409)
+    Axis("mamba_num_heads", "Mamba heads", "heads", "Mamba {mamba_num_heads} x {mamba_head_dim}", groups="n_groups"),
+    Axis("mamba_head_dim", "Mamba head channels", "channels",
+         rounding=lambda whole: 8 if whole >= 32 else 4 if whole >= 16 else 2),
+    Axis("experts_per_token", "experts of a token", fixed=_NOT_YET),
+    Axis("num_attention_heads", "attention heads", groups="num_key_value_heads", fixed=_NOT_YET),
+    Axis("num_key_value_heads", "KV heads", fixed=_NOT_YET),
+    Axis("head_dim", "attention head size", fixed=_NOT_YET),
+    Axis("n_groups", "Mamba groups", fixed=_NOT_YET),
+    Axis("state_size", "Mamba state", fixed=_NOT_YET),
+    Axis("vocab_size", "vocabulary", fixed="the tokenizer decides it"),
+)
+# What `save_pretrained` adds to a dense model, and what makes other readers take it for another.
+_MOE_KEYS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",
+             "routed_scaling_factor", "output_router_logits", "num_nextn_predict_layers")
+_DROPPED_KEYS = (*_MOE_KEYS, "layers_block_type", "layer_types", "time_step_limit", "mamba_dt_limit", "mamba_dt_min",
+                 "auto_map", "_provenance", "use_mamba_kernels", "_name_or_path", "dtype")
+# The original code and the serving engines do not bound dt. transformers takes `time_step_min` for its lower bound
+# where it reads a prompt. Not 0: an initialiser there takes its logarithm.
+NO_DT_LIMIT = 1e-30
+# config.json -> field of an Architecture, as written
+_SAME = ("vocab_size", "hidden_size", "mamba_num_heads", "mamba_head_dim", "n_groups", "conv_kernel",
+         "num_attention_heads", "num_key_value_heads", "head_dim")
+_WRITTEN = {"hybrid_override_pattern": "pattern", "ssm_state_size": "state_size", "d_head": "mamba_head_dim",
+            **dict(zip(_SAME, _SAME, strict=True))}
 
 
-class NemotronH(Family):
-    model_type = "nemotron_h"
-    embedding_name = "backbone.embeddings.weight"
-    head_name = "lm_head.weight"
+def read_pattern(config: Config) -> str:
+    """The layer string of nemotron_h, without stages and MTP."""
+    names = config.get("layer_types") or config.get("layers_block_type")
+    if names:
+        return _pattern_of(names)
+    if not config.get("hybrid_override_pattern"):
+        raise UnsupportedModel("config.json has neither hybrid_override_pattern nor layers_block_type")
+    return spelled(config, "hybrid_override_pattern").split("/")[0]
 
-    def top_axes(self, arch: Architecture) -> dict[str, Axes]:
-        return {
-            self.embedding_name: ("vocab", "hidden"),
-            "backbone.norm_f.weight": ("hidden",),
-            self.head_name: ("vocab", "hidden"),
+
+def read_mtp_pattern(config: Config) -> str:
+    """The multi-token-prediction depths, joined by `/`; empty without them.
+
+    Either in the layer string itself (`M-M*-/*E/*E`), or one pattern for `num_nextn_predict_layers` depths.
+    """
+    told = spelled(config, "hybrid_override_pattern").split("/")[1:]
+    if any(told):
+        return "/".join(depth for depth in told if depth)
+    depths = size(config, 0, "num_nextn_predict_layers", least=0, most=MOST_LAYERS)
+    pattern = _pattern_of(config.get("mtp_layers_block_type") or []) or _MTP_PATTERN
+    if pattern == _MTP_PATTERN:
+        pattern = spelled(config, "mtp_hybrid_override_pattern") or pattern
+    if depths * len(pattern) > MOST_LAYERS:
+        raise UnsupportedModel(f"config.json: {depths} MTP depths of {len(pattern)} layers; at most {MOST_LAYERS} "
+                               "layers are read")
+    return "/".join([pattern] * depths)
+
+
+def _read(config: Config) -> Config:
+    """Mamba-2, attention, FFN and MoE blocks; the numbers are the defaults of transformers' NemotronHConfig."""
+    pattern, mtp_pattern = read_pattern(config), read_mtp_pattern(config)
+    ffn_size = _widths(config, 21504)
+    values: Config = {
+        "model_type": "nemotron_h",
+        "pattern": pattern,
+        "mtp_pattern": mtp_pattern,
+        "vocab_size": size(config, 131072, "vocab_size"),
+        "hidden_size": size(config, 4096, "hidden_size"),
+        "ffn_size": ffn_size,
+        "mamba_num_heads": size(config, 128, "mamba_num_heads"),
+        "mamba_head_dim": size(config, 64, "mamba_head_dim"),
+        "n_groups": size(config, 8, "mamba_n_groups", "n_groups"),
+        "state_size": size(config, 128, "ssm_state_size"),
+        "num_attention_heads": size(config, 32, "num_attention_heads"),
+        "num_key_value_heads": size(config, 8, "num_key_value_heads"),
+        "head_dim": size(config, 128, "head_dim"),
+        "conv_kernel": size(config, 4, "mamba_d_conv", "conv_kernel"),
+        "use_bias": flag(config, False, "use_bias"),
+        "conv_bias": flag(config, True, "mamba_conv_bias", "use_conv_bias"),
+        "mlp_bias": flag(config, False, "mlp_bias"),
+        "norm_eps": epsilon(config, "layer_norm_epsilon"),
+    }
+    if MOE in pattern + mtp_pattern:
+        shared = size(config, 7688, "moe_shared_expert_intermediate_size", least=0)
+        values |= {
+            "num_experts": size(config, 8, "num_local_experts", "n_routed_experts"),
+            "experts_per_token": size(config, 2, "num_experts_per_tok"),
+            "moe_ffn_size": size(config, 7688, "moe_intermediate_size"),
+            # 0 is the FFN's own width, in transformers
+            "shared_ffn_size": shared or size({"intermediate_size": ffn_size}, 0, "intermediate_size"),
+            "moe_latent_size": size(config, 0, "moe_latent_size", least=0) or None,
         }
-
-    def layer_axes(self, arch: Architecture, kind: str) -> dict[str, Axes]:
-        table: dict[str, Axes] = {"norm.weight": ("hidden",)}
-        if kind == MAMBA:
-            table |= {
-                "mixer.in_proj.weight": ("mamba_in", "hidden"),
-                "mixer.conv1d.weight": ("mamba_conv", "one", "kernel"),
-                "mixer.A_log": ("mamba_heads",),
-                "mixer.D": ("mamba_heads",),
-                "mixer.dt_bias": ("mamba_heads",),
-                "mixer.norm.weight": ("mamba_inner",),
-                "mixer.out_proj.weight": ("hidden", "mamba_inner"),
-            }
-            if arch.conv_bias:
-                table["mixer.conv1d.bias"] = ("mamba_conv",)
-            if arch.use_bias:
-                table |= {"mixer.in_proj.bias": ("mamba_in",), "mixer.out_proj.bias": ("hidden",)}
-        elif kind == ATTENTION:
-            table |= {
-                "mixer.q_proj.weight": ("q", "hidden"),
-                "mixer.k_proj.weight": ("kv", "hidden"),
-                "mixer.v_proj.weight": ("kv", "hidden"),
-                "mixer.o_proj.weight": ("hidden", "q"),
-            }
-            if arch.attention_bias:
-                table |= {"mixer.q_proj.bias": ("q",), "mixer.k_proj.bias": ("kv",),
-                          "mixer.v_proj.bias": ("kv",), "mixer.o_proj.bias": ("hidden",)}
-        elif kind == FFN:
-            table |= {"mixer.up_proj.weight": ("ffn", "hidden"), "mixer.down_proj.weight": ("hidden", "ffn")}
-            if arch.mlp_bias:
-                table |= {"mixer.up_proj.bias": ("ffn",), "mixer.down_proj.bias": ("hidden",)}
-        return table
-
-    def axis_size(self, arch: Architecture, axis: str, layer: int | None) -> int:
-        if axis == "ffn":
-            assert layer is not None
-            return arch.ffn_size_of(layer)
-        return {
-            "vocab": arch.vocab_size,
-            "hidden": arch.hidden_size,
-            "mamba_in": arch.mamba_inner + arch.mamba_conv + arch.mamba_num_heads,
-            "mamba_conv": arch.mamba_conv,
-            "mamba_inner": arch.mamba_inner,
-            "mamba_heads": arch.mamba_num_heads,
-            "q": arch.num_attention_heads * arch.head_dim,
-            "kv": arch.num_key_value_heads * arch.head_dim,
-            "kernel": arch.conv_kernel,
-            "one": 1,
-        }[axis]
-
-    def axis_index(self, arch: Architecture, selection: Selection, axis: str, layer: int | None) -> np.ndarray | None:
-        if axis == "hidden":
-            return selection.hidden
-        if layer is None:
-            return None
-        if axis == "ffn":
-            return selection.ffn.get(layer)
-        if not axis.startswith("mamba") or layer not in selection.heads:
-            return None
-        heads, channels = selection.heads[layer], selection.channels[layer]
-        if axis == "mamba_heads":
-            return heads
-        inner: np.ndarray = (heads[:, None] * arch.mamba_head_dim + channels).reshape(-1)
-        if axis == "mamba_inner":
-            return inner
-        bc = np.arange(2 * arch.n_groups * arch.state_size)  # groups and state are never cut
-        if axis == "mamba_conv":
-            return np.concatenate([inner, arch.mamba_inner + bc])
-        assert axis == "mamba_in"
-        z, x, bc_at, dt = 0, arch.mamba_inner, 2 * arch.mamba_inner, arch.mamba_inner + arch.mamba_conv
-        return np.concatenate([z + inner, x + inner, bc_at + bc, dt + heads])
-
-    def top_readers(self) -> dict[str, tuple[str, ...]]:
-        return {"backbone.norm_f.weight": (self.head_name,)}
-
-    def layer_readers(self, kind: str) -> dict[str, tuple[str, ...]]:
-        return {"norm.weight": {
-            MAMBA: ("mixer.in_proj.weight",),
-            ATTENTION: ("mixer.q_proj.weight", "mixer.k_proj.weight", "mixer.v_proj.weight"),
-            FFN: ("mixer.up_proj.weight",),
-        }[kind]}
-
-    def layer_writers(self, kind: str) -> tuple[str, str]:
-        return {
-            MAMBA: ("mixer.out_proj.weight", "mamba_out"),
-            ATTENTION: ("mixer.o_proj.weight", "attention_out"),
-            FFN: ("mixer.down_proj.weight", "ffn"),
-        }[kind]
-
-    def layer_prefix(self, layer: int) -> str:
-        return f"backbone.layers.{layer}."
-
-    def embed(self, top: Weights, ids_BT: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids_BT, top[self.embedding_name])
-
-    def final_norm(self, arch: Architecture, top: Weights, x_BTD: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x_BTD, top["backbone.norm_f.weight"], arch.norm_eps)
-
-    def block(self, arch: Architecture, kind: str, weights: Weights, x_BTD: torch.Tensor,
-              probe: Probe | None = None) -> torch.Tensor:
-        normed = rms_norm(x_BTD, weights["norm.weight"], arch.norm_eps)
-        if probe is not None:
-            probe("hidden", normed)
-        return _MIXERS[kind](arch, weights, normed, probe)
+        experts, used = values["num_experts"], values["experts_per_token"]
+        if used > experts:
+            raise UnsupportedModel(f"num_experts_per_tok {used}: the MoE layers have n_routed_experts {experts} to "
+                                   "choose from")
+    return values
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm in float32, cast back at the end (as the reference implementation does)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (weight.to(wide.dtype) * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)
+def _widths(config: Config, default: int) -> int | tuple[int, ...]:
+    """`intermediate_size`: one, or one for each FFN layer."""
+    value = config.get("intermediate_size")
+    if isinstance(value, list):
+        if len(value) > MOST_LAYERS:
+            raise UnsupportedModel(f"config.json: intermediate_size has {len(value)} widths, at most {MOST_LAYERS}")
+        return tuple(size({"intermediate_size": width}, 0, "intermediate_size") for width in value)
+    return size(config, default, "intermediate_size")
 
 
-def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
-    """RMSNorm of y * silu(z), one mean square for each group: fewer heads in a group change its mean."""
-    wide = y.to(torch.promote_types(y.dtype, torch.float32)) * F.silu(z.to(torch.promote_types(z.dtype, torch.float32)))
-    parts = wide.view(*wide.shape[:-1], groups, -1)
-    parts = parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + eps)
-    return (weight.to(wide.dtype) * parts.flatten(-2)).to(z.dtype)
+def _pattern_of(names: Any) -> str:
+    if not isinstance(names, list) or len(names) > MOST_LAYERS:
+        raise UnsupportedModel(f"layer types {shown(names)} are no list of at most {MOST_LAYERS}; known: "
+                               f"{', '.join(_BLOCK_TYPES)}")
+    unknown = [name for name in names if not isinstance(name, str) or name not in _BLOCK_TYPES]
+    if unknown:
+        names = ", ".join(sorted({str(name) for name in unknown}))
+        raise UnsupportedModel(f"unknown layer types {names[:100]}; known: {', '.join(_BLOCK_TYPES)}")
+    return "".join(_BLOCK_TYPES[name] for name in names)
 
 
-def mamba(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | None) -> torch.Tensor:
-    inner, heads, groups = arch.mamba_inner, arch.mamba_num_heads, arch.n_groups
-    bsz, seq, _ = x_BTD.shape
-    zxbcdt = F.linear(x_BTD, w["mixer.in_proj.weight"], w.get("mixer.in_proj.bias"))
-    z, xbc, dt_BTH = zxbcdt.split([inner, arch.mamba_conv, heads], dim=-1)  # type: ignore[no-untyped-call]
-    if probe is not None:
-        probe("mamba_x", xbc[..., :inner])
-    xbc = F.silu(causal_conv(xbc, w["mixer.conv1d.weight"], w.get("mixer.conv1d.bias")))
-    state = groups * arch.state_size
-    x, b, c = xbc.split([inner, state, state], dim=-1)  # type: ignore[no-untyped-call]
-    # dt has no lower limit: as in the original code and in serving engines. transformers' own prefill
-    # clamps it at 0.001, its decode step does not (docs/method.md, "The dt limit").
-    wide = torch.promote_types(dt_BTH.dtype, torch.float32)  # dt and A set how long the state remembers
-    y = ssd(
-        x.view(bsz, seq, heads, -1),
-        F.softplus(dt_BTH.to(wide) + w["mixer.dt_bias"]),
-        -torch.exp(w["mixer.A_log"].to(wide)),
-        b.view(bsz, seq, groups, -1),
-        c.view(bsz, seq, groups, -1),
-        w["mixer.D"],
-    )
-    y = gated_rms_norm(y.reshape(bsz, seq, inner), z, w["mixer.norm.weight"], groups, arch.norm_eps)
-    if probe is not None:
-        probe("mamba_out", y)
-    return F.linear(y, w["mixer.out_proj.weight"], w.get("mixer.out_proj.bias"))
+def _write(values: Sizes, parent: Config) -> Config:
+    """The parent's config.json with these sizes, in the spelling that all engines read.
+
+    `time_step_min` is for equal logits in transformers, `d_head` for llama.cpp's converter, which wants a Mamba inner
+    size that it divides and else takes 64. Left out: the layer list, MoE and MTP keys of a dense model, infinities,
+    remote code. (docs/method.md)
+
+    Raises:
+        UnsupportedModel: FFN widths that differ.
+    """
+    out = {k: v for k, v in parent.items() if k not in _DROPPED_KEYS and not k.startswith(("moe_", "mtp_"))}
+    ffn = values["ffn_size"]
+    if isinstance(ffn, tuple):
+        if len(set(ffn)) > 1:
+            raise UnsupportedModel(f"FFN widths {min(ffn)} to {max(ffn)} differ per layer; nemotron_h has one for all")
+        ffn = ffn[0] if ffn else ffn
+    out |= {"model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"], "tie_word_embeddings": False,
+            "num_hidden_layers": len(values["pattern"]), "intermediate_size": ffn, "time_step_min": NO_DT_LIMIT}
+    out |= {key: values[name] for key, name in _WRITTEN.items()}
+    if "attention_head_dim" in out:
+        out["attention_head_dim"] = values["head_dim"]
+    dtype = parent.get("dtype", parent.get("torch_dtype"))
+    return out if dtype is None else out | {"torch_dtype": dtype}
 
 
-def attention(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | None) -> torch.Tensor:
-    bsz, seq, _ = x_BTD.shape
-
-    def heads_of(name: str, heads: int) -> torch.Tensor:
-        out = F.linear(x_BTD, w[f"mixer.{name}_proj.weight"], w.get(f"mixer.{name}_proj.bias"))
-        return out.view(bsz, seq, heads, arch.head_dim).transpose(1, 2)
-
-    q = heads_of("q", arch.num_attention_heads)
-    k, v = (heads_of(name, arch.num_key_value_heads) for name in ("k", "v"))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    y = y.transpose(1, 2).reshape(bsz, seq, -1)
-    if probe is not None:
-        probe("attention_out", y)
-    return F.linear(y, w["mixer.o_proj.weight"], w.get("mixer.o_proj.bias"))
+def _rename(name: str) -> str:
+    """The names of transformers' own modules, and a slip of its 5.14, as published checkpoints have them. MTP layers
+    are no part of the model, as in transformers."""
+    if name.startswith("mtp."):
+        return ""
+    name = "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
+    return "backbone.embeddings.weight" if name == "backbone.embedding.weight" else name
 
 
-def ffn(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | None) -> torch.Tensor:
-    inner = F.relu(F.linear(x_BTD, w["mixer.up_proj.weight"], w.get("mixer.up_proj.bias"))).square()
-    if probe is not None:
-        probe("ffn", inner)
-    return F.linear(inner, w["mixer.down_proj.weight"], w.get("mixer.down_proj.bias"))
-
-
-_MIXERS = {MAMBA: mamba, ATTENTION: attention, FFN: ffn}
+NEMOTRON_H = Family(
+    model_type="nemotron_h",
+    kinds={kind.letter: kind for kind in _KINDS},
+    axes={axis.name: axis for axis in _AXES},
+    embedding_name="backbone.embeddings.weight",
+    norm_names=("backbone.norm_f.weight",),
+    head_name="lm_head.weight",
+    layer_prefix="backbone.layers.{}.".format,
+    read=_read,
+    write=_write,
+    rename=_rename,
+    needed={
+        "mlp_hidden_act": ("relu2", "the FFN has no other activation"),
+        "mamba_hidden_act": ("silu", "the Mamba block has no other activation"),
+        "tie_word_embeddings": (False, "transformers does not honour it for nemotron_h; write the LM head out"),
+        "attention_bias": (False, "transformers does not honour it for nemotron_h"),
+    },
+)

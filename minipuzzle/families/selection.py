@@ -1,36 +1,61 @@
-"""Slicing: index lists per axis and layer, and one generic function over a family's table.
+"""What of a parent is kept: layers, and index lists along axes. From scores to the rows and columns of each weight.
 
-What the table does not list is an error, and so is a result whose shape is not the one the target
-architecture asks for: a slice that silently changes nothing is how others lost their Mamba pruning.
+How a place is ranked (Group-Aware SSM Pruning, arXiv:2504.11409, eq. 20-24, for Mamba heads x channels): the last axis
+first, by the L2 over the others, one order for all of them; then the one before, by the L2 over what is left, with the
+same number in each group where the axis has groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.scores import WidthScores, mamba_selection, top
-from minipuzzle.families.architecture import FFN, MAMBA, Architecture
-from minipuzzle.families.base import Family, Weights
+from minipuzzle.core.scores import WidthScores
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.base import HIDDEN, Family, Sizes, terms
+
+Indices = Mapping[str, np.ndarray]  # axis -> what is kept of it, ascending; an axis left out is whole
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is kept of a parent: layers, and ascending index lists by parent layer. A list left out keeps all.
-
-    hidden: channels of the residual stream. ffn: neurons. heads, channels: Mamba heads, and channels of every
-    head, of a layer. Heads keep the same number in each group (arXiv:2504.11409, eq. 17).
-    """
+    """What is kept of a parent: layers, channels of the stream, and of each parent's layer its own axes."""
 
     kept_layers: tuple[int, ...]
-    hidden: np.ndarray | None = None
-    ffn: dict[int, np.ndarray] = field(default_factory=dict)
-    heads: dict[int, np.ndarray] = field(default_factory=dict)
-    channels: dict[int, np.ndarray] = field(default_factory=dict)
+    stream: Indices = field(default_factory=dict)
+    layers: Mapping[int, Indices] = field(default_factory=dict)
+
+    def of(self, layer: int | None) -> Indices:
+        """All that is cut in a layer; None: outside the layers."""
+        return self.stream if layer is None else {**self.stream, **self.layers.get(layer, {})}
+
+
+def top(scores: np.ndarray, keep: int) -> np.ndarray:
+    """Indices of the `keep` largest scores, in ascending order; ties go to the lower index."""
+    order = np.lexsort((np.arange(len(scores)), -scores))
+    return np.sort(order[:keep])
+
+
+def choose(scores: np.ndarray, keep: Sequence[int], groups: Sequence[int]) -> tuple[np.ndarray, ...]:
+    """The kept indices along each axis of `scores`; `groups`: contiguous parts of an axis that keep as much each."""
+    kept: list[np.ndarray] = []
+    for axis in reversed(range(scores.ndim)):
+        others = tuple(i for i in range(scores.ndim) if i != axis)
+        values = np.linalg.norm(scores, axis=others) if others else scores
+        per, number = len(values) // groups[axis], keep[axis] // groups[axis]
+        parts = [g * per + top(values[g * per : (g + 1) * per], number) for g in range(groups[axis])]
+        kept.insert(0, np.concatenate(parts))
+        scores = scores.take(kept[0], axis)
+    return tuple(kept)
+
+
+def choose_place(family: Family, axes: Sequence[str], scores: np.ndarray, sizes: Sizes) -> tuple[np.ndarray, ...]:
+    """What a place with these axes keeps at `sizes`."""
+    groups = [family.axes[a].groups for a in axes]
+    return choose(scores, [sizes[a] for a in axes], [sizes[g] if g else 1 for g in groups])
 
 
 def select(parent: Architecture, target: Architecture, kept_layers: tuple[int, ...],
@@ -40,52 +65,38 @@ def select(parent: Architecture, target: Architecture, kept_layers: tuple[int, .
     Raises:
         RecipeError: a width is cut and there are no width scores.
     """
-    cut = {"hidden_size": target.hidden_size < parent.hidden_size,
-           "ffn_size": any(target.ffn_size_of(i) < parent.ffn_size_of(old)
-                           for i, old in enumerate(kept_layers) if parent.pattern[old] == FFN),
-           "mamba": target.mamba_inner < parent.mamba_inner}
-    if scores is None:
-        if any(cut.values()):
-            raise RecipeError(f"cutting {', '.join(k for k, v in cut.items() if v)} needs width scores; "
-                              "make them with 'minipuzzle score'")
-        return Selection(kept_layers)
-    ffn, heads, channels = {}, {}, {}
-    for i, old in enumerate(kept_layers):
-        kind = parent.pattern[old]
-        if kind == FFN and cut["ffn_size"]:
-            ffn[old] = top(scores.ffn[old], target.ffn_size_of(i))
-        elif kind == MAMBA and cut["mamba"]:
-            heads[old], channels[old] = mamba_selection(scores.mamba[old], parent.n_groups, target.mamba_num_heads,
-                                                        target.mamba_head_dim)
-    hidden = top(scores.hidden, target.hidden_size) if cut["hidden_size"] else None
-    return Selection(kept_layers, hidden, ffn, heads, channels)
+    stream: dict[str, np.ndarray] = {}
+    layers: dict[int, dict[str, np.ndarray]] = {}
+    cut: set[str] = set()
+    if target.hidden_size < parent.hidden_size:
+        cut.add(HIDDEN)
+        stream = {} if scores is None else {HIDDEN: top(scores.hidden, target.hidden_size)}
+    for new, old in enumerate(kept_layers):
+        before, after = parent.sizes(old), target.sizes(new)
+        for place, axes in parent.family.kinds[parent.pattern[old]].places.items():
+            smaller = [a for a in axes if after[a] < before[a]]
+            cut |= set(smaller)
+            if smaller and scores is not None:
+                kept = choose_place(parent.family, axes, scores.layers[place][old], after)
+                layers.setdefault(old, {}).update(zip(axes, kept, strict=True))
+    if cut and scores is None:
+        names = [name for name in parent.family.axes if name in cut]
+        raise RecipeError(f"cutting {', '.join(names)} needs width scores; make them with 'minipuzzle score'")
+    return Selection(kept_layers, stream, layers)
 
 
-def slice_weights(family: Family, parent: Architecture, target: Architecture, selection: Selection, weights: Weights,
-                  layer: int | None, place: int | None) -> dict[str, torch.Tensor]:
-    """The parent's weights of a layer (None: those outside the layers, any of them) cut to `target`, where it is layer
-    `place`. Nothing is cut: the parent's tensors, bit for bit."""
-    axes = family.top_axes(parent) if layer is None else family.layer_axes(parent, parent.pattern[layer])
-    out = {}
-    for name, tensor in weights.items():
-        wanted = tuple(family.axis_size(target, axis, place) for axis in axes[name])
-        for dim, axis in enumerate(axes[name]):
-            index = family.axis_index(parent, selection, axis, layer)
-            if index is not None:
-                tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
-        if tuple(tensor.shape) != wanted:
-            raise AssertionError(f"{name} of layer {layer} cut to {tuple(tensor.shape)}, but it must be {wanted}")
-        out[name] = tensor
-    return out
-
-
-def slice_model(family: Family, parent: Architecture, target: Architecture, selection: Selection,
-                read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the smaller model, a layer at a time; `read` gives the parent's by name."""
-    top_weights = {name: read(name) for name in family.top_axes(parent)}
-    yield from slice_weights(family, parent, target, selection, top_weights, None, None).items()
-    for new, old in enumerate(selection.kept_layers):
-        prefix = family.layer_prefix(old)
-        weights = {name: read(prefix + name) for name in family.layer_axes(parent, parent.pattern[old])}
-        for name, tensor in slice_weights(family, parent, target, selection, weights, old, new).items():
-            yield family.layer_prefix(new) + name, tensor
+def positions(dim: str, sizes: Sizes, kept: Indices) -> np.ndarray | None:
+    """The kept places along a dimension of the parent; None: all."""
+    parts = terms(dim)
+    if not any(axis in kept for _, names in parts for axis in names):
+        return None
+    out, start = [], 0
+    for number, names in parts:
+        index, whole = np.arange(number), number
+        for axis in names:
+            own = kept[axis] if axis in kept else np.arange(sizes[axis])
+            index = (index[:, None] * sizes[axis] + own).reshape(-1)
+            whole *= sizes[axis]
+        out.append(start + index)
+        start += whole
+    return np.concatenate(out)

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from minipuzzle.core.partial import Arrays
-from minipuzzle.core.scores import WIDTH_AXES, WidthCurves
+from minipuzzle.core.scores import WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.importance.layers import METRICS, damage, standard_error
 from minipuzzle.models.passes import Pass
@@ -24,7 +24,7 @@ from minipuzzle.models.walk import Cuts, walk
 def measure_curves(cuts: Cuts, widths: Mapping[str, tuple[int, ...]], run: Pass) -> WidthCurves:
     """Damage of each axis at each of `widths[axis]` (the parent's own is left out: it is 0)."""
     arch = cuts.source.arch
-    points = [(axis, width) for axis in WIDTH_AXES for width in sorted(widths.get(axis, ()))
+    points = [(axis, width) for axis in arch.family.widths for width in sorted(widths.get(axis, ()))
               if width != getattr(arch, axis)]
     metrics, every = METRICS[:4], tuple(range(arch.num_layers))
     columns = ["axis", "width", *[c for m in metrics for c in (m, f"{m}_stderr")], "samples"]

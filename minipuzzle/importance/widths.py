@@ -5,7 +5,7 @@
 
 x is, for an FFN neuron, the input of down_proj; for an embedding channel, the output of each block's norm (a_c
 summed over layers); for Mamba heads and channels, the x part of in_proj's output, before the convolution
-(Group-Aware SSM Pruning, arXiv:2504.11409, eq. 19). Heads and channels are ranked in core/scores.py.
+(Group-Aware SSM Pruning, arXiv:2504.11409, eq. 19). Heads and channels are ranked in families/selection.py.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import torch
 
 from minipuzzle.core.partial import Arrays
 from minipuzzle.core.scores import WidthScores
-from minipuzzle.families.architecture import FFN, MAMBA, Architecture
+from minipuzzle.families import registry
+from minipuzzle.families.architecture import Architecture
 from minipuzzle.models.walk import LayerProbe, Source, Whole, samples_per_walk, walk
-
-PLACES = ("hidden", "ffn", "mamba_x")
 
 
 def gather_widths(sums: dict[str, torch.Tensor]) -> LayerProbe:
     """A probe that adds (mean_t |x|)^2 over samples to `sums`, by `PLACE.LAYER`."""
+    places = {"hidden"} | {place for kind in registry.kinds().values() for place in kind.places}
+
     def probe(layer: int, place: str, x_BTC: torch.Tensor) -> None:
-        if place in PLACES:
+        if place in places:
             value = x_BTC.abs().double().mean(1).square().sum(0)
             name = f"{place}.{layer}"
             sums[name] = sums[name] + value if name in sums else value
@@ -40,9 +41,11 @@ def width_scores(arch: Architecture, parts: Sequence[Arrays], samples: int) -> W
         return np.sqrt(sum(part[f"{place}.{layer}"] for part in parts))
 
     hidden = np.sum([total("hidden", i) for i in range(arch.num_layers)], axis=0)
-    shape = (arch.mamba_num_heads, arch.mamba_head_dim)
-    return WidthScores(hidden, {i: total("ffn", i) for i in arch.layers_of(FFN)},
-                       {i: total("mamba_x", i).reshape(shape) for i in arch.layers_of(MAMBA)}, samples)
+    layers: dict[str, dict[int, np.ndarray]] = {}
+    for i, kind in enumerate(arch.pattern):
+        for place, axes in arch.family.kinds[kind].places.items():
+            layers.setdefault(place, {})[i] = total(place, i).reshape([arch.sizes(i)[axis] for axis in axes])
+    return WidthScores(hidden, layers, samples)
 
 
 def score_widths(source: Source, ids_NT: torch.Tensor,

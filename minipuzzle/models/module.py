@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Family
+from minipuzzle.models import forward
 
 
 class Block(nn.Module):
@@ -44,7 +45,7 @@ class Block(nn.Module):
 
     def _forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         with self.context():
-            return x_BTD + self.family.block(self.arch, self.kind, self.weights(), x_BTD)
+            return x_BTD + forward.block(self.arch, self.kind, self.weights(), x_BTD)
 
 
 class HybridLM(nn.Module):
@@ -56,11 +57,10 @@ class HybridLM(nn.Module):
         self.family, self.arch = family, arch
         layers = [family.layer_prefix(i) for i in range(arch.num_layers)]
         self.blocks = nn.ModuleList(
-            Block(family, arch, kind,
-                  {n: weights[prefix + n].detach().clone() for n in family.layer_axes(arch, kind)})
-            for prefix, kind in zip(layers, arch.pattern, strict=True)
+            Block(family, arch, kind, {n: weights[prefix + n].detach().clone() for n in arch.layer_weights(i)})
+            for i, (prefix, kind) in enumerate(zip(layers, arch.pattern, strict=True))
         )
-        self.names = {name.replace(".", "_"): name for name in family.top_axes(arch)}
+        self.names = {name.replace(".", "_"): name for name in arch.top_weights()}
         for attribute, name in self.names.items():
             self.register_parameter(attribute, nn.Parameter(weights[name].detach().clone()))
 
@@ -69,17 +69,17 @@ class HybridLM(nn.Module):
 
     @property
     def head(self) -> torch.Tensor:
-        return self.family.lm_head(self.top())
+        return self.top()[self.family.head_name]
 
     def forward(self, ids_BT: torch.Tensor, streams: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
         """`streams`: its values are replaced by the stream [B, T, D] that enters the layer of each key."""
         top = self.top()
-        x = self.family.embed(top, ids_BT)
+        x = forward.embed(self.family, top, ids_BT)
         for i, block in enumerate(self.blocks):
             if streams is not None and i in streams:
                 streams[i] = x
             x = block(x)
-        return self.family.final_norm(self.arch, top, x)
+        return forward.final_norm(self.arch, top, x)
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Name on disk -> parameter."""

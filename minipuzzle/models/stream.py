@@ -14,7 +14,8 @@ from functools import cached_property
 import torch
 
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.base import Family, Weights
+from minipuzzle.families.base import Family
+from minipuzzle.families.mixers import Weights
 from minipuzzle.models.weights import ModelFolder
 
 
@@ -43,7 +44,7 @@ class StreamedModel:
 
     @property
     def top(self) -> Weights:
-        return {n: self._read(n) for n in self.family.top_axes(self.arch)}
+        return {n: self._read(n) for n in self.arch.top_weights()}
 
     @cached_property
     def norms(self) -> Weights:
@@ -75,4 +76,4 @@ class StreamedModel:
 
     def _layer(self, layer: int) -> Weights:
         prefix = self.family.layer_prefix(layer)
-        return {n: self._read(prefix + n) for n in self.family.layer_axes(self.arch, self.arch.pattern[layer])}
+        return {n: self._read(prefix + n) for n in self.arch.layer_weights(layer)}

@@ -16,13 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.base import Family, Weights
-from minipuzzle.families.selection import Selection, slice_model
+from minipuzzle.families.base import Family
+from minipuzzle.families.mixers import Weights
+from minipuzzle.families.selection import Selection
+from minipuzzle.models.forward import block, embed, final_norm
+from minipuzzle.models.slicing import slice_model
 from minipuzzle.models.weights import ModelFolder, check_finite
 
 # (layer, place, activations): what a scoring pass sees inside the blocks
@@ -66,9 +70,9 @@ class Model:
     def build(cls, family: Family, arch: Architecture, tensors: Iterable[tuple[str, torch.Tensor]]) -> Model:
         """From (name on disk, tensor) pairs."""
         named = dict(tensors)
-        return cls(family, arch, {n: named[n] for n in family.top_axes(arch)},
-                   tuple({n: named[family.layer_prefix(i) + n] for n in family.layer_axes(arch, kind)}
-                         for i, kind in enumerate(arch.pattern)))
+        return cls(family, arch, {n: named[n] for n in arch.top_weights()},
+                   tuple({n: named[family.layer_prefix(i) + n] for n in arch.layer_weights(i)}
+                         for i in range(arch.num_layers)))
 
     @classmethod
     def load(cls, folder: ModelFolder, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
@@ -83,12 +87,12 @@ class Model:
 
     def slice(self, target: Architecture, selection: Selection) -> Model:
         """The smaller model, as its written checkpoint would be."""
-        return Model.build(self.family, target, slice_model(self.family, self.arch, target, selection,
+        return Model.build(self.family, target, slice_model(self.arch, target, selection,
                                                             self.by_name().__getitem__))
 
     @property
     def head(self) -> torch.Tensor:
-        return self.family.lm_head(self.top)
+        return self.top[self.family.head_name]
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +106,7 @@ class Model:
         return (self.layers[i] for i in sorted(needed))
 
     def embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        return self.family.embed(self.top, ids_BT)
+        return embed(self.family, self.top, ids_BT)
 
     def head_rows(self, start: int, stop: int) -> torch.Tensor:
         return self.head[start:stop]
@@ -111,10 +115,10 @@ class Model:
 @torch.no_grad()
 def final_hidden(model: Model, ids_BT: torch.Tensor, probe: LayerProbe | None = None) -> torch.Tensor:
     """The activations that enter the LM head, after the final norm, [B, T, D]: one model in memory, no variants."""
-    x = model.family.embed(model.top, ids_BT)
+    x = embed(model.family, model.top, ids_BT)
     for i, kind in enumerate(model.arch.pattern):
-        x = x + model.family.block(model.arch, kind, model.layers[i], x, _at(probe, i))
-    return model.family.final_norm(model.arch, model.top, x)
+        x = x + block(model.arch, kind, model.layers[i], x, _at(probe, i))
+    return final_norm(model.arch, model.top, x)
 
 
 def _at(probe: LayerProbe | None, layer: int) -> Callable[[str, torch.Tensor], None] | None:
@@ -166,7 +170,8 @@ class Whole:
     source: Source
 
     def path(self, without: Collection[int] = ()) -> Path:
-        return Path(None, tuple(None if i in without else True for i in range(self.source.arch.num_layers)))
+        gone = self.source.arch.together(set(without))
+        return Path(None, tuple(None if i in gone else True for i in range(self.source.arch.num_layers)))
 
     def embed(self, root: Any, ids_BT: torch.Tensor) -> torch.Tensor:
         return self.source.embed(ids_BT)
@@ -175,7 +180,7 @@ class Whole:
         return self.source.arch, weights
 
     def finish(self, root: Any, x_BTk: torch.Tensor) -> torch.Tensor:
-        return self.source.family.final_norm(self.source.arch, self.source.norms, x_BTk)
+        return final_norm(self.source.arch, self.source.norms, x_BTk)
 
     def head(self, root: Any, rows_VD: torch.Tensor) -> torch.Tensor:
         return rows_VD
@@ -234,7 +239,7 @@ def walk(parts: Parts, paths: Sequence[Path], ids_BT: torch.Tensor, probe: Layer
             arch, cut = parts.layer(i, step, weights)
             for x, members in group_nodes:
                 seen = 0 in members
-                after = _apply(source.family, arch, pattern[i], cut, x, _at(probe, i) if seen else None)
+                after = _apply(arch, pattern[i], cut, x, _at(probe, i) if seen else None)
                 if seen:
                     check_finite(f"layer {i} ({pattern[i]}, {source.family.layer_prefix(i)[:-1]})", after)
                 if watch is not None and seen:
@@ -264,13 +269,13 @@ def _begin(parts: Parts, paths: Sequence[Path], ids_BT: torch.Tensor, memo: dict
     return 0, [(parts.embed(root, ids_BT), group) for root, group in roots.items()]
 
 
-def _apply(family: Family, arch: Architecture, kind: str, weights: Weights, x_BTk: torch.Tensor,
+def _apply(arch: Architecture, kind: str, weights: Weights, x_BTk: torch.Tensor,
            probe: Callable[[str, torch.Tensor], None] | None) -> torch.Tensor:
     """x + block(x), a few samples at a time."""
     after = torch.empty_like(x_BTk)
     for x, y in zip(batches(x_BTk, floats_per_sample(arch, x_BTk.shape[1])),
                     batches(after, floats_per_sample(arch, x_BTk.shape[1])), strict=True):
-        torch.add(x, family.block(arch, kind, weights, x, probe), out=y)
+        torch.add(x, block(arch, kind, weights, x, probe), out=y)
     return after
 
 
@@ -280,9 +285,13 @@ def _apply(family: Family, arch: Architecture, kind: str, weights: Weights, x_BT
 BLOCK_BYTES = {"cpu": 2**25, "cuda": 2**32}
 
 
+@lru_cache
 def floats_per_sample(arch: Architecture, tokens: int) -> int:
     """About how many numbers a block holds at once for a sample: a few times its widest activation."""
-    return tokens * max(4 * arch.hidden_size, 4 * arch.mamba_inner, *arch.ffn_sizes, 1) * 4
+    sizes, kinds = arch.widest(), [arch.family.kinds[k] for k in set(arch.pattern)]
+    # a scan holds its input, gate, output and more
+    inside = max(kind.writer_inputs(sizes) * (4 if kind.has_state else 1) for kind in kinds)
+    return int(tokens * max(4 * arch.hidden_size, inside) * 4)
 
 
 def batches(x_N: torch.Tensor, floats: int) -> tuple[torch.Tensor, ...]:

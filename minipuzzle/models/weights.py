@@ -27,7 +27,6 @@ from minipuzzle.core.published import read_config
 from minipuzzle.core.rundir import PIECE_BYTES, PIECES, sampled_hash
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Family
-from minipuzzle.families.registry import check_prunable, family_of
 
 SHARD_BYTES = 5 * 10**9
 # Copied as they are from parent to result, where they exist.
@@ -35,7 +34,6 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
               "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json",
               "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_TYPOS = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # transformers 5.14 wrote this
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class ModelFolder:
 
     @property
     def family(self) -> Family:
-        return family_of(self.arch.model_type)
+        return self.arch.family
 
     def read(self, name: str) -> torch.Tensor:
         """One weight in the dtype it is stored in.
@@ -81,15 +79,14 @@ class ModelFolder:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that most of the model is written in: that of the embeddings."""
-        return self.dtypes(())[next(iter(self.family.top_axes(self.arch)))]
+        return self.dtypes(())[self.family.embedding_name]
 
     def dtypes(self, kept_layers: tuple[int, ...]) -> dict[str, torch.dtype]:
         """Name in a child with these of our layers -> the dtype that the weight has here (A_log is float32 in some)."""
         family = self.family
-        origin = {name: name for name in family.top_axes(self.arch)}
+        origin = {name: name for name in self.arch.top_weights()}
         for new, old in enumerate(kept_layers):
-            origin |= {family.layer_prefix(new) + n: family.layer_prefix(old) + n
-                       for n in family.layer_axes(self.arch, self.arch.pattern[old])}
+            origin |= {family.layer_prefix(new) + n: family.layer_prefix(old) + n for n in self.arch.layer_weights(old)}
         out = {}
         for name, old_name in origin.items():
             file, stored = self.files[old_name]
@@ -105,10 +102,11 @@ class ModelFolder:
         Raises:
             CorruptArtifact: all of them are.
         """
-        family, names = self.family, []
-        for i, kind in enumerate(self.arch.pattern):
-            readers = [name for group in family.layer_readers(kind).values() for name in group]
-            names += [family.layer_prefix(i) + name for name in (*readers, family.layer_writers(kind)[0])]
+        family, names = self.family, list[str]()
+        for i, letter in enumerate(self.arch.pattern):
+            kind = family.kinds[letter]
+            inside = [name for group in kind.reads.values() for name in group] + [name for name, _ in kind.writes]
+            names += [family.layer_prefix(i) + name for name in inside]
         zero = [name for name in names if not (matrix := self.mapped(name))[:1].any() and not matrix.any()]
         if len(zero) == len(names):
             raise CorruptArtifact(f"{self.path}: all {len(names)} matrices by which layers read and write are zero; "
@@ -153,7 +151,7 @@ def open_model(path: Path) -> ModelFolder:
     """
     config = read_config(path)
     arch = Architecture.from_config(config)
-    family = check_prunable(arch, config)
+    arch.check_prunable(config)
     shards = sorted(path.glob("*.safetensors"))
     if not shards:
         others = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt"))
@@ -171,10 +169,9 @@ def open_model(path: Path) -> ModelFolder:
     for shard in shards:
         with open_tensors(shard) as file:
             for stored in file.keys():  # noqa: SIM118 (not a dict)
-                name = _TYPOS.get(stored, stored)
-                name = "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
-                if name.startswith("mtp."):
-                    continue  # multi-token prediction: not part of the model, as in transformers
+                name = arch.family.rename(stored)
+                if not name:
+                    continue
                 if name in found:
                     raise CorruptArtifact(f"{path} has {name} twice, in {found[name][0].name} and in {shard.name}; "
                                           "remove the file that does not belong there")
@@ -184,7 +181,7 @@ def open_model(path: Path) -> ModelFolder:
                 if weight.get_dtype() not in _DTYPES:
                     raise UnsupportedModel(f"{shard}: {name} is {weight.get_dtype()}, not one of "
                                            f"{', '.join(_DTYPES)}; prune the model before it is quantised")
-    wanted = family.shapes(arch)
+    wanted = arch.family.shapes(arch)
     _check_names(path, set(wanted), set(found))
     for name, shape in wanted.items():
         if shapes[name] != shape:

@@ -25,8 +25,6 @@ from minipuzzle.data.tokenizer import load_tokenizer
 from minipuzzle.distill import state
 from minipuzzle.distill.precision import FP8_CAPABILITY
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.nemotron_h import NemotronH
-from minipuzzle.families.registry import check_prunable
 from minipuzzle.families.ssd import kernel, ssd
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
@@ -157,7 +155,7 @@ def _model(model: str) -> list[dict[str, Any]]:
     try:
         config = config_of(model)
         arch = Architecture.from_config(config)
-        check_prunable(arch, config)
+        arch.check_prunable(config)
         if there:
             open_model(Path(model))
             load_tokenizer(Path(model))
@@ -240,7 +238,7 @@ def _transformers() -> list[dict[str, Any]]:
     scale = logits.abs().max()
     arch = Architecture.from_config(config.to_dict())
     tensors = ((n.replace("model.", "backbone.", 1), p.detach()) for n, p in model.named_parameters())
-    mine = Model.build(NemotronH(), arch, tensors)
+    mine = Model.build(arch.family, arch, tensors)
     ours = final_hidden(mine, ids) @ mine.head.T
     leak = float((logits - other)[:, :80].abs().max() / scale)
     apart = float((logits - ours).abs().max() / scale)

@@ -14,10 +14,9 @@ import torch
 from minipuzzle.core.budget import Budget, Workload, human_budget, human_bytes, human_count
 from minipuzzle.core.errors import RecipeError, ResourceError
 from minipuzzle.core.rundir import digest
-from minipuzzle.core.scores import WIDTH_AXES
 from minipuzzle.data.corpus import check_sources, has_end, identity, parse_blend
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import Cost, block_parameters, cost
+from minipuzzle.families.cost import Cost, cost, layer_parameters
 from minipuzzle.models.passes import STREAM_BYTES
 from minipuzzle.models.walk import samples_per_walk
 from minipuzzle.recipes.schema import DATA_SECTIONS, Recipe
@@ -58,8 +57,8 @@ class Plan:
     def curve_widths(self) -> dict[str, tuple[int, ...]]:
         """The widths of each axis at which curves are measured: spread over the space, its ends among them."""
         out = {}
-        for axis in WIDTH_AXES:
-            widths = sorted(w for w in getattr(self.space, axis) if w != getattr(self.parent, axis))
+        for axis, values in self.space.widths.items():
+            widths = sorted(w for w in values if w != self.parent.sizes()[axis])
             count = min(CURVE_POINTS, len(widths))
             places = [round(i * (len(widths) - 1) / max(1, count - 1)) for i in range(count)]
             out[axis] = tuple(widths[p] for p in places)
@@ -96,7 +95,7 @@ class Plan:
     def layers_bytes(self) -> int:
         """Of the layers that a pass from the disk holds, in float32: two that are read, one that is cut."""
         arch = self.parent
-        return 12 * max(sum(block_parameters(arch, kind, max(arch.ffn_sizes, default=0))) for kind in set(arch.pattern))
+        return 12 * max(layer_parameters(arch, i) for i in range(arch.num_layers))
 
     @property
     def stream_bytes(self) -> int | None:
@@ -148,7 +147,7 @@ class Plan:
         s = r.scores
         how: dict[str, Any] = {"racing": s.racing, "iterative": s.iterative}
         if s.racing or s.iterative:  # only then does the search's question decide what is measured
-            how |= {"drops": self.space.drops, "metric": s.layer_metric, "confidence": s.confidence}
+            how |= {"drops": list(self.space.drops.values()), "metric": s.layer_metric, "confidence": s.confidence}
         out["score"] = {"model": model, "calibration": c, "scores": how, "tokenizer": tokenizer}
         out["curves"] = {"widths": self.curve_widths, "hidden": r.surgery.hidden, "after": digest(out["score"])}
         out["search"] = {"budget": self.budget.to_json(), "workload": self.workload.to_json(),
@@ -247,7 +246,7 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
     parent_cost = cost(parent, workload)
     budget = Budget.parse(recipe.budget, parent_cost.to_json())
     space = resolve_space(recipe.space.model_dump(), parent)
-    if d.hidden_loss_weight and space.hidden_size != (parent.hidden_size,) and need_budget:
+    if d.hidden_loss_weight and space.widths["hidden_size"] != (parent.hidden_size,) and need_budget:
         raise RecipeError("distillation.hidden_loss_weight compares streams of the same size: keep the parent's with "
                           f"space.hidden_size = {parent.hidden_size}, or set it to 0")
     memory = machine_memory() if memory_bytes is None else memory_bytes

@@ -24,7 +24,7 @@ from minipuzzle.core.errors import Infeasible, RecipeError, ResourceError
 from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading, write_atomic, write_json
 from minipuzzle.core.published import find_config, read_config
 from minipuzzle.core.rundir import digest, read_about
-from minipuzzle.core.scores import WIDTH_AXES, LayerScores, WidthCurves
+from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
 from minipuzzle.recipes.schema import Recipe
@@ -203,8 +203,7 @@ def find_candidates(recipe: Recipe, parent: Architecture, space: Space, budget: 
 def ranking_notes(question: Question) -> list[str]:
     """What the order of the candidates does not know, for the user to read before trusting it."""
     q = question
-    axes = [f"{axis} {min(widths)} to {max(widths)}" for axis, widths in zip(WIDTH_AXES, q.space.widths, strict=True)
-            if len(widths) > 1]
+    axes = [f"{axis} {min(widths)} to {max(widths)}" for axis, widths in q.space.widths.items() if len(widths) > 1]
     if q.scores is None and q.curves is None:
         return ["no scores: nothing is predicted, and the candidates with the most parameters come first; "
                 "'minipuzzle score' measures layers and widths"]

@@ -17,13 +17,15 @@ import pandas as pd
 from minipuzzle._version import __version__
 from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.files import read_json
-from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores, mamba_selection
+from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores
 from minipuzzle.distill.loop import Trained
 from minipuzzle.distill.loss import loss_kernel
 from minipuzzle.distill.precision import fp8_note
 from minipuzzle.distill.trained import read_metrics
 from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.base import HIDDEN
 from minipuzzle.families.cost import cost
+from minipuzzle.families.selection import choose_place
 from minipuzzle.families.ssd import kernel
 from minipuzzle.pipeline.job import STAGES, Job
 from minipuzzle.pipeline.source import licence_of
@@ -164,27 +166,29 @@ def _scores(job: Job, chosen: Candidate) -> dict[str, Any]:
 def width_shares(scores: WidthScores, parent: Architecture, chosen: Candidate) -> dict[str, Any]:
     """widths: how much of the squared importance the best channels hold, lowest, median and highest layer, at up to
     33 widths per axis. kept_importance: the share that each kept layer's cut leaves, by the parent's layer."""
-    mamba = [a.astype(float) for a in scores.mamba.values()]
-    axes = {"hidden_size": [scores.hidden.astype(float)], "ffn_size": [a.astype(float) for a in scores.ffn.values()],
-            "mamba_num_heads": [np.linalg.norm(a, axis=1) for a in mamba],
-            "mamba_head_dim": [np.linalg.norm(a, axis=0) for a in mamba]}
+    axes = {HIDDEN: [scores.hidden.astype(float)]}
+    places = {place: names for kind in parent.family.kinds.values() for place, names in kind.places.items()}
+    for place, arrays in scores.layers.items():
+        for at, name in enumerate(places[place]):
+            others = tuple(i for i in range(len(places[place])) if i != at)
+            axes[name] = [np.linalg.norm(a.astype(float), axis=others) if others else a.astype(float)
+                          for a in arrays.values()]
     widths = []
-    for axis, arrays in axes.items():
-        if not arrays:
-            continue
-        held = np.array([np.cumsum(np.sort(a**2)[::-1]) / max((a**2).sum(), 1e-30) for a in arrays])
+    for axis, values in axes.items():
+        held = np.array([np.cumsum(np.sort(a**2)[::-1]) / max((a**2).sum(), 1e-30) for a in values])
         for n in sorted(set(np.linspace(1, held.shape[1], 33).round().astype(int).tolist())):
             low, middle, high = np.percentile(held[:, n - 1], [0, 50, 100]).round(5).tolist()
             widths.append({"axis": axis, "width": n, "low": low, "median": middle, "high": high})
     arch, left = chosen.architecture, {}
     for i, layer in enumerate(chosen.kept_layers):
-        if layer in scores.ffn:
-            part = np.sort(scores.ffn[layer].astype(float) ** 2)[::-1]
-            left[layer] = part[: arch.ffn_size_of(i)].sum() / max(part.sum(), 1e-30)
-        elif layer in scores.mamba:
-            part = scores.mamba[layer].astype(float)
-            heads, channels = mamba_selection(part, parent.n_groups, arch.mamba_num_heads, arch.mamba_head_dim)
-            left[layer] = (part[np.ix_(heads, channels)] ** 2).sum() / max((part**2).sum(), 1e-30)
+        parts = []
+        for place, arrays in scores.layers.items():
+            if layer in arrays:
+                array = arrays[layer].astype(float)
+                kept = choose_place(parent.family, places[place], array, arch.sizes(i))
+                parts.append(((array[np.ix_(*kept)] ** 2).sum(), (array**2).sum()))
+        if parts:
+            left[layer] = sum(some for some, _ in parts) / max(sum(all_ for _, all_ in parts), 1e-30)
     return {"widths": widths, "kept_importance": {str(k): round(float(v), 5) for k, v in left.items()}}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Any
 
 from rich.console import Console
@@ -9,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from minipuzzle.core.budget import Workload, human_bytes, human_count
-from minipuzzle.families.architecture import ATTENTION, FFN, KIND_NAMES, MAMBA, MOE, Architecture
+from minipuzzle.families import registry
+from minipuzzle.families.architecture import Architecture
 
-COLORS = {MAMBA: "bright_blue", ATTENTION: "dark_orange", FFN: "green", MOE: "magenta"}
+COLORS = dict(zip(registry.kinds(), cycle(("bright_blue", "dark_orange", "green", "magenta")), strict=False))
 MEMORY = (("weights", "weights_bytes"), ("KV cache", "kv_cache_bytes"), ("Mamba state", "mamba_state_bytes"))
 
 
@@ -26,7 +28,7 @@ def print_inspection(arch: Architecture, workload: Workload, data: dict[str, Any
     console.print(Text(f"{arch.model_type}: {arch}"))
     console.print(layer_string(arch.pattern), "\n")
     counts, memory = data["parameters"], data["memory"]
-    kinds = {name: kind for kind, name in KIND_NAMES.items()}
+    kinds = {kind.name: letter for letter, kind in registry.kinds().items()}
     table = _table("parameters", "layers", "count", "share")
     for name, count in counts.items():
         if count and name not in ("total", "active", "mtp"):

@@ -45,7 +45,6 @@ from minipuzzle.pipeline.research import find_candidates
 from minipuzzle.pipeline.results import make_report, model_card_files, zero_warning
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.grid import random_architectures
-from minipuzzle.search.prices import KINDS
 from minipuzzle.search.rank import diverse, rank
 from minipuzzle.surgery.gate import reload_gate, sample_logits
 from minipuzzle.surgery.refit import BlockFit, check_samples, read_refit, write_refit
@@ -124,7 +123,8 @@ def score(job: Job) -> None:
 def score_layers_and_widths(job: Job, run: Pass) -> Scored:
     """By the recipe's `scores`: one-shot, racing, or iterative."""
     s = job.plan.recipe.scores
-    race = Race({kind: (min(drops), max(drops)) for kind, drops in zip(KINDS, job.plan.space.drops, strict=True)},
+    drops = job.plan.space.drops
+    race = Race({unit: (min(drops[name]), max(drops[name])) for name, unit in job.plan.parent.family.drops.items()},
                 s.confidence, s.layer_metric)
     if s.iterative:
         return score_iteratively(run, race)

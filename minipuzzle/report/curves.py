@@ -12,16 +12,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from minipuzzle.core.budget import human_bytes, human_count
-from minipuzzle.families.architecture import ATTENTION, FFN, KINDS, MAMBA, MOE, Architecture
-from minipuzzle.families.cost import block_parameters, cost
+from minipuzzle.families.cost import cost, layer_parameters
 from minipuzzle.report import facts
 from minipuzzle.report.facts import at
 from minipuzzle.report.plots import HALF, METRIC_WORDS, TALL, WIDE, in_units, layer_ticks, plain_ticks, wide_scale
 from minipuzzle.report.svg import CHOSEN, INK, KIND_COLORS, LINE, MUTED, SERIES, hover
 
 # weights are grey; the caches have the colour of the layers that keep them
-MEMORY_PARTS = (("weights_bytes", "weights", MUTED), ("kv_cache_bytes", "KV cache", KIND_COLORS[ATTENTION]),
-                ("mamba_state_bytes", "Mamba state", KIND_COLORS[MAMBA]))
+_CACHES, _STATES = (next(k for k, kind in facts.KINDS.items() if getattr(kind, what))
+                    for what in ("has_cache", "has_state"))
+MEMORY_PARTS = (("weights_bytes", "weights", MUTED), ("kv_cache_bytes", "KV cache", KIND_COLORS[_CACHES]),
+                ("mamba_state_bytes", "Mamba state", KIND_COLORS[_STATES]))
 
 
 # widths ----------------------------------------------------------------------------------------------
@@ -34,11 +35,11 @@ def widths(report: dict[str, Any]) -> Figure | None:
     rows = [r for r in at(report, "scores", "curves") or [] if at(r, "width") is not None]
     metric = next((m for m in (first, "kl", "mse", "loss_delta") if any(r.get(m) is not None for r in rows)), first)
     rows = [r for r in rows if r.get(metric) is not None]
-    least = {n: min((r["width"] for r in rows if r.get("axis") == n), default=0) for n in facts.WIDTH_WORDS}
+    least = {n: min((r["width"] for r in rows if r.get("axis") == n), default=0) for n in facts.WIDTHS}
     shares = [r for r in at(report, "scores", "widths") or []
               if at(r, "median") is not None and r["width"] >= least.get(r.get("axis"), 0)]
     cut = {r.get("axis") for r in rows} or {r.get("axis") for r in shares}
-    names = [n for n in facts.WIDTH_WORDS if n in cut]
+    names = [n for n in facts.WIDTHS if n in cut]
     if not names:
         return None
     parts = [(some, draw) for some, draw in ((shares, _share_panel), (rows, _damage_panel)) if some]
@@ -47,12 +48,12 @@ def widths(report: dict[str, Any]) -> Figure | None:
     for line, (some, draw) in zip(grid, parts, strict=True):
         for panel, name in zip(line, names, strict=False):
             own = sorted((r for r in some if r.get("axis") == name), key=lambda r: r["width"])
-            draw(panel, own, metric, facts.WIDTH_WORDS[name])
+            draw(panel, own, metric, facts.WIDTHS[name].label)
             _mark_width(panel, report, name)
         for panel in line[len(names):]:
             panel.set_visible(False)
     for panel, name in zip(grid[0], names, strict=False):
-        panel.set_title(facts.WIDTH_WORDS[name])
+        panel.set_title(facts.WIDTHS[name].label)
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         panel.invert_xaxis()
     if rows:
@@ -85,17 +86,17 @@ def cuts(report: dict[str, Any]) -> Figure | None:
     """Parameters of each of the parent's layers, and how many of them the result keeps."""
     parent, result = facts.architecture_of(at(report, "parent")), facts.architecture_of(at(report, "result"))
     kept = at(report, "result", "kept_layers")
-    if parent is None or result is None or kept is None or len(kept) != result.num_layers or MOE in parent.pattern:
+    if parent is None or result is None or kept is None or len(kept) != result.num_layers:
         return None
-    before = [_block(parent, i) for i in range(parent.num_layers)]
-    after = dict(zip(kept, (_block(result, i) for i in range(result.num_layers)), strict=True))
+    before = [layer_parameters(parent, i) for i in range(parent.num_layers)]
+    after = dict(zip(kept, (layer_parameters(result, i) for i in range(result.num_layers)), strict=True))
     shares = at(report, "scores", "kept_importance") or {}
     figure = Figure(figsize=(WIDE, 2.2), layout="constrained")
     axis = figure.subplots()
     step, unit = in_units("params", max(before))
     words = {i: _cut_words(i, parent.pattern[i], n, after.get(i, 0), shares.get(str(i))) for i, n in enumerate(before)}
     for color, sizes in [(LINE, dict(enumerate(before)))] + [
-            (KIND_COLORS[kind], {i: n for i, n in after.items() if parent.pattern[i] == kind}) for kind in KINDS]:
+            (KIND_COLORS[kind], {i: n for i, n in after.items() if parent.pattern[i] == kind}) for kind in KIND_COLORS]:
         if sizes:
             boxes = [[(i - 0.4, 0), (i + 0.4, 0), (i + 0.4, n / step), (i - 0.4, n / step)] for i, n in sizes.items()]
             marks = PolyCollection(boxes, facecolors=color, linewidths=0)
@@ -107,13 +108,8 @@ def cuts(report: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def _block(arch: Architecture, layer: int) -> int:
-    kind = arch.pattern[layer]
-    return sum(block_parameters(arch, kind, arch.ffn_size_of(layer) if kind == FFN else 0))
-
-
 def _cut_words(layer: int, kind: str, before: int, after: int, share: float | None) -> str:
-    text = f"layer {layer} ({facts.KIND_WORDS[kind]}): {human_count(before)} parameters, "
+    text = f"layer {layer} ({facts.KINDS[kind].label}): {human_count(before)} parameters, "
     return text + (f"{human_count(after)} kept ({after / before:.0%})" if after else "all cut") \
         + (f"; {share:.1%} of the importance of its channels kept" if share is not None else "")
 

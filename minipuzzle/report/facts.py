@@ -8,11 +8,12 @@ from typing import Any
 
 from minipuzzle.core.budget import BUDGET_KEYS, Workload, human_bytes, human_count
 from minipuzzle.core.errors import UnsupportedModel
-from minipuzzle.families.architecture import ATTENTION, FFN, KINDS, MAMBA, Architecture
+from minipuzzle.families import registry
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.base import Axis, Kind
 
-KIND_WORDS = {MAMBA: "Mamba", ATTENTION: "attention", FFN: "FFN"}
-WIDTH_WORDS = {"hidden_size": "hidden size", "ffn_size": "FFN width", "mamba_num_heads": "Mamba heads",
-               "mamba_head_dim": "Mamba head channels"}
+KINDS = registry.kinds()
+WIDTHS = registry.widths()
 TABLE_ROWS = 100
 ABSENT = "-"  # what stands for a number that was not measured
 
@@ -43,6 +44,21 @@ def architecture_of(data: Any) -> Architecture | None:
         return Architecture.from_json({k: v for k, v in at(data, "architecture").items() if v is not None})
     except (AttributeError, TypeError, KeyError, UnsupportedModel):
         return None
+
+
+def kinds_and_widths(report: dict[str, Any]) -> tuple[list[Kind], list[Axis]]:
+    """Of the parent's layers; of all families where the report does not know it."""
+    parent = architecture_of(at(report, "parent"))
+    if parent is None:
+        return [kind for kind in KINDS.values() if not kind.refuse], list(WIDTHS.values())
+    kinds = [kind for letter, kind in parent.family.kinds.items() if letter in parent.pattern]
+    used = frozenset[str]().union(*(kind.axes for kind in kinds))
+    return kinds, [axis for name, axis in parent.family.widths.items() if name in used]
+
+
+def legend(report: dict[str, Any]) -> str:
+    """M Mamba, * attention, - FFN."""
+    return ", ".join(f"{kind.letter} {kind.label}" for kind in kinds_and_widths(report)[0])
 
 
 def workload_of(report: dict[str, Any]) -> Workload:
@@ -161,17 +177,24 @@ def budget_of(report: dict[str, Any]) -> tuple[str, int | None]:
     return key, limits.get(key)
 
 
+def headings(report: dict[str, Any]) -> list[str]:
+    """Of the columns of `candidate_rows`."""
+    kinds, axes = kinds_and_widths(report)
+    return ["#", "candidate", *(kind.letter for kind in kinds), *(axis.heading for axis in axes), "parameters",
+            "memory", "predicted", "KL", "loss", "after", "agreement"]
+
+
 def candidate_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table; each cell is (text, value to sort by)."""
-    rows = []
+    rows, (kinds, axes) = [], kinds_and_widths(report)
     for rank, c in enumerate(best(report, TABLE_ROWS), 1):
         arch = architecture_of(c)
         cells: list[tuple[str, Any]] = [(str(rank), rank), (str(c.get("name", "?")), str(c.get("name", "?")))]
-        for kind in KINDS:
-            layers = arch.pattern.count(kind) if arch else None
+        for kind in kinds:
+            layers = arch.pattern.count(kind.letter) if arch else None
             cells.append((number(layers, "d"), layers))
-        for axis in WIDTH_WORDS:
-            width = widths_text(at(c, "architecture", axis))
+        for axis in axes:
+            width = widths_text(at(c, "architecture", axis.name))
             cells.append((width, width.split("..")[0]))
         for value, form in ((at(c, "cost", "parameters"), count), (at(c, "cost", "memory_bytes"), size),
                             (at(c, "predicted", "damage"), number), (at(c, "measured", "kl"), number),
@@ -262,12 +285,12 @@ def removed(report: dict[str, Any]) -> str:
     if parent is None or result is None:
         return ""
     gone = parent.num_layers - result.num_layers
-    kinds = [f"{parent.pattern.count(k) - result.pattern.count(k)} of {parent.pattern.count(k)} {KIND_WORDS[k]}"
-             for k in KINDS if parent.pattern.count(k) > result.pattern.count(k)]
+    kinds = [f"{parent.pattern.count(k) - result.pattern.count(k)} of {parent.pattern.count(k)} {KINDS[k].label}"
+             for k in parent.family.kinds if parent.pattern.count(k) > result.pattern.count(k)]
     text = f"{gone} of {parent.num_layers} layers ({', '.join(kinds)})" if gone else "no layer"
     before, after = parent.to_json(), result.to_json()
-    widths = [f"{words} {widths_text(before[axis])} → {widths_text(after[axis])}"
-              for axis, words in WIDTH_WORDS.items() if widths_text(before[axis]) != widths_text(after[axis])]
+    widths = [f"{axis.label} {widths_text(before[name])} → {widths_text(after[name])}"
+              for name, axis in parent.family.widths.items() if widths_text(before[name]) != widths_text(after[name])]
     return f"{text} and narrowing {', '.join(widths)}" if widths else f"{text}, all widths kept"
 
 
@@ -278,7 +301,7 @@ def strip(report: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     metric = at(report, "scores", "metric") or "kl"
     scores = {at(r, "layer"): at(r, metric) for r in at(report, "scores", "layers") or []}
-    return [{"kind": kind, "kept": i in kept, "text": f"layer {i}, {KIND_WORDS.get(kind, kind)}: "
+    return [{"kind": kind, "name": KINDS[kind].name, "kept": i in kept, "text": f"layer {i}, {KINDS[kind].label}: "
              + ("kept" if i in kept else "removed")
              + (f"; without it {metric} {scores[i]:.4g}" if scores.get(i) is not None else "")}
             for i, kind in enumerate(parent.pattern)]

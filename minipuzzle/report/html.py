@@ -56,8 +56,6 @@ NARROW = (curves.ranks, curves.tournament)  # two beside each other
 FOLDED = (plots.layers_by_other_metrics,)  # behind a fold
 # drawn a second time for phones; the others scroll sideways there
 PHONE = (plots.tradeoff, plots.prediction, curves.memory, curves.stages)
-HEADINGS = ("#", "candidate", "M", "*", "-", "hidden", "FFN", "heads", "channels", "parameters", "memory",
-            "predicted", "KL", "loss", "after", "agreement")
 SAMPLES = (("parent", "Parent"), ("pruned", "Pruned, not trained"), ("distilled", "Pruned and distilled"))
 
 
@@ -81,8 +79,8 @@ def render_html(report: dict[str, Any]) -> str:
     return environment().get_template("report.html").render(
         report=report, at=facts.at, sections=sections, verdict=unbroken(facts.verdict(report)),
         choice=facts.choice(report), recovery=unbroken(facts.recovery(report)), strip=facts.strip(report),
-        tiles=facts.key_figures(report),
-        samples=samples, headings=HEADINGS, rows=facts.candidate_rows(report), total=len(facts.candidates(report)),
+        kinds=facts.legend(report), tiles=facts.key_figures(report), samples=samples,
+        headings=facts.headings(report), rows=facts.candidate_rows(report), total=len(facts.candidates(report)),
         facts=_provenance(report), unbroken=unbroken)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from minipuzzle.core.budget import BUDGET_KEYS, human_budget
-from minipuzzle.families.architecture import KINDS
 from minipuzzle.report import facts
 from minipuzzle.report.facts import at
 from minipuzzle.report.svg import (
@@ -206,10 +206,16 @@ def prediction(report: dict[str, Any]) -> Figure | None:
 # layers ----------------------------------------------------------------------------------------------
 
 
-def kind_legend(figure: Figure, extra: list[Line2D] | None = None, kinds: tuple[str, ...] = KINDS) -> None:
+def kind_legend(figure: Figure, kinds: Iterable[str], extra: list[Line2D] | None = None) -> None:
     handles = [Line2D([], [], ls="", marker=KIND_MARKERS[k], color=KIND_COLORS[k], label=KIND_LABELS[k])
-               for k in kinds]
+               for k in in_order(kinds)]
     figure.legend(handles=handles + (extra or []), loc="outside lower center", ncols=5)
+
+
+def in_order(letters: Iterable[str]) -> list[str]:
+    """Each kind once, in the order of the legends."""
+    found = set(letters)
+    return [letter for letter in KIND_COLORS if letter in found]
 
 
 def layer_ticks(axis: Axes, kinds: str) -> None:
@@ -223,7 +229,8 @@ def layer_ticks(axis: Axes, kinds: str) -> None:
 
 
 def layer_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = [r for r in at(report, "scores", "layers") or [] if at(r, "kind") in KINDS and at(r, "layer") is not None]
+    rows = [r for r in at(report, "scores", "layers") or []
+            if at(r, "kind") in KIND_COLORS and at(r, "layer") is not None]
     return sorted(rows, key=lambda r: r["layer"])
 
 
@@ -259,7 +266,7 @@ def _layers(report: dict[str, Any], metrics: list[str]) -> Figure | None:
     for axis in axes[:-1]:
         axis.set_xlabel("")
     hollow = Line2D([], [], ls="", marker="o", markerfacecolor=CARD, color=INK, label="hollow, grey band: removed")
-    kind_legend(figure, [hollow] if gone else None)
+    kind_legend(figure, {r["kind"] for r in rows}, [hollow] if gone else None)
     return figure
 
 
@@ -268,7 +275,7 @@ def _importance(axis: Axes, rows: list[dict[str, Any]], metric: str, gone: set[i
     for layer in sorted(gone):
         axis.axvspan(layer - 0.5, layer + 0.5, color=LINE, alpha=0.6, lw=0, zorder=0)
     wide_scale(axis, "y", [r.get(metric) for r in rows])
-    for kind in KINDS:
+    for kind in in_order(r["kind"] for r in rows):
         for removed in (False, True):
             some = [r for r in rows if r["kind"] == kind and (r["layer"] in gone) == removed and
                     r.get(metric) is not None]
@@ -319,7 +326,7 @@ def grid_of_layers(rows: list[dict[str, Any]], pattern: str, names: list[str], n
     axis.tick_params(axis="y", length=0)
     layer_ticks(axis, pattern)
     handles = [Line2D([], [], ls="", marker="s", markersize=7, color=KIND_COLORS[k], label=f"{KIND_LABELS[k]} kept")
-               for k in KINDS]
+               for k in in_order(pattern)]
     dot = Line2D([], [], ls="", marker=".", color=MUTED, label="removed")
     figure.legend(handles=[*handles, dot], loc="outside lower center", ncols=4)
     return figure
@@ -327,7 +334,7 @@ def grid_of_layers(rows: list[dict[str, Any]], pattern: str, names: list[str], n
 
 def _grid_cells(axis: Axes, rows: list[dict[str, Any]], pattern: str) -> None:
     """A coloured cell for each kept layer, which says what it is, and a dot for each removed one."""
-    for kind in KINDS:
+    for kind in in_order(pattern):
         cells = [(x, y, c) for y, c in enumerate(rows) for x in c["kept_layers"]
                  if x < len(pattern) and pattern[x] == kind]
         if cells:
@@ -335,7 +342,7 @@ def _grid_cells(axis: Axes, rows: list[dict[str, Any]], pattern: str) -> None:
                      for x, y, _ in cells]
             marks = PolyCollection(boxes, facecolors=KIND_COLORS[kind], linewidths=0)
             axis.add_collection(marks)
-            hover(marks, [f"{c.get('name', '?')} keeps layer {x} ({facts.KIND_WORDS[kind]})" for x, _, c in cells])
+            hover(marks, [f"{c.get('name', '?')} keeps layer {x} ({facts.KINDS[kind].label})" for x, _, c in cells])
     gone = [(x, y) for y, c in enumerate(rows) for x in set(range(len(pattern))) - set(c["kept_layers"])]
     axis.plot([x for x, _ in gone], [y for _, y in gone], ls="", marker=".", color=MUTED, ms=2.5, mew=0)
 

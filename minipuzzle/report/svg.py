@@ -11,25 +11,27 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-from minipuzzle.families.architecture import ATTENTION, FFN, MAMBA
+from minipuzzle.families import registry
 
 INK, MUTED, LINE, CARD = "#1a1b1c", "#6a6b6c", "#d8d9da", "#fdfefe"
 # Okabe and Ito's palette; the dark page lightens the blue. A kind also has its marker and its letter.
-KIND_COLORS = {MAMBA: "#0072b2", ATTENTION: "#d55e00", FFN: "#009e73"}
-KIND_MARKERS = {MAMBA: "o", ATTENTION: "s", FFN: "^"}
-KIND_LABELS = {MAMBA: "Mamba (M)", ATTENTION: "attention (*)", FFN: "FFN (-)"}
+_KINDS = registry.kinds()
+KIND_COLORS = dict(zip(_KINDS, cycle(("#0072b2", "#d55e00", "#009e73", "#7a4ea3")), strict=False))
+KIND_MARKERS = dict(zip(_KINDS, cycle("os^D"), strict=False))
+KIND_LABELS = {letter: f"{kind.label} ({letter})" for letter, kind in _KINDS.items()}
 CHOSEN, FINALIST = "#e69f00", "#cc79a7"
 SERIES = (CHOSEN, FINALIST, "#56b4e9", "#8b6f47")  # runs side by side
 
 _VARIABLES = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", CARD: "var(--card)",
-              KIND_COLORS[MAMBA]: "var(--mamba)", KIND_COLORS[ATTENTION]: "var(--attention)",
-              KIND_COLORS[FFN]: "var(--ffn)", CHOSEN: "var(--chosen)", FINALIST: "var(--finalist)"}
+              **{KIND_COLORS[letter]: f"var(--{kind.name})" for letter, kind in reversed(_KINDS.items())},
+              CHOSEN: "var(--chosen)", FINALIST: "var(--finalist)"}
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none", "text.parse_math": False, "font.family": "DejaVu Sans", "font.size": 8.5,
     "axes.titlesize": 9, "axes.titlelocation": "left", "axes.labelsize": 8.5, "legend.fontsize": 8,

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from minipuzzle.core.budget import human_bytes, human_count
-from minipuzzle.families.architecture import KIND_NAMES, KINDS, Architecture
+from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import Cost
 
 
@@ -52,12 +52,11 @@ class Candidate:
 
     def row(self) -> dict[str, Any]:
         """One flat row for candidates.csv."""
-        arch = self.architecture
+        arch, family = self.architecture, self.architecture.family
         out: dict[str, Any] = {"name": self.name, "chosen": self.chosen, "pattern": arch.pattern}
-        out |= {f"num_{KIND_NAMES[kind]}": arch.pattern.count(kind) for kind in KINDS}
-        out |= {"hidden_size": arch.hidden_size, "mamba_num_heads": arch.mamba_num_heads,
-                "mamba_head_dim": arch.mamba_head_dim,
-                "ffn_size": arch.ffn_size if isinstance(arch.ffn_size, int) else "/".join(map(str, arch.ffn_size))}
+        out |= {f"num_{kind.name}": arch.pattern.count(k) for k, kind in family.kinds.items() if not kind.refuse}
+        out |= {n: "/".join(map(str, v)) if isinstance(v, tuple) else v for n, v in arch.sizes().items()
+                if n in family.widths}
         out |= self.cost.to_json()
         for prefix, values in (("predicted", self.predicted), ("measured", self.measured or {}),
                                ("after_distillation", self.after_distillation or {})):

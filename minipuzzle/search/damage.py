@@ -6,20 +6,20 @@
 
 For kl the interaction is half the covariance of the changes of the logits under the parent's probabilities, for mse the
 mean product of the errors (importance/layers.py). rank.py says how well it predicts what was measured.
-The suffixes: L = layers, C = combinations of layer counts, W = combinations of widths.
+The suffixes: L = layers, C = combinations of layer counts, W = combinations of widths, A = axes.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from minipuzzle.core.errors import CorruptArtifact, RecipeError
-from minipuzzle.core.scores import LAYER_METRICS, WIDTH_AXES, LayerScores, WidthCurves
+from minipuzzle.core.scores import LAYER_METRICS, LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.search.prices import KINDS
 from minipuzzle.search.space import Space
 
 
@@ -36,19 +36,19 @@ class Damage:
     values_NL: np.ndarray | None = None  # what each sample says of values_L, NaN where a race did not look
     pairs_NLL: np.ndarray | None = None
 
-    def widths_stderr(self, index_W4: np.ndarray) -> np.ndarray | None:
+    def widths_stderr(self, index_WA: np.ndarray) -> np.ndarray | None:
         """[W] standard error of `widths`, with the axes' errors independent; NaN where it was not measured."""
         if self.axes_stderr is None:
             return None
-        errors_4W = np.stack([values[index_W4[:, i]] for i, values in enumerate(self.axes_stderr)])
-        return np.asarray(np.sqrt((errors_4W**2).sum(0)))
+        errors_AW = np.stack([values[index_WA[:, i]] for i, values in enumerate(self.axes_stderr)])
+        return np.asarray(np.sqrt((errors_AW**2).sum(0)))
 
-    def widths(self, index_W4: np.ndarray) -> np.ndarray | None:
+    def widths(self, index_WA: np.ndarray) -> np.ndarray | None:
         """[W] damage by the widths at these indices of the axes."""
         if self.axes is None:
             return None
-        damage_4W = np.stack([values[index_W4[:, i]] for i, values in enumerate(self.axes)])
-        return np.asarray(damage_4W.sum(0))
+        damage_AW = np.stack([values[index_WA[:, i]] for i, values in enumerate(self.axes)])
+        return np.asarray(damage_AW.sum(0))
 
     def layers(self, space: Space) -> np.ndarray | None:
         """[C] damage by the layers that go, the lowest-scored of each kind first."""
@@ -134,16 +134,16 @@ def predict(parent: Architecture, space: Space, scores: LayerScores | None, curv
                 values_NL = None
             else:
                 pairs_NLL = pairs_NLL * (1 - np.eye(len(pairs_LL)))
-    orders = tuple(drop_order(parent, kind, values_L, order_L) for kind in KINDS)
+    orders = tuple(drop_order(parent, kind, values_L, order_L) for kind in parent.family.drops.values())
     if curves is not None:
         if metric not in curves.table.columns:
             have = [c for c in curves.table.columns if c in LAYER_METRICS]
             raise RecipeError(f"width curves have no column {metric!r}; they have {', '.join(have) or 'no metric'}")
         axes = tuple(_curve(parent, curves, axis, metric, values)
-                     for axis, values in zip(WIDTH_AXES, space.widths, strict=True))
+                     for axis, values in space.widths.items())
         if f"{metric}_stderr" in curves.table.columns:
             axes_stderr = tuple(curves.damage(axis, f"{metric}_stderr", np.array(values), _whole(parent, axis, values))
-                                for axis, values in zip(WIDTH_AXES, space.widths, strict=True))
+                                for axis, values in space.widths.items())
     return Damage(orders, values_L, stderr_L, axes, axes_stderr, pairs_LL, values_NL, pairs_NLL)
 
 
@@ -178,8 +178,8 @@ def _interactions(scores: LayerScores | None, metric: str, asked: bool) -> np.nd
 
 def drop_order(parent: Architecture, kind: str, values_L: np.ndarray | None,
                order_L: np.ndarray | None = None) -> list[int]:
-    """Layers of a kind in the order in which they go: by `order_L` where iterative scoring found one, then lowest
-    score first; of equals the later one goes first.
+    """Layers of a kind (the first of each run that goes together) in the order in which they go: by `order_L` where
+    iterative scoring found one, then lowest score first; of equals the later one goes first.
 
     (The published scores of the 56B have one such tie at the cut, FFN 85 and 96, and 96 went.) Without scores
     there is no ranking, and those nearest to the middle of the stack go first: in every published profile the
@@ -194,26 +194,26 @@ def drop_order(parent: Architecture, kind: str, values_L: np.ndarray | None,
 def _dropped_sums(values_L: np.ndarray, orders: tuple[list[int], ...], space: Space) -> np.ndarray:
     """[C] sum of the values of the layers that go."""
     sums = [np.concatenate([[0.0], np.cumsum(values_L[order])])[list(drops)]
-            for order, drops in zip(orders, space.drops, strict=True)]
-    return np.ravel(sums[0][:, None, None] + sums[1][:, None] + sums[2])
+            for order, drops in zip(orders, space.drops.values(), strict=True)]
+    return np.ravel(functools.reduce(np.add.outer, sums))
 
 
 def _dropped_pairs(pairs_LL: np.ndarray, orders: tuple[list[int], ...], space: Space) -> np.ndarray:
     """[C] sum of the interactions of all pairs of layers that go, each counted twice."""
     out: np.ndarray | float = 0.0
-    for a, (order, drops) in enumerate(zip(orders, space.drops, strict=True)):
-        for b, (other, more) in enumerate(zip(orders, space.drops, strict=True)):
+    for a, (order, drops) in enumerate(zip(orders, space.drops.values(), strict=True)):
+        for b, (other, more) in enumerate(zip(orders, space.drops.values(), strict=True)):
             sums = np.zeros((len(order) + 1, len(other) + 1))
             sums[1:, 1:] = pairs_LL[np.ix_(order, other)].cumsum(0).cumsum(1)
             if a == b:
-                shape = [1, 1, 1]
+                shape = [1] * len(orders)
                 shape[a] = len(drops)
                 out = out + sums[list(drops), list(drops)].reshape(shape)
             elif a < b:
-                shape = [1, 1, 1]
+                shape = [1] * len(orders)
                 shape[a], shape[b] = len(drops), len(more)
                 out = out + 2 * sums[np.ix_(drops, more)].reshape(shape)
-    return np.ravel(np.broadcast_to(out, [len(drops) for drops in space.drops]))
+    return np.ravel(np.broadcast_to(out, [len(drops) for drops in space.drops.values()]))
 
 
 def _curve(parent: Architecture, curves: WidthCurves, axis: str, metric: str, widths: tuple[int, ...]) -> np.ndarray:
@@ -229,7 +229,7 @@ def _curve(parent: Architecture, curves: WidthCurves, axis: str, metric: str, wi
 
 def _whole(parent: Architecture, axis: str, widths: tuple[int, ...]) -> int:
     """The parent's own width."""
-    return max(parent.ffn_sizes, default=widths[-1]) if axis == "ffn_size" else int(getattr(parent, axis))
+    return int(parent.widest()[axis] or widths[-1])
 
 
 def _check_finite(values: np.ndarray, what: str, metric: str) -> None:

@@ -2,7 +2,7 @@
 
 A point is a number of layers of each kind to drop, and the widths. Its layers are not searched: the
 lowest-scored of each kind go (damage.py has the formula).
-The suffixes: C = combinations of layer counts, W = combinations of widths, P = points.
+The suffixes: C = combinations of layer counts, W = combinations of widths, P = points, K = kinds, A = axes.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import hashlib
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.scores import WIDTH_AXES, LayerScores, WidthCurves
+from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.damage import Damage, predict
 from minipuzzle.search.infeasible import refuse_infeasible
-from minipuzzle.search.prices import KINDS, check_range, fits, prices
+from minipuzzle.search.prices import check_range, fits, prices
 from minipuzzle.search.space import Space
 
 CHUNK = 2**20  # points priced at once: some tens of MB
@@ -76,11 +77,11 @@ def search_architectures(parent: Architecture, space: Space, budget: Budget, wor
                           "give its ranges larger steps")
     if keep < 1:
         raise RecipeError(f"search.keep {keep} must be at least 1")
-    counts_C3 = kept_counts(parent, space)
+    counts_CK = kept_counts(parent, space)
     refuse_infeasible(parent, space, budget, workload)
     check_range(parent, workload)
     predicted = predict(parent, space, scores, curves, metric, damage)
-    best, feasible = _scan(parent, space, budget, workload, counts_C3, predicted, keep)
+    best, feasible = _scan(parent, space, budget, workload, counts_CK, predicted, keep)
     candidates = _candidates(parent, space, budget, workload, predicted, best)
     return SearchResult(candidates, space.num_points, feasible)
 
@@ -112,32 +113,32 @@ def _lots(number: np.ndarray, seed: int) -> np.ndarray:
 
 
 def kept_counts(parent: Architecture, space: Space) -> np.ndarray:
-    """[C, 3] layers of each kind that stay."""
-    counts_C3 = np.array([[parent.pattern.count(kind) - n for kind, n in zip(KINDS, drops, strict=True)]
-                          for drops in itertools.product(*space.drops)])
-    assert counts_C3.min() >= 0, "a space of another parent"
-    assert counts_C3.sum(1).min() >= 1, "a point without layers"
-    return counts_C3
+    """[C, K] layers of each kind that stay."""
+    counts_K = np.array([len(parent.layers_of(unit)) for unit in parent.family.drops.values()])
+    counts_CK: np.ndarray = counts_K - np.array(list(itertools.product(*space.drops.values())))
+    assert counts_CK.min() >= 0, "a space of another parent"
+    assert counts_CK.sum(1).min() >= 1, "a point without layers"
+    return counts_CK
 
 
-def _scan(parent: Architecture, space: Space, budget: Budget, workload: Workload, counts_C3: np.ndarray,
+def _scan(parent: Architecture, space: Space, budget: Budget, workload: Workload, counts_CK: np.ndarray,
           damage: Damage, keep: int, seed: int | None = None) -> tuple[_Points, int]:
     """(the best `keep` points, the number of feasible ones), in chunks of bounded memory. With a `seed` the best are
     those that draw the lowest numbers."""
-    shape_4 = tuple(len(values) for values in space.widths)
-    num_widths, feasible, worst = math.prod(shape_4), 0, np.inf
+    shape_A = tuple(len(values) for values in space.widths.values())
+    num_widths, feasible, worst = math.prod(shape_A), 0, np.inf
     best = _Points(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
     layers_C = damage.layers(space)
     if layers_C is None:
-        layers_C = np.zeros(len(counts_C3))
+        layers_C = np.zeros(len(counts_CK))
     for first_w in range(0, num_widths, CHUNK):
         number_W = np.arange(first_w, min(first_w + CHUNK, num_widths))
-        index_W4 = np.stack(np.unravel_index(number_W, shape_4), axis=1)
-        lines = prices(parent, workload, width_values(space, index_W4))
-        widths_W = damage.widths(index_W4)
+        index_WA = np.stack(np.unravel_index(number_W, shape_A), axis=1)
+        lines = prices(parent, workload, width_values(space, index_WA))
+        widths_W = damage.widths(index_WA)
         rows = max(1, CHUNK // len(number_W))
-        for first_c in range(0, len(counts_C3), rows):
-            counts = counts_C3[first_c : first_c + rows]
+        for first_c in range(0, len(counts_CK), rows):
+            counts = counts_CK[first_c : first_c + rows]
             fits_CW = fits(lines, budget.limits, counts)
             feasible += int(np.count_nonzero(fits_CW))
             if seed is None:
@@ -164,28 +165,31 @@ def _smallest(keys: list[np.ndarray], keep: int) -> np.ndarray:
     return np.concatenate([below, tied])
 
 
-def width_values(space: Space, index_W4: np.ndarray) -> np.ndarray:
-    """[W, 4] widths at these indices of the axes."""
-    return np.stack([np.array(values)[index_W4[:, i]] for i, values in enumerate(space.widths)], axis=1)
+def width_values(space: Space, index_WA: np.ndarray) -> dict[str, np.ndarray]:
+    """Axis -> the widths [W] at these indices of the axes."""
+    return {name: np.array(values)[index_WA[:, i]] for i, (name, values) in enumerate(space.widths.items())}
 
 
 def _candidates(parent: Architecture, space: Space, budget: Budget, workload: Workload, damage: Damage,
                 points: _Points) -> list[Candidate]:
-    """The points as candidates: every cost again by families/cost.py, and checked."""
-    drops_C = list(itertools.product(*space.drops))
-    shape_4 = tuple(len(values) for values in space.widths)
-    c_P, w_P = np.divmod(points.number_P, math.prod(shape_4))
-    index_P4 = np.stack(np.unravel_index(w_P, shape_4), axis=1)
-    widths_P, layers_C, stderr_C = damage.widths(index_P4), damage.layers(space), damage.layers_stderr(space)
-    width_stderr_P = damage.widths_stderr(index_P4)
+    """The points as candidates: every cost again in exact integers, and checked."""
+    drops_C = list(itertools.product(*space.drops.values()))
+    shape_A = tuple(len(values) for values in space.widths.values())
+    c_P, w_P = np.divmod(points.number_P, math.prod(shape_A))
+    index_PA = np.stack(np.unravel_index(w_P, shape_A), axis=1)
+    widths_P, layers_C, stderr_C = damage.widths(index_PA), damage.layers(space), damage.layers_stderr(space)
+    width_stderr_P = damage.widths_stderr(index_PA)
     digits = max(4, len(str(len(c_P))))
     kept_of: dict[int, tuple[int, ...]] = {}
     out = []
-    for i, (c, widths) in enumerate(zip(c_P.tolist(), width_values(space, index_P4).tolist(), strict=True)):
+    widths_AP = [values.tolist() for values in width_values(space, index_PA).values()]
+    for i, (c, *widths) in enumerate(zip(c_P.tolist(), *widths_AP, strict=True)):
         if c not in kept_of:
             gone = {layer for order, n in zip(damage.orders, drops_C[c], strict=True) for layer in order[:n]}
+            gone = parent.together(gone)
             kept_of[c] = tuple(layer for layer in range(parent.num_layers) if layer not in gone)
-        arch = dataclasses.replace(parent.keep(kept_of[c]), **dict(zip(WIDTH_AXES, widths, strict=True)))
+        changes: dict[str, Any] = dict(zip(space.widths, widths, strict=True))
+        arch = dataclasses.replace(parent.keep(kept_of[c]), **changes)
         exact = cost(arch, workload)
         assert exact.parameters == points.parameters_P[i], (exact, points.parameters_P[i])
         assert not budget.exceeded(exact.to_json()), (exact, budget)

@@ -12,24 +12,23 @@ from typing import Any
 
 from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload, human_budget, parse_quantity
 from minipuzzle.core.errors import Infeasible
-from minipuzzle.core.scores import WIDTH_AXES
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
-from minipuzzle.search.prices import KINDS
-from minipuzzle.search.space import DROPS, WIDTHS, Space, axes_of
+from minipuzzle.search.space import Space, bounds_of
 
 
 def shape(parent: Architecture, counts: Sequence[int], widths: Sequence[int]) -> Architecture:
-    """An architecture with so many (Mamba, FFN, attention) layers, in any order: for its price only."""
-    pattern = "".join(kind * int(n) for kind, n in zip(KINDS, counts, strict=True))
-    values: dict[str, Any] = dict(zip(WIDTH_AXES, map(int, widths), strict=True))
+    """An architecture with so many layers of each kind, in any order: for its price only."""
+    units = parent.family.drops.values()
+    pattern = "".join(unit * int(n) for unit, n in zip(units, counts, strict=True))
+    values: dict[str, Any] = dict(zip(parent.family.widths, map(int, widths), strict=True))
     return dataclasses.replace(parent, pattern=pattern, **values)
 
 
 def refuse_infeasible(parent: Architecture, space: Space, budget: Budget, workload: Workload) -> None:
     """Raises Infeasible if the smallest architecture of the space breaks the budget."""
-    fewest = [parent.pattern.count(kind) - drops[-1] for kind, drops in zip(KINDS, space.drops, strict=True)]
-    smallest = shape(parent, fewest, [values[0] for values in space.widths])
+    fewest = [len(parent.layers_of(unit)) - space.drops[name][-1] for name, unit in parent.family.drops.items()]
+    smallest = shape(parent, fewest, [values[0] for values in space.widths.values()])
     if budget.exceeded(cost(smallest, workload).to_json()):
         raise infeasible(parent, smallest, budget, workload)
 
@@ -76,15 +75,15 @@ def _advice(parent: Architecture, smallest: Architecture, budget: Budget, worklo
 
 def _wider(parent: Architecture, smallest: Architecture) -> Iterator[tuple[Architecture, str]]:
     """The smallest architecture with one axis cut in half, as far as it goes, and how to ask for it."""
-    axes = axes_of(dataclasses.replace(parent, ffn_size=max(parent.ffn_sizes, default=1)))
-    counts = [smallest.pattern.count(kind) for kind in KINDS]
-    widths = [getattr(smallest, name) for name in WIDTHS]
-    for i, name in enumerate(DROPS):
+    axes, family = bounds_of(dataclasses.replace(parent, **parent.widest())), parent.family
+    counts = [len(smallest.layers_of(unit)) for unit in family.drops.values()]
+    widths = [smallest.sizes()[name] for name in family.widths]
+    for i, name in enumerate(family.drops):
         half = max(axes[name].whole - axes[name].most, -(-counts[i] // 2))
         if half < counts[i]:
             fewer = [*counts[:i], half, *counts[i + 1 :]]
             yield shape(parent, fewer, widths), f"space.{name} up to {axes[name].whole - half}"
-    for i, name in enumerate(WIDTHS):
-        half = max(axes[name].divisor, widths[i] // 2 // axes[name].divisor * axes[name].divisor)
+    for i, name in enumerate(family.widths):
+        half = max(axes[name].least, widths[i] // 2 // axes[name].divisor * axes[name].divisor)
         if half < widths[i]:
             yield shape(parent, counts, [*widths[:i], half, *widths[i + 1 :]]), f"space.{name} down to {half}"

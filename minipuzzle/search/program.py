@@ -17,29 +17,33 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from minipuzzle.core.errors import ResourceError
-from minipuzzle.families.architecture import ATTENTION, FFN, Architecture
-from minipuzzle.search.prices import KINDS, SIXTEENTHS, Line
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.search.prices import HALF_BITS, Line
 
 INFEASIBLE = 2  # status of scipy.optimize.milp
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a layer can do: stay, with one of `widths` if it is an FFN (the widest first), or go; in order of layers."""
+    """What a layer can do: stay, with one of `widths` if it is an FFN (the widest first), or go; in order of layers.
+
+    "FFN" stands here for the kind of layer whose width may differ from layer to layer.
+    """
 
     layer_O: np.ndarray
-    kind_O: np.ndarray  # place in KINDS
+    kind_O: np.ndarray  # place in the family's drops
     width_O: np.ndarray  # of an FFN that stays, else 0
     drop_O: np.ndarray
+    ffn: int  # the FFN's place there
 
     @classmethod
-    def of(cls, pattern: str, widths: Sequence[int]) -> Options:
-        rows = []
-        for layer, kind in enumerate(pattern):
-            rows += [(layer, KINDS.index(kind), width, False) for width in (widths if kind == FFN else [0])]
-            rows.append((layer, KINDS.index(kind), 0, True))
+    def of(cls, parent: Architecture, ffn: str, widths: Sequence[int]) -> Options:
+        rows, kinds = [], list(parent.family.drops.values())
+        for layer, kind in enumerate(parent.pattern):
+            rows += [(layer, kinds.index(kind), width, False) for width in (widths if kind == ffn else [0])]
+            rows.append((layer, kinds.index(kind), 0, True))
         layer_O, kind_O, width_O, drop_O = (np.array(column) for column in zip(*rows, strict=True))
-        return cls(layer_O, kind_O, width_O, drop_O)
+        return cls(layer_O, kind_O, width_O, drop_O, kinds.index(ffn))
 
     def __len__(self) -> int:
         return len(self.layer_O)
@@ -94,10 +98,10 @@ def build(parent: Architecture, drops: Sequence[Sequence[int]], widths: Sequence
         program.row(np.flatnonzero(options.layer_O == layer), 1, 1, 1)
     program.dropped = np.concatenate([_dropped(program, kind, values) for kind, values in enumerate(drops)])
     _count_neurons(program, widths)
-    counts = [parent.pattern.count(kind) for kind in KINDS]
+    counts = [parent.pattern.count(kind) for kind in parent.family.drops.values()]
     for key, (line, limit) in budgets.items():
-        limit *= SIXTEENTHS.get(key, 1)
-        each, neuron = _unit_costs(line, widths)
+        limit *= HALF_BITS.get(key, 1)
+        each, neuron = _unit_costs(line, widths, options.ffn)
         base = float(line.base_W[0]) + sum(n * price for n, price in zip(counts, each, strict=True))
         columns = np.append(program.dropped, program.neurons)
         values = np.array([-price for price in each] + [neuron * program.unit])
@@ -125,7 +129,7 @@ def _count_neurons(program: Program, widths: Sequence[int]) -> None:
     program.unit = int(np.gcd.reduce(np.array(widths)))
     width_O = program.options.width_O
     kept = np.flatnonzero(width_O)
-    most = int((program.options.kind_O[program.options.drop_O] == KINDS.index(FFN)).sum()) * widths[0]
+    most = int((program.options.kind_O[program.options.drop_O] == program.options.ffn).sum()) * widths[0]
     program.neurons = program.columns(1, 0, most // program.unit)
     program.row(np.append(kept, program.neurons), np.append(width_O[kept] // program.unit, -1), 0, 0)
 
@@ -150,20 +154,16 @@ def forbid(program: Program, chosen_L: np.ndarray) -> None:
     program.row(np.concatenate(ways), 1, 1, np.inf)
 
 
-def _unit_costs(line: Line, widths: Sequence[int]) -> tuple[list[float], float]:
+def _unit_costs(line: Line, widths: Sequence[int], ffn: int) -> tuple[list[float], float]:
     """(the cost of a layer of each kind, of an FFN neuron); where widths differ, of an FFN layer without its neurons.
 
-    The KV cache of n layers is rounded up to bytes as a whole; here each has the least share that it has for any n, so
-    that nothing within the budget is lost.
+    The KV cache is rounded up to bytes as a whole; here it is not, so that nothing within the budget is lost.
     """
-    each = [float(line.each_3W[kind, 0]) for kind in range(len(KINDS))]
-    if len(line.extra) > 1:
-        each[KINDS.index(ATTENTION)] += float((line.extra[1:] / np.arange(1, len(line.extra))).min())
+    each = [float(price) for price in line.each_KW[:, 0] + line.cache_K]
     if len(widths) == 1:
         return each, 0.0
-    ffn = line.each_3W[KINDS.index(FFN)]
-    neuron = float(ffn[0] - ffn[-1]) / (widths[0] - widths[-1])
-    each[KINDS.index(FFN)] -= neuron * widths[0]
+    neuron = float(line.each_KW[ffn, 0] - line.each_KW[ffn, -1]) / (widths[0] - widths[-1])
+    each[ffn] -= neuron * widths[0]
     return each, neuron
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import numpy as np
 from scipy import stats
 
-from minipuzzle.families.architecture import KINDS
 from minipuzzle.search.candidate import Candidate
 
 
@@ -51,11 +50,11 @@ def diverse(candidates: list[Candidate], count: int) -> list[Candidate]:
     (null last, then as given), hence the best predicted is first.
     """
     ordered = sorted(candidates, key=lambda c: _number(c.predicted, "damage"))
-    quota, taken = math.ceil(count / 8), Counter[tuple[int, ...]]()
+    quota, taken = math.ceil(count / 8), Counter[tuple[str, int]]()
     chosen: list[int] = []
     left_out: list[int] = []
     for position, c in enumerate(ordered):
-        shape = (*(c.architecture.pattern.count(kind) for kind in KINDS), c.architecture.hidden_size)
+        shape = ("".join(sorted(c.architecture.pattern)), c.architecture.hidden_size)
         taken[shape] += 1
         (chosen if taken[shape] <= quota else left_out).append(position)
     chosen = (chosen + left_out)[: max(0, count)]

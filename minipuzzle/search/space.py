@@ -9,68 +9,53 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from minipuzzle.core.errors import RecipeError, UnsupportedModel
-from minipuzzle.families.architecture import ATTENTION, FFN, KIND_NAMES, MAMBA, MOE, Architecture
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.registry import FAMILIES
 
-# The axes, in the order in which points are numbered, and the kind of layer each belongs to.
-DROPS = {"drop_mamba": MAMBA, "drop_ffn": FFN, "drop_attention": ATTENTION}
-WIDTHS = {"hidden_size": None, "ffn_size": FFN, "mamba_num_heads": MAMBA, "mamba_head_dim": MAMBA}
 _RELATIVE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*x\s*")
 
 
 @dataclass(frozen=True)
 class Space:
-    """Absolute values of each axis, ascending. The space is their Cartesian product."""
+    """Absolute values, ascending, by the keys of a recipe and in the family's order. The space is their Cartesian
+    product.
 
-    drop_mamba: tuple[int, ...]
-    drop_ffn: tuple[int, ...]
-    drop_attention: tuple[int, ...]
-    hidden_size: tuple[int, ...]
-    ffn_size: tuple[int, ...]
-    mamba_num_heads: tuple[int, ...]
-    mamba_head_dim: tuple[int, ...]
+    drops: how many of a kind of layer go (or of a run of layers that go together). widths: values of an axis.
+    """
+
+    drops: Mapping[str, tuple[int, ...]]
+    widths: Mapping[str, tuple[int, ...]]
 
     def __post_init__(self) -> None:
-        for name, values in asdict(self).items():
+        for name, values in (self.drops | self.widths).items():  # type: ignore[operator]
             assert values, f"{name} has no values"
             assert list(values) == sorted(set(values)), f"{name} {values}: ascending, each once"
 
     @property
-    def drops(self) -> tuple[tuple[int, ...], ...]:
-        """Mamba, FFN, attention: numbers of layers that go."""
-        return self.drop_mamba, self.drop_ffn, self.drop_attention
-
-    @property
-    def widths(self) -> tuple[tuple[int, ...], ...]:
-        """Hidden, FFN, Mamba heads, Mamba head channels."""
-        return self.hidden_size, self.ffn_size, self.mamba_num_heads, self.mamba_head_dim
-
-    @property
     def num_points(self) -> int:
-        return math.prod(len(values) for values in (*self.drops, *self.widths))
+        return math.prod(len(values) for values in (*self.drops.values(), *self.widths.values()))
 
     def to_json(self) -> dict[str, list[int]]:
-        return {name: list(values) for name, values in asdict(self).items()}
+        return {name: list(values) for part in (self.drops, self.widths) for name, values in part.items()}
 
 
 @dataclass(frozen=True)
-class Axis:
+class Bounds:
     """What a parent allows on one axis: `least` to `most` in multiples of `divisor`; `whole` is 1x."""
 
     name: str
     whole: int
     least: int
     most: int
-    divisor: int  # of every value; a model with another one cannot be built
-    rounding: int  # of values that are relative; a taste of the hardware, not a need
-
-    @property
-    def is_drop(self) -> bool:
-        return self.name in DROPS
+    divisor: int = 1  # of every value; a model with another one cannot be built
+    groups: str = ""  # what the divisor is
+    rounding: int = 1  # of values that are relative; a taste of the hardware, not a need
+    is_drop: bool = True
 
     def relative(self, factor: Fraction) -> int:
         """`factor` of the parent: floored for drops, to the nearest multiple of `rounding` for widths."""
@@ -81,36 +66,30 @@ class Axis:
         return min(rounded, self.whole) if factor < 1 else rounded
 
 
-def axes_of(parent: Architecture) -> dict[str, Axis]:
-    """The seven axes of a parent. One attention layer stays if it has any, and one layer in all.
+def bounds_of(parent: Architecture) -> dict[str, Bounds]:
+    """The axes of a parent by their keys in a recipe. One layer with a KV cache stays if it has any, else one of the
+    kind that it has most of.
 
     Raises:
-        RecipeError: the parent has a width for each FFN layer.
-        UnsupportedModel: the parent is no nemotron_h, or has MoE layers.
+        RecipeError: the parent's layers differ in a width.
+        UnsupportedModel: the parent cannot be pruned.
     """
-    if parent.model_type != "nemotron_h" or MOE in parent.pattern:
-        raise UnsupportedModel(f"a {parent.model_type} model with layers {parent.pattern} can be inspected, but not "
-                               "searched or pruned yet; supported are M, * and - of nemotron_h")
-    if isinstance(parent.ffn_size, tuple):
-        raise RecipeError(f"the parent has {min(parent.ffn_size)} to {max(parent.ffn_size)} neurons in its FFN layers; "
-                          "the search needs a parent with the same FFN width in every layer")
-    counts = {kind: parent.pattern.count(kind) for kind in DROPS.values()}
-    stays = ATTENTION if counts[ATTENTION] else max((MAMBA, FFN), key=lambda kind: counts[kind])
-    axes = {name: Axis(name, counts[kind], 0, counts[kind] - (kind == stays), 1, 1) for name, kind in DROPS.items()}
-    channels = 8 if parent.mamba_head_dim >= 32 else 4 if parent.mamba_head_dim >= 16 else 2
-    for name, whole, divisor, rounding in (
-        ("hidden_size", parent.hidden_size, 1, _coarse(parent.hidden_size)),
-        ("ffn_size", parent.ffn_size, 1, _coarse(parent.ffn_size)),
-        # heads stay in their group and every group keeps the same number (arXiv:2504.11409)
-        ("mamba_num_heads", parent.mamba_num_heads, parent.n_groups, parent.n_groups),
-        ("mamba_head_dim", parent.mamba_head_dim, 1, channels),
-    ):
-        axes[name] = Axis(name, whole, divisor, whole, divisor, rounding)
-    return axes
-
-
-def _coarse(width: int) -> int:
-    return 64 if width >= 1024 else 8
+    if parent.refusal:
+        raise UnsupportedModel(parent.refusal)
+    family, sizes = parent.family, parent.sizes()
+    counts = {unit: len(parent.layers_of(unit)) for unit in family.drops.values()}
+    cached = [unit for unit, n in counts.items() if n and any(family.kinds[k].has_cache for k in unit)]
+    stays = max(cached or counts, key=counts.__getitem__)
+    out = {name: Bounds(name, counts[unit], 0, counts[unit] - (unit == stays)) for name, unit in family.drops.items()}
+    for name, axis in family.widths.items():
+        whole = sizes[name]
+        if isinstance(whole, tuple):
+            raise RecipeError(f"the parent's {axis.label} is {min(whole)} to {max(whole)}; the search needs a parent "
+                              f"with the same {axis.label} in every layer")
+        divisor = sizes[axis.groups] if axis.groups else 1
+        out[name] = Bounds(name, whole, divisor * axis.per_group, whole, divisor, axis.groups,
+                           divisor if axis.groups else axis.rounding(whole), is_drop=False)
+    return out
 
 
 def resolve_space(spec: Mapping[str, Sequence[int | str] | int | str | None], parent: Architecture) -> Space:
@@ -118,21 +97,22 @@ def resolve_space(spec: Mapping[str, Sequence[int | str] | int | str | None], pa
 
     A missing axis or null is the parent's own value alone. Drops above the number of layers are clipped to it.
     Without a step, drops go by 1 and widths by an eighth of the parent. The widths of a kind of layer that the
-    parent does not have are left at the parent's: another value would be the same model again.
+    parent does not have are left at the parent's: another value would be the same model again. So are the axes of
+    other families.
 
     Raises:
         RecipeError: an unknown axis, something that is not a range, an empty range, more drops than layers,
             widths above the parent's, heads that do not divide by the groups.
     """
-    axes = axes_of(parent)
-    unknown = sorted(set(spec) - set(axes))
+    family, bounds = parent.family, bounds_of(parent)
+    known = {name for other in FAMILIES.values() if other.write for name in (*other.drops, *other.widths)}
+    unknown = sorted(set(spec) - known)
     if unknown:
-        raise RecipeError(f"unknown axis {', '.join(unknown)} in space; known: {', '.join(axes)}")
-    points = {name: _points(axis, spec.get(name)) for name, axis in axes.items()}
-    for name, kind in WIDTHS.items():
-        if kind is not None and kind not in parent.pattern:
-            points[name] = (axes[name].whole,)
-    return Space(**points)
+        raise RecipeError(f"unknown axis {', '.join(unknown)} in space; known: {', '.join(bounds)}")
+    used = frozenset[str]().union(*(family.kinds[kind].axes for kind in parent.pattern))
+    points = {name: _points(axis, spec.get(name) if axis.is_drop or name in used else None)
+              for name, axis in bounds.items()}
+    return Space({n: points[n] for n in family.drops}, {n: points[n] for n in family.widths})
 
 
 def check_range(name: str, value: Any) -> list[int | Fraction]:
@@ -155,7 +135,7 @@ def check_range(name: str, value: Any) -> list[int | Fraction]:
     return found
 
 
-def _points(axis: Axis, value: Any) -> tuple[int, ...]:
+def _points(axis: Bounds, value: Any) -> tuple[int, ...]:
     """All values of one axis, ascending."""
     if value is None:
         return (0,) if axis.is_drop else (axis.whole,)
@@ -169,12 +149,12 @@ def _points(axis: Axis, value: Any) -> tuple[int, ...]:
     points = sorted({*range(low, high + 1, step), high})
     wrong = [point for point in points if point % axis.divisor]
     if wrong:
-        raise RecipeError(f"space.{axis.name} {value!r}: {wrong[0]} is not a multiple of n_groups {axis.divisor}; "
+        raise RecipeError(f"space.{axis.name} {value!r}: {wrong[0]} is not a multiple of {axis.groups} {axis.divisor}; "
                           f"write ends and step as multiples of {axis.divisor}")
     return tuple(points)
 
 
-def _within(axis: Axis, low: int, high: int) -> int:
+def _within(axis: Bounds, low: int, high: int) -> int:
     """The upper end as far as the parent goes."""
     if low < axis.least:
         raise RecipeError(f"space.{axis.name}: {low} is below the least, {axis.least}")
@@ -183,7 +163,7 @@ def _within(axis: Axis, low: int, high: int) -> int:
             raise RecipeError(f"space.{axis.name}: {high} is above the parent's {axis.most}")
         return high
     if low > axis.most:
-        name = KIND_NAMES[DROPS[axis.name]]
+        name = axis.name.removeprefix("drop_")
         raise RecipeError(f"space.{axis.name}: cannot drop {low}, at most {axis.most} of the parent's {axis.whole} "
                           f"{name} layers may go" + (" (one stays)" if axis.most < axis.whole else ""))
     return min(high, axis.most)

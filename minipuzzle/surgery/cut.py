@@ -11,27 +11,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from minipuzzle.core.scores import WidthScores
-from minipuzzle.families.architecture import FFN, MAMBA, Architecture
-from minipuzzle.families.base import Weights
-from minipuzzle.families.selection import Selection, select, slice_weights
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.base import HIDDEN
+from minipuzzle.families.mixers import Weights
+from minipuzzle.families.selection import Selection, select
+from minipuzzle.models.forward import final_norm
+from minipuzzle.models.slicing import slice_weights
 from minipuzzle.models.walk import Model, Path, Source
 from minipuzzle.surgery.refit import BlockFit, refit
 from minipuzzle.surgery.rotate import Rotation, rotate, rotate_weights
 
-
-class Widths(NamedTuple):
-    """How a layer is cut; 0 for a width that its kind does not have."""
-
-    hidden_size: int
-    ffn_size: int = 0
-    mamba_num_heads: int = 0
-    mamba_head_dim: int = 0
+# How a layer is cut: (axis, width) of each axis of its kind that can be
+Step = tuple[tuple[str, int], ...]
 
 
 class Cutter:
@@ -77,9 +74,7 @@ class Cutter:
         return x @ torch.from_numpy(self.rotation.basis[:, :hidden_size]).to(x)
 
     def _channels(self, hidden_size: int) -> torch.Tensor:
-        index = self._selection(hidden_size, None, None).hidden
-        assert index is not None
-        return torch.from_numpy(index)
+        return torch.from_numpy(self._selection(hidden_size, None, None).stream[HIDDEN])
 
     @cached_property
     def _whole_rotated(self) -> Model:
@@ -93,22 +88,19 @@ class Cutter:
             return self._whole_rotated.layers[layer]
         if layer not in self._rotated:
             assert self.rotation is not None
-            family, arch = self.source.family, self.source.arch
-            kind = arch.pattern[layer]
-            self._rotated = {layer: rotate_weights(weights, family.layer_axes(arch, kind), family.layer_readers(kind),
-                                                   self.rotation)}
+            arch = self.source.arch
+            reads = arch.family.kinds[arch.pattern[layer]].reads
+            self._rotated = {layer: rotate_weights(weights, arch.layer_weights(layer), reads, self.rotation)}
         return self._rotated[layer]
 
     # paths -----------------------------------------------------------------------------------------
 
     def path(self, target: Architecture, kept_layers: tuple[int, ...]) -> Path:
         """A candidate as a path through the parent's layers."""
-        steps: list[Widths | None] = [None] * self.source.arch.num_layers
+        steps: list[Step | None] = [None] * self.source.arch.num_layers
         for new, old in enumerate(kept_layers):
-            kind, hidden = target.pattern[new], target.hidden_size
-            steps[old] = (Widths(hidden, target.ffn_size_of(new)) if kind == FFN else
-                          Widths(hidden, 0, target.mamba_num_heads, target.mamba_head_dim) if kind == MAMBA else
-                          Widths(hidden))
+            axes, sizes = target.family.kinds[target.pattern[new]].axes, target.sizes(new)
+            steps[old] = tuple((name, sizes[name]) for name in target.family.widths if name in axes)
         return Path(target.hidden_size, tuple(steps))
 
     def embed(self, root: int, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -116,7 +108,7 @@ class Cutter:
         rows = self.source.embed(ids_BT)
         return self._rounded(name, self._top(root, name, rows.flatten(0, -2))).view(*ids_BT.shape, root)
 
-    def layer(self, layer: int, step: Widths, weights: Weights) -> tuple[Architecture, Weights]:
+    def layer(self, layer: int, step: Step, weights: Weights) -> tuple[Architecture, Weights]:
         prefix = self.source.family.layer_prefix(layer)
         cut = self._layer(layer, step, weights)
         return self._arch(step), {n: self._rounded(prefix + n, t) for n, t in cut.items()}
@@ -124,7 +116,7 @@ class Cutter:
     def finish(self, root: int, x_BTk: torch.Tensor) -> torch.Tensor:
         family = self.source.family
         norms = {n: self._rounded(n, self._top(root, n, self.source.norms[n])) for n in family.top_readers()}
-        return family.final_norm(replace(self.source.arch, hidden_size=root), norms, x_BTk)
+        return final_norm(replace(self.source.arch, hidden_size=root), norms, x_BTk)
 
     def head(self, root: int, rows_VD: torch.Tensor) -> torch.Tensor:
         name = self.source.family.head_name
@@ -147,36 +139,32 @@ class Cutter:
     def _turns(self, hidden_size: int) -> bool:
         return self.rotation is not None and hidden_size != self.source.arch.hidden_size
 
-    def _arch(self, step: Widths) -> Architecture:
+    def _arch(self, step: Step) -> Architecture:
         """The parent's layers at the widths of `step`."""
-        arch = self.source.arch
-        return replace(arch, hidden_size=step.hidden_size, ffn_size=step.ffn_size or arch.ffn_size,
-                       mamba_num_heads=step.mamba_num_heads or arch.mamba_num_heads,
-                       mamba_head_dim=step.mamba_head_dim or arch.mamba_head_dim)
+        changes: dict[str, Any] = dict(step)
+        return replace(self.source.arch, **changes)
 
-    def _selection(self, hidden_size: int, layer: int | None, step: Widths | None) -> Selection:
+    def _selection(self, hidden_size: int, layer: int | None, step: Step | None) -> Selection:
         arch, scores = self.source.arch, self.turned if self._turns(hidden_size) else self.scores
         if layer is None or step is None:
             return select(arch, replace(arch, hidden_size=hidden_size), (), scores)
-        one = replace(self._arch(step), pattern=arch.pattern[layer], ffn_size=step.ffn_size)
-        return select(arch, one, (layer,), scores)
+        return select(arch, self._arch(step).keep((layer,)), (layer,), scores)
 
-    def _layer(self, layer: int, step: Widths, weights: Weights) -> Weights:
+    def _layer(self, layer: int, step: Step, weights: Weights) -> Weights:
         """A layer cut to `step`, not rounded."""
-        arch, family = self.source.arch, self.source.family
-        kind = arch.pattern[layer]
-        turns = self._turns(step.hidden_size)
-        cut = slice_weights(family, arch, self._arch(step), self._selection(step.hidden_size, layer, step),
+        arch, hidden = self.source.arch, dict(step)[HIDDEN]
+        turns = self._turns(hidden)
+        cut = slice_weights(arch, self._arch(step), self._selection(hidden, layer, step),
                             self._turned(layer, weights) if turns else weights, layer, layer)
-        for norm in family.layer_readers(kind) if turns else ():
-            cut[norm] = cut[norm] * self._norm_weights(step.hidden_size)[layer]
+        for norm in arch.family.kinds[arch.pattern[layer]].reads if turns else ():
+            cut[norm] = cut[norm] * self._norm_weights(hidden)[layer]
         return cut
 
     def _top(self, hidden_size: int, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A weight from outside the layers, or some of its rows, cut; not rounded."""
         family = self.source.family
         if not self._turns(hidden_size):
-            index = self._selection(hidden_size, None, None).hidden
+            index = self._selection(hidden_size, None, None).stream.get(HIDDEN)
             return tensor if index is None else tensor.index_select(-1, torch.from_numpy(index).to(tensor.device))
         assert self.rotation is not None
         if name in family.top_readers():

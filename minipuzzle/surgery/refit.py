@@ -6,7 +6,7 @@ Block j of the student adds W a to its stream. In the order of the blocks, each 
        = W0 + M (G + lambda)^-1,    G = sum a a',  M = sum e a',  e = r_T - r_S - W0 a
        = W0 + M V diag(1 / (s + lambda)) V',   G = V diag(s) V'             (one eigendecomposition for every lambda)
 
-    W0      the writer as it was cut: down_proj, out_proj or o_proj [k, n]    `family.layer_writers`
+    W0      the writer as it was cut: down_proj, out_proj or o_proj [k, n]    `Kind.writes`
     a       its input on the student's own stream [n]                         the probe at that place
     r_S     the student's stream before the block adds to it [k]              `ours`
     r_T     the parent's stream in the kept directions or channels [k]        `keep(theirs)`
@@ -38,6 +38,7 @@ from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.files import open_tensors, replacing
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Family
+from minipuzzle.models.forward import block, embed
 from minipuzzle.models.walk import Model, Source, batches, floats_per_sample
 
 RIDGES = tuple(10.0 ** (x / 2) for x in range(-8, 5))
@@ -60,7 +61,8 @@ class BlockFit:
 
 def writer_inputs(arch: Architecture) -> int:
     """Inputs n of the widest writer."""
-    return max(*arch.ffn_sizes, arch.mamba_inner, arch.num_attention_heads * arch.head_dim)
+    sizes = arch.widest()
+    return max(arch.family.kinds[kind].writer_inputs(sizes) for kind in set(arch.pattern))
 
 
 def samples_needed(arch: Architecture, sequence_length: int) -> int:
@@ -103,23 +105,24 @@ def refit(parent: Source, small: Model, kept_layers: tuple[int, ...], keep: Call
     ids = (*fit_ids, *held_ids)
     theirs = [parent.embed(x) for x in ids]
     streamed = parent.stream(range(arch.num_layers))
-    ours = [family.embed(small.top, x) for x in ids]
+    ours = [embed(family, small.top, x) for x in ids]
     layers, fits, at = list(small.layers), [], 0
     for j, (kind, end) in enumerate(zip(small.arch.pattern, (*kept_layers[1:], arch.num_layers), strict=True)):
         for layer in range(at, end):
             weights = next(streamed)
             for i in range(len(ids)):
-                theirs[i] = theirs[i] + family.block(arch, arch.pattern[layer], weights, theirs[i])
+                theirs[i] = theirs[i] + block(arch, arch.pattern[layer], weights, theirs[i])
         at = end
-        name, place = family.layer_writers(kind)
-        weight = layers[j][name]
+        writers = family.kinds[kind].writes  # of all mixers of the block at once
+        weight = torch.cat([layers[j][name] for name, _ in writers], 1)
         gram = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
         cross = torch.zeros_like(weight, dtype=torch.float64)
         held = []
         for i in range(len(ids)):
             seen: dict[str, torch.Tensor] = {}
-            after = ours[i] + family.block(small.arch, kind, layers[j], ours[i], seen.__setitem__)
-            a_tn, e_tk = seen[place].flatten(0, 1), (keep(theirs[i]) - after).flatten(0, 1)
+            after = ours[i] + block(small.arch, kind, layers[j], ours[i], seen.__setitem__)
+            a_tn = torch.cat([seen[place] for _, place in writers], -1).flatten(0, 1)
+            e_tk = (keep(theirs[i]) - after).flatten(0, 1)
             if i < len(fit_ids):
                 gram += a_tn.double().T @ a_tn.double()
                 cross += e_tk.double().T @ a_tn.double()
@@ -127,10 +130,11 @@ def refit(parent: Source, small: Model, kept_layers: tuple[int, ...], keep: Call
                 held.append((a_tn, e_tk))
         step, fit = ridge_step(gram, cross, held)
         if step is not None:
-            layers[j] = {**layers[j], name: weight + step.to(weight)}
+            parts = torch.split(weight + step.to(weight), [layers[j][name].shape[1] for name, _ in writers], 1)
+            layers[j] = {**layers[j], **{name: part for (name, _), part in zip(writers, parts, strict=True)}}
         fits.append(fit)
         for i in range(len(ids)):
-            ours[i] = ours[i] + family.block(small.arch, kind, layers[j], ours[i])
+            ours[i] = ours[i] + block(small.arch, kind, layers[j], ours[i])
     return replace(small, layers=tuple(layers)), fits
 
 

@@ -15,7 +15,7 @@ inference. D hidden, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,8 @@ import torch
 from safetensors.numpy import save_file
 
 from minipuzzle.core.files import open_tensors
-from minipuzzle.families.base import Weights
+from minipuzzle.families.base import HIDDEN, Dims
+from minipuzzle.families.mixers import Weights
 from minipuzzle.models.walk import BLOCK_BYTES, Model, Source, Whole, samples_per_walk, walk
 
 
@@ -112,13 +113,13 @@ def find_rotation(source: Source, ids_NT: torch.Tensor) -> Rotation:
     return Rotation(basis, energies / ids_NT.numel())
 
 
-def rotate_weights(weights: Weights, axes: dict[str, tuple[str, ...]], readers: dict[str, tuple[str, ...]],
+def rotate_weights(weights: Weights, axes: Mapping[str, Dims], readers: dict[str, tuple[str, ...]],
                    rotation: Rotation) -> dict[str, torch.Tensor]:
     """Weights of a layer, or those outside the layers, in the rotated basis with norm weights 1: exact to rounding."""
     out = fold_norms(weights, readers)
     for name in out.keys() - readers.keys():
-        if "hidden" in axes[name]:
-            dim = axes[name].index("hidden")
+        if HIDDEN in axes[name]:
+            dim = axes[name].index(HIDDEN)
             moved = out[name].double().movedim(dim, -1) @ torch.from_numpy(rotation.basis).to(out[name].device)
             out[name] = moved.movedim(-1, dim).to(out[name].dtype).contiguous()
     return out
@@ -126,8 +127,8 @@ def rotate_weights(weights: Weights, axes: dict[str, tuple[str, ...]], readers: 
 
 def rotate(model: Model, rotation: Rotation) -> Model:
     """The same function in the rotated basis, norm weights 1: exact up to rounding."""
-    family, arch = model.family, model.arch
-    top = rotate_weights(model.top, family.top_axes(arch), family.top_readers(), rotation)
-    layers = tuple(rotate_weights(w, family.layer_axes(arch, kind), family.layer_readers(kind), rotation)
-                   for w, kind in zip(model.layers, arch.pattern, strict=True))
+    arch, kinds = model.arch, model.arch.family.kinds
+    top = rotate_weights(model.top, arch.top_weights(), arch.family.top_readers(), rotation)
+    layers = tuple(rotate_weights(w, arch.layer_weights(i), kinds[arch.pattern[i]].reads, rotation)
+                   for i, w in enumerate(model.layers))
     return replace(model, top=top, layers=layers)

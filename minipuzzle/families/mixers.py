@@ -1,0 +1,85 @@
+"""The mixers of families/blocks.py in torch: what a layer does with the normed stream.
+
+Each takes (architecture, weights by the table's names, x [B, T, D], probe or None) and gives what its layer adds.
+
+Shapes: B batch, T time, D hidden, H Mamba heads, P channels of a head, G groups, N state, I = H P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.ssd import causal_conv, ssd
+
+Weights = Mapping[str, torch.Tensor]
+# a place inside a block where scores may look: (name of the place, tensor there)
+Probe = Callable[[str, torch.Tensor], None]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm in float32, cast back at the end (as the reference implementation does)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (weight.to(wide.dtype) * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)
+
+
+def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+    """RMSNorm of y * silu(z), one mean square for each group: fewer heads in a group change its mean."""
+    wide = y.to(torch.promote_types(y.dtype, torch.float32)) * F.silu(z.to(torch.promote_types(z.dtype, torch.float32)))
+    parts = wide.view(*wide.shape[:-1], groups, -1)
+    parts = parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight.to(wide.dtype) * parts.flatten(-2)).to(z.dtype)
+
+
+def mamba2(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | None) -> torch.Tensor:
+    inner, heads, groups = arch.mamba_inner, arch.mamba_num_heads, arch.n_groups
+    bsz, seq, _ = x_BTD.shape
+    zxbcdt = F.linear(x_BTD, w["in_proj.weight"], w.get("in_proj.bias"))
+    z, xbc, dt_BTH = zxbcdt.split([inner, arch.mamba_conv, heads], dim=-1)  # type: ignore[no-untyped-call]
+    if probe is not None:
+        probe("mamba", xbc[..., :inner])
+    xbc = F.silu(causal_conv(xbc, w["conv1d.weight"], w.get("conv1d.bias")))
+    state = groups * arch.state_size
+    x, b, c = xbc.split([inner, state, state], dim=-1)  # type: ignore[no-untyped-call]
+    # dt has no lower limit: as in the original code and in serving engines. transformers' own prefill
+    # clamps it at 0.001, its decode step does not (docs/method.md, "The dt limit").
+    wide = torch.promote_types(dt_BTH.dtype, torch.float32)  # dt and A set how long the state remembers
+    y = ssd(
+        x.view(bsz, seq, heads, -1),
+        F.softplus(dt_BTH.to(wide) + w["dt_bias"]),
+        -torch.exp(w["A_log"].to(wide)),
+        b.view(bsz, seq, groups, -1),
+        c.view(bsz, seq, groups, -1),
+        w["D"],
+    )
+    y = gated_rms_norm(y.reshape(bsz, seq, inner), z, w["norm.weight"], groups, arch.norm_eps)
+    if probe is not None:
+        probe("mamba_out", y)
+    return F.linear(y, w["out_proj.weight"], w.get("out_proj.bias"))
+
+
+def attention(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | None) -> torch.Tensor:
+    bsz, seq, _ = x_BTD.shape
+
+    def heads_of(name: str, heads: int) -> torch.Tensor:
+        out = F.linear(x_BTD, w[f"{name}_proj.weight"], w.get(f"{name}_proj.bias"))
+        return out.view(bsz, seq, heads, arch.head_dim).transpose(1, 2)
+
+    q = heads_of("q", arch.num_attention_heads)
+    k, v = (heads_of(name, arch.num_key_value_heads) for name in ("k", "v"))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    y = y.transpose(1, 2).reshape(bsz, seq, -1)
+    if probe is not None:
+        probe("attention_out", y)
+    return F.linear(y, w["o_proj.weight"], w.get("o_proj.bias"))
+
+
+def ffn(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | None) -> torch.Tensor:
+    inner = F.relu(F.linear(x_BTD, w["up_proj.weight"], w.get("up_proj.bias"))).square()
+    if probe is not None:
+        probe("ffn", inner)
+    return F.linear(inner, w["down_proj.weight"], w.get("down_proj.bias"))
+
