@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("family_contract")
 # Examples are the same in every run, and no example fails for being slow on a busy machine.
 settings.register_profile("house", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
                           database=None)

@@ -1,153 +1,33 @@
-"""The blocks of each family against transformers and against plain references.
-
-To add a family: subclass `FamilyContract` and give it the pieces below.
-"""
+"""The blocks of each family against transformers and against plain references."""
 
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from family_contract import FamilyContract
 from tiny import relative, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minipuzzle.core.published import read_config
 from minipuzzle.families import mixers
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.base import Family
 from minipuzzle.families.ssd import causal_conv, ssd
-from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline.source import bundled_model
 
 CHUNK = 32
-LENGTHS = (1, 31, 32, 33, 64, 200)  # around and beyond the borders of a chunk
-
-
-class FamilyContract(ABC):
-    """What every family must do. `Test…` subclasses say for which."""
-
-    family: Family
-    arch: Architecture
-
-    @abstractmethod
-    def weights(self, arch: Architecture, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Trained-like weights by name on disk."""
-
-    @abstractmethod
-    def theirs(self, arch: Architecture, weights: Mapping[str, torch.Tensor]) -> Any:
-        """Stock transformers' model with these weights, at the same dt limit."""
-
-    @abstractmethod
-    def reference(self, arch: Architecture, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-        """Logits by a plain implementation in float64."""
-
-    def mine(self, arch: Architecture, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-        model = Model.build(self.family, arch, weights.items())
-        return final_hidden(model, ids) @ model.head.T
-
-    @pytest.mark.parametrize("length", LENGTHS)
-    def test_logits_are_those_of_transformers(self, length: int) -> None:
-        weights, ids = self.weights(self.arch, torch.float32), tokens(2, length)
-        with torch.no_grad():
-            expected = self.theirs(self.arch, weights)(ids, use_cache=False).logits
-        assert relative(self.mine(self.arch, weights, ids), expected) < 1e-5
-
-    @pytest.mark.parametrize("length", [1, 33, 70])
-    def test_logits_are_those_of_the_reference_in_float64(self, length: int) -> None:
-        weights, ids = self.weights(self.arch, torch.float64), tokens(2, length)
-        mine = self.mine(self.arch, weights, ids)
-        assert mine.dtype == torch.float64
-        assert relative(mine, self.reference(self.arch, weights, ids)) < 1e-12
-
-    @pytest.mark.parametrize("pattern", ["M", "*", "-", "MM", "*-", "-M*"])
-    def test_each_kind_of_block_alone(self, pattern: str) -> None:
-        arch = dataclasses.replace(self.arch, pattern=pattern)
-        weights, ids = self.weights(arch, torch.float32), tokens(2, 45)
-        with torch.no_grad():
-            expected = self.theirs(arch, weights)(ids, use_cache=False).logits
-        assert relative(self.mine(arch, weights, ids), expected) < 1e-5
-        wide = {k: v.double() for k, v in weights.items()}
-        assert relative(self.mine(arch, wide, ids), self.reference(arch, wide, ids)) < 1e-12
-
-    def test_every_kind_of_block_matters(self) -> None:
-        """Otherwise the tests above would compare nothing."""
-        weights, ids = self.weights(self.arch, torch.float64), tokens(2, 45)
-        full = self.mine(self.arch, weights, ids)
-        moved = []
-        for kind in sorted(set(self.arch.pattern)):
-            kept = tuple(i for i in range(self.arch.num_layers) if self.arch.pattern[i] != kind)
-            model = Model.build(self.family, self.arch, weights.items())
-            small = Model(self.family, self.arch.keep(kept), model.top, tuple(model.layers[i] for i in kept))
-            moved.append(relative(final_hidden(small, ids) @ small.head.T, full))
-        assert len(moved) == 3
-        assert min(moved) > 0.1
-
-    def test_the_future_changes_nothing(self) -> None:
-        weights, ids = self.weights(self.arch, torch.float64), tokens(1, 80)
-        full = self.mine(self.arch, weights, ids)
-        for cut in (1, 32, 47):
-            assert relative(self.mine(self.arch, weights, ids[:, :cut]), full[:, :cut]) < 1e-12
-        other = ids.clone()
-        other[:, 50:] = (other[:, 50:] + 1) % self.arch.vocab_size
-        changed = self.mine(self.arch, weights, other)
-        assert torch.equal(changed[:, :50], full[:, :50])
-        assert relative(changed[:, 50:], full[:, 50:]) > 0.1
-
-    def test_samples_do_not_see_each_other(self) -> None:
-        weights, ids = self.weights(self.arch, torch.float64), tokens(3, 40)
-        together = self.mine(self.arch, weights, ids)
-        for i in range(3):
-            assert relative(self.mine(self.arch, weights, ids[i : i + 1]), together[i : i + 1]) < 1e-12
-
-    def test_the_trainable_model_is_the_same_model(self) -> None:
-        weights, ids = self.weights(self.arch, torch.float32), tokens(2, 40)
-        module = HybridLM(self.family, self.arch, weights)
-        out = module(ids) @ module.head.T
-        assert torch.equal(out.detach(), self.mine(self.arch, weights, ids))
-        assert {n: tuple(p.shape) for n, p in module.parameters_by_name().items()} == self.family.shapes(self.arch)
-        out.logsumexp(-1).mean().backward()
-        silent = [n for n, p in module.parameters_by_name().items() if p.grad is None or not p.grad.abs().max() > 0]
-        assert silent == []
-        assert all(torch.equal(module.parameters_by_name()[n], w) for n, w in weights.items())  # a copy, untouched
-
-    def test_gradients_are_those_of_the_reference(self) -> None:
-        weights, ids = self.weights(self.arch, torch.float64), tokens(1, 35)
-        module = HybridLM(self.family, self.arch, weights)
-        (module(ids) @ module.head.T).logsumexp(-1).mean().backward()
-        leaves = {n: w.clone().requires_grad_() for n, w in weights.items()}
-        self.reference(self.arch, leaves, ids).logsumexp(-1).mean().backward()
-        worst = {n: relative(p.grad, leaves[n].grad) for n, p in module.parameters_by_name().items()}
-        assert len(worst) == len(weights)
-        assert max(worst.values()) < 1e-9
-
-    def test_every_dimension_is_named_as_it_is_long(self) -> None:
-        """Names of the table exist in transformers, with these shapes, no more and no less."""
-        theirs = self.theirs(self.arch, self.weights(self.arch, torch.float32))
-        named = {n.replace("model.", "backbone.", 1): tuple(p.shape) for n, p in theirs.named_parameters()}
-        assert named == self.family.shapes(self.arch)
-
-    def test_probes_see_what_the_block_computes(self) -> None:
-        seen: dict[tuple[int, str], torch.Tensor] = {}
-        model = Model.build(self.family, self.arch, self.weights(self.arch, torch.float64).items())
-        plain = final_hidden(model, tokens(2, 20))
-        probed = final_hidden(model, tokens(2, 20), lambda i, place, x: seen.__setitem__((i, place), x))
-        assert torch.equal(plain, probed)
-        assert {i for i, place in seen if place == "hidden"} == set(range(self.arch.num_layers))
-        assert {i for i, place in seen if place == "ffn"} == set(self.arch.layers_of("-"))
-        assert {i for i, place in seen if place == "mamba"} == set(self.arch.layers_of("M"))
-        assert {i for i, place in seen if place == "attention_out"} == set(self.arch.layers_of("*"))
 
 
 class TestNemotronH(FamilyContract):
     family = tiny.FAMILY
     arch = tiny.ARCH
+    config = tiny.PARENT_CONFIG
 
     def weights(self, arch: Architecture, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         return tiny.trained_like(arch, dtype=dtype)

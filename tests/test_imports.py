@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import subprocess
 import sys
@@ -32,6 +33,8 @@ ALLOWED = {
     "_version": set(),
 }
 NO_TORCH = ("core", "search", "report", "recipes", "cli")
+# of the families only what computes: the tables are data
+TORCH_IN_FAMILIES = ("mixers", "ssd")
 
 
 def imported(file: Path) -> list[tuple[str, bool]]:
@@ -77,12 +80,28 @@ def test_rooms_import_one_way() -> None:
     assert doors >= 100
 
 
+def test_no_import_circle() -> None:
+    """Among modules, imports for types counted too; only those inside functions are not."""
+    graph: dict[str, set[str]] = {}
+    for file in sorted(ROOT.rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        late = {node for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)}
+        name = ".".join(("minipuzzle", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+        graph[name] = {f"{node.module}.{alias.name}" for node in ast.walk(tree)
+                       if isinstance(node, ast.ImportFrom) and node not in late for alias in node.names}
+    for name in graph.keys() - {"minipuzzle"}:  # module or name of one
+        graph[name] = {found if found in graph else found.rpartition(".")[0] for found in graph[name]} & graph.keys()
+    del graph["minipuzzle"]  # its names are for type checkers alone
+    assert sum(map(len, graph.values())) > 200
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(graph)  # else CycleError
+
+
 def test_no_torch_at_the_door() -> None:
     """core, search, report and cli do not import torch or transformers, not even inside a function (but for cli)."""
     checked = 0
     for file in sorted(ROOT.rglob("*.py")):
         room = file.relative_to(ROOT).with_suffix("").parts[0]
-        if room in NO_TORCH:
+        if room in NO_TORCH or (room == "families" and file.stem not in TORCH_IN_FAMILIES):
             checked += 1
             heavy = [m for m, _ in imported(file) if m.split(".")[0] in ("torch", "transformers")]
             assert heavy == [], file
@@ -96,9 +115,10 @@ import importlib, json, pkgutil, sys
 import minipuzzle
 from click.testing import CliRunner
 names = ["minipuzzle.cli"]
-for room in ("core", "search", "report"):
+for room in ("core", "families", "search", "report"):
     package = importlib.import_module(f"minipuzzle.{room}")
-    names += [f"minipuzzle.{room}.{m.name}" for m in pkgutil.iter_modules(package.__path__)]
+    names += [f"minipuzzle.{room}.{m.name}" for m in pkgutil.iter_modules(package.__path__)
+              if m.name not in ("mixers", "ssd")]
 for name in names:
     importlib.import_module(name)
 for name in ("Architecture", "Budget", "Candidate", "LayerScores", "Recipe", "WidthScores", "search_architectures"):
@@ -132,3 +152,42 @@ def test_public_names_resolve() -> None:
     assert contract <= set(minipuzzle.__all__)
     with pytest.raises(AttributeError, match="no attribute 'prunes'"):
         _ = minipuzzle.prunes
+
+
+def test_no_kind_of_layer_is_spelled_outside_the_families() -> None:
+    """Nobody but families/ knows a letter, or decides by a kind's name. (CSS of the report has colours by name, the
+    schema has keys by name, and core/budget.py the names that `keep_16bit` takes.)"""
+    letters, names, wrong, checked = set("M*-E"), {"mamba", "attention", "ffn", "moe"}, [], 0
+    for file in sorted(ROOT.rglob("*.py")):
+        if "families" in file.parts or file == ROOT / "core" / "budget.py":
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            parts: list[ast.expr] = []
+            if isinstance(node, ast.Compare):
+                parts = [node.left, *node.comparators]
+            elif isinstance(node, ast.Dict):
+                parts = [key for key in node.keys if key is not None]
+            elif isinstance(node, ast.Call):
+                parts = [*node.args, *(k.value for k in node.keywords)] if _asks_for_layers(node) else []
+            elif isinstance(node, ast.Subscript):
+                parts = [node.slice]
+            elif isinstance(node, ast.Name | ast.Attribute):
+                name = node.id if isinstance(node, ast.Name) else node.attr
+                wrong += [f"{file.name}:{node.lineno} {name}"] if name in ("MAMBA", "ATTENTION", "FFN", "MOE") else []
+            for text in (p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str)):
+                checked += 1
+                if text in names or (text and set(text) <= letters and not _is_dash(node, text)):
+                    wrong.append(f"{file.name}:{node.lineno} {text!r}")
+    assert wrong == []
+    assert checked > 500
+
+
+def _asks_for_layers(call: ast.Call) -> bool:
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    return name in ("count", "layers_of", "index", "drop_order", "Architecture", "NemotronHConfig", "replace")
+
+
+def _is_dash(node: ast.AST, text: str) -> bool:
+    """Hyphens and stars of names of files, in `replace`."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "replace"

@@ -14,10 +14,6 @@ from minipuzzle.core.errors import UnsupportedModel
 from minipuzzle.families import registry
 from minipuzzle.families.base import Config, Dims, Family, Sizes
 
-# What candidates.json and reports of earlier versions have
-_RENAMED = {"n_routed_experts": "num_experts", "num_experts_per_tok": "experts_per_token",
-            "moe_intermediate_size": "moe_ffn_size", "moe_shared_expert_intermediate_size": "shared_ffn_size"}
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -159,7 +155,7 @@ class Architecture:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Architecture:
-        values: dict[str, Any] = {_RENAMED.get(n, n): tuple(v) if isinstance(v, list) else v for n, v in data.items()}
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items()}
         return cls(**values)
 
     # config.json -----------------------------------------------------------------------------------

@@ -212,3 +212,7 @@ NEMOTRON_H = Family(
         "attention_bias": (False, "transformers does not honour it for nemotron_h"),
     },
 )
+# A model on which `doctor` tries transformers
+TINY: Config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "hybrid_override_pattern": "M-M*-",
+                "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 32,
+                "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}

@@ -25,6 +25,7 @@ from minipuzzle.data.tokenizer import load_tokenizer
 from minipuzzle.distill import state
 from minipuzzle.distill.precision import FP8_CAPABILITY
 from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.nemotron_h import TINY
 from minipuzzle.families.ssd import kernel, ssd
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
@@ -211,9 +212,7 @@ def _transformers() -> list[dict[str, Any]]:
 
     logging.set_verbosity_error()  # that the kernels are not there is said above
 
-    config = NemotronHConfig(vocab_size=64, hidden_size=32, intermediate_size=64, hybrid_override_pattern="M-M*-",
-                             mamba_num_heads=8, mamba_head_dim=8, n_groups=2, ssm_state_size=16, chunk_size=32,
-                             num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    config = NemotronHConfig(**TINY)
     torch.manual_seed(0)
     model = NemotronHForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
@@ -237,7 +236,7 @@ def _transformers() -> list[dict[str, Any]]:
         return [_check(f"transformers computes a Mamba-2 layer on {device}", str(error).splitlines()[0], False)]
     scale = logits.abs().max()
     arch = Architecture.from_config(config.to_dict())
-    tensors = ((n.replace("model.", "backbone.", 1), p.detach()) for n, p in model.named_parameters())
+    tensors = ((arch.family.rename(n), p.detach()) for n, p in model.named_parameters())
     mine = Model.build(arch.family, arch, tensors)
     ours = final_hidden(mine, ids) @ mine.head.T
     leak = float((logits - other)[:, :80].abs().max() / scale)
