@@ -117,7 +117,7 @@ def random_model(layers: str) -> Model:
     generator = torch.Generator().manual_seed(0)
     family = family_of(arch.model_type)
     weights = {}
-    for name, shape in family.shapes(arch).items():
+    for name, shape in arch.shapes().items():
         value = torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
         weights[name] = value.exp() if name.endswith(("norm.weight", "norm_f.weight", "A_log", ".D")) else value
     return Model.build(family, arch, weights.items())

@@ -49,7 +49,7 @@ def make(folder: Path) -> None:
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         generator = torch.Generator().manual_seed(0)
-        for name, shape in arch.family.shapes(arch).items():
+        for name, shape in arch.shapes().items():
             value = torch.randn(shape, generator=generator, dtype=torch.float32)
             value *= shape[-1] ** -0.5 if len(shape) > 1 else 0.1
             if name.endswith(("norm.weight", "norm_f.weight", "A_log", ".D")):

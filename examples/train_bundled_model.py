@@ -75,7 +75,7 @@ def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def initial_weights(arch: Architecture) -> dict[str, torch.Tensor]:
     gen = torch.Generator().manual_seed(SEED)
     out = {}
-    for name, shape in arch.family.shapes(arch).items():
+    for name, shape in arch.shapes().items():
         leaf = name.split("mixer.")[-1]
         if leaf == "A_log":
             out[name] = torch.empty(shape).uniform_(1, 16, generator=gen).log()

@@ -115,7 +115,7 @@ class FamilyContract(ABC):
         module = HybridLM(self.family, self.arch, weights)
         out = module(ids) @ module.head.T
         assert torch.equal(out.detach(), self.mine(self.arch, weights, ids))
-        assert {n: tuple(p.shape) for n, p in module.parameters_by_name().items()} == self.family.shapes(self.arch)
+        assert {n: tuple(p.shape) for n, p in module.parameters_by_name().items()} == self.arch.shapes()
         out.logsumexp(-1).mean().backward()
         silent = [n for n, p in module.parameters_by_name().items() if p.grad is None or not p.grad.abs().max() > 0]
         assert silent == []
@@ -135,7 +135,7 @@ class FamilyContract(ABC):
         """Names of the table exist in transformers, with these shapes, no more and no less."""
         theirs = self.theirs(self.arch, self.weights(self.arch, torch.float32))
         named = {self.family.rename(n): tuple(p.shape) for n, p in theirs.named_parameters()}
-        assert named == self.family.shapes(self.arch)
+        assert named == self.arch.shapes()
 
     def test_probes_see_what_the_block_computes(self) -> None:
         seen: dict[tuple[int, str], torch.Tensor] = {}
@@ -167,7 +167,7 @@ class FamilyContract(ABC):
             cuts.append((self.arch.keep(kept), kept))
         for target, kept in cuts:
             small = model.slice(target, select(self.arch, target, kept, scores))
-            assert {n: tuple(t.shape) for n, t in small.by_name().items()} == self.family.shapes(target)
+            assert {n: tuple(t.shape) for n, t in small.by_name().items()} == target.shapes()
             assert sum(t.numel() for t in small.by_name().values()) == cost(target, Workload()).parameters
             assert relative(final_hidden(small, ids) @ small.head.T, full) > 1e-6
             assert relative(final_hidden(small, ids) @ small.head.T,

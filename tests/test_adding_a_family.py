@@ -24,8 +24,10 @@ from minipuzzle.families import registry
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
 from minipuzzle.families.selection import select
-from minipuzzle.importance.layers import score_layers
+from minipuzzle.importance.layers import score, score_iteratively, score_layers
+from minipuzzle.importance.racing import Race
 from minipuzzle.importance.widths import score_widths
+from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
 from minipuzzle.search.milp import solve_architectures
@@ -170,6 +172,10 @@ def test_pairs_go_together(folder: Path) -> None:
     assert first.kept_layers == tuple(i for i in range(6) if i // 2 != gone)
     assert first.architecture.num_hidden_layers == 2
     assert first.predicted["layers"] == pytest.approx(scores.metric("mse")[2 * gone])
+    race = Race({"PM": (0, 1)})
+    for ask in (lambda: score_iteratively(Pass(model, ids), race), lambda: score(Pass(model, ids), race)):
+        with pytest.raises(RecipeError, match="layers that go together"):
+            ask()
     with pytest.raises(RecipeError, match=r"use search\.strategy grid"):
         solve_architectures(arch, space, page.Budget.parse({"params": "1x"}, cost(arch, Workload()).to_json()), Workload(),
                             scores)

@@ -92,7 +92,7 @@ def test_parameters_are_those_that_transformers_builds(arch: Architecture) -> No
     by_kind["norm"] += model.model.norm_f.weight.numel()
     assert {k: found[k] for k in by_kind} == by_kind
     shapes = {n.replace("model.", "backbone.", 1): tuple(p.shape) for n, p in model.named_parameters()}
-    assert tiny.FAMILY.shapes(arch) == shapes
+    assert arch.shapes() == shapes
 
 
 def test_caches_are_those_of_a_generation() -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from tiny import (
     ARCH,
-    FAMILY,
     layer_weights,
     reference_mixer,
     relative,
@@ -246,7 +245,7 @@ def test_streamed_from_disk(rotates: bool, tmp_path: Path) -> None:
     outside = Cutter(StreamedModel.open(folder, torch.device("cpu")), inside.scores, inside.rotation)
     (one, fits), (two, again) = (cutter.refitted(target, kept, IDS) for cutter in (inside, outside))
     assert fits == again
-    assert all(torch.equal(one.by_name()[n], two.by_name()[n]) for n in FAMILY.shapes(target))
+    assert all(torch.equal(one.by_name()[n], two.by_name()[n]) for n in target.shapes())
 
 
 def test_too_few_tokens_are_refused() -> None:

@@ -109,7 +109,7 @@ def test_the_cut_is_the_projection_by_hand() -> None:
             w = (w * weights[norm]) @ q
         expected[name] = w
     found = small.by_name()
-    assert {n: tuple(t.shape) for n, t in found.items()} == FAMILY.shapes(target)
+    assert {n: tuple(t.shape) for n, t in found.items()} == target.shapes()
     for name, w in expected.items():
         assert relative(found[name], w) < 1e-9, name
     assert relative(logits(small, ids), reference_logits(target, expected, ids)) < 1e-9

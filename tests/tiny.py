@@ -56,7 +56,7 @@ def trained_like(arch: Architecture, seed: int = 0, dtype: torch.dtype = torch.f
         return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
 
     out = {}
-    for name, shape in arch.family.shapes(arch).items():
+    for name, shape in arch.shapes().items():
         if name.endswith("A_log"):
             value = uniform(shape, 1.0, 16.0).log()
         elif name.endswith("dt_bias"):

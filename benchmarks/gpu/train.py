@@ -243,5 +243,5 @@ def random_model(arch: Architecture, device: torch.device, seed: int) -> Model:
         return torch.empty(shape, device=device).normal_(0, scale * fan_in**-0.5, generator=gen)
 
     return Model.build(
-        family, arch, ((name, weight(name, shape)) for name, shape in family.shapes(arch).items())
+        family, arch, ((name, weight(name, shape)) for name, shape in arch.shapes().items())
     )

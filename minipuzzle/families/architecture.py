@@ -12,7 +12,7 @@ from typing import Any
 
 from minipuzzle.core.errors import UnsupportedModel
 from minipuzzle.families import registry
-from minipuzzle.families.base import Config, Dims, Family, Sizes
+from minipuzzle.families.base import HIDDEN, Config, Dims, Family, Sizes, length, numbered
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,24 @@ class Architecture:
 
     def top_weights(self) -> dict[str, Dims]:
         """Name on disk -> dimensions, for the weights outside the layers."""
-        return self.family.top_weights(self)
+        family = self.family
+        table: dict[str, Dims] = {family.embedding_name: ("vocab_size", HIDDEN)}
+        table |= dict.fromkeys(family.norm_names, (HIDDEN,))
+        return table if self.tie_word_embeddings else table | {family.head_name: ("vocab_size", HIDDEN)}
 
     def layer_weights(self, layer: int) -> dict[str, Dims]:
         """Name inside the layer -> dimensions."""
         return dict(self.family.kinds[self.pattern[layer]].weights(vars(self)))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name on disk -> shape, for the whole model: what a checkpoint must hold, no more, no less."""
+        sizes = self.sizes()
+        out = {name: tuple(length(d, sizes) for d in dims) for name, dims in self.top_weights().items()}
+        for i in range(self.num_layers):
+            sizes, prefix = self.sizes(i), self.family.layer_prefix(i)
+            for name, dims in self.layer_weights(i).items():
+                out |= dict.fromkeys((prefix + n for n in numbered(name, sizes)), tuple(length(d, sizes) for d in dims))
+        return out
 
     def __str__(self) -> str:
         family = self.family

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from minipuzzle.core.errors import UnsupportedModel
 
@@ -30,15 +30,6 @@ Config = dict[str, Any]  # a config.json
 
 HIDDEN = "hidden_size"  # the axis of the residual stream, which every family has
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
-
-
-class Sized(Protocol):
-    """What a family needs of an architecture (families/architecture.py)."""
-
-    @property
-    def pattern(self) -> str: ...
-    def sizes(self, layer: int | None = None) -> Sizes:
-        """Of one layer where layers differ."""
 
 
 # dimensions -----------------------------------------------------------------------------------------
@@ -311,26 +302,9 @@ class Family:
 
     # names ------------------------------------------------------------------------------------------
 
-    def top_weights(self, arch: Sized) -> dict[str, Dims]:
-        """Name on disk -> dimensions, for the weights outside the layers."""
-        table: dict[str, Dims] = {self.embedding_name: ("vocab_size", HIDDEN)}
-        table |= dict.fromkeys(self.norm_names, (HIDDEN,))
-        return table if arch.sizes()["tie_word_embeddings"] else table | {self.head_name: ("vocab_size", HIDDEN)}
-
     def top_readers(self) -> dict[str, tuple[str, ...]]:
         """The norm outside the layers -> the matrices that read its output."""
         return {self.norm_names[0]: (self.head_name,)}
-
-    def shapes(self, arch: Sized) -> dict[str, tuple[int, ...]]:
-        """Name on disk -> shape, for the whole model: what a checkpoint must hold, no more, no less."""
-        sizes = arch.sizes()
-        out = {name: tuple(length(d, sizes) for d in dims) for name, dims in self.top_weights(arch).items()}
-        for i, letter in enumerate(arch.pattern):
-            sizes = arch.sizes(i)
-            for name, dims in self.kinds[letter].weights(sizes).items():
-                shape = tuple(length(d, sizes) for d in dims)
-                out |= dict.fromkeys((self.layer_prefix(i) + n for n in numbered(name, sizes)), shape)
-        return out
 
     def check(self, values: Sizes) -> None:
         """Raise UnsupportedModel if the fields of an Architecture do not fit together."""

@@ -63,11 +63,19 @@ _DROPPED_KEYS = (*_MOE_KEYS, "layers_block_type", "layer_types", "time_step_limi
 # The original code and the serving engines do not bound dt. transformers takes `time_step_min` for its lower bound
 # where it reads a prompt. Not 0: an initialiser there takes its logarithm.
 NO_DT_LIMIT = 1e-30
-# config.json -> field of an Architecture, as written
-_SAME = ("vocab_size", "hidden_size", "mamba_num_heads", "mamba_head_dim", "n_groups", "conv_kernel",
-         "num_attention_heads", "num_key_value_heads", "head_dim")
-_WRITTEN = {"hybrid_override_pattern": "pattern", "ssm_state_size": "state_size", "d_head": "mamba_head_dim",
-            **dict(zip(_SAME, _SAME, strict=True))}
+# field of an Architecture -> its default, and its keys in config.json; the last is written
+_FIELDS: dict[str, tuple[int, *tuple[str, ...]]] = {
+    "vocab_size": (131072, "vocab_size"),
+    "hidden_size": (4096, "hidden_size"),
+    "mamba_num_heads": (128, "mamba_num_heads"),
+    "mamba_head_dim": (64, "mamba_head_dim"),
+    "n_groups": (8, "mamba_n_groups", "n_groups"),
+    "state_size": (128, "ssm_state_size"),
+    "num_attention_heads": (32, "num_attention_heads"),
+    "num_key_value_heads": (8, "num_key_value_heads"),
+    "head_dim": (128, "head_dim"),
+    "conv_kernel": (4, "mamba_d_conv", "conv_kernel"),
+}
 
 
 def read_pattern(config: Config) -> str:
@@ -102,21 +110,11 @@ def _read(config: Config) -> Config:
     """Mamba-2, attention, FFN and MoE blocks; the numbers are the defaults of transformers' NemotronHConfig."""
     pattern, mtp_pattern = read_pattern(config), read_mtp_pattern(config)
     ffn_size = _widths(config, 21504)
-    values: Config = {
+    values: Config = {name: size(config, default, *keys) for name, (default, *keys) in _FIELDS.items()} | {
         "model_type": "nemotron_h",
         "pattern": pattern,
         "mtp_pattern": mtp_pattern,
-        "vocab_size": size(config, 131072, "vocab_size"),
-        "hidden_size": size(config, 4096, "hidden_size"),
         "ffn_size": ffn_size,
-        "mamba_num_heads": size(config, 128, "mamba_num_heads"),
-        "mamba_head_dim": size(config, 64, "mamba_head_dim"),
-        "n_groups": size(config, 8, "mamba_n_groups", "n_groups"),
-        "state_size": size(config, 128, "ssm_state_size"),
-        "num_attention_heads": size(config, 32, "num_attention_heads"),
-        "num_key_value_heads": size(config, 8, "num_key_value_heads"),
-        "head_dim": size(config, 128, "head_dim"),
-        "conv_kernel": size(config, 4, "mamba_d_conv", "conv_kernel"),
         "use_bias": flag(config, False, "use_bias"),
         "conv_bias": flag(config, True, "mamba_conv_bias", "use_conv_bias"),
         "mlp_bias": flag(config, False, "mlp_bias"),
@@ -177,8 +175,9 @@ def _write(values: Sizes, parent: Config) -> Config:
             raise UnsupportedModel(f"FFN widths {min(ffn)} to {max(ffn)} differ per layer; nemotron_h has one for all")
         ffn = ffn[0] if ffn else ffn
     out |= {"model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"], "tie_word_embeddings": False,
-            "num_hidden_layers": len(values["pattern"]), "intermediate_size": ffn, "time_step_min": NO_DT_LIMIT}
-    out |= {key: values[name] for key, name in _WRITTEN.items()}
+            "hybrid_override_pattern": values["pattern"], "num_hidden_layers": len(values["pattern"]),
+            "intermediate_size": ffn, "d_head": values["mamba_head_dim"], "time_step_min": NO_DT_LIMIT}
+    out |= {keys[-1]: values[name] for name, (_, *keys) in _FIELDS.items()}
     if "attention_head_dim" in out:
         out["attention_head_dim"] = values["head_dim"]
     dtype = parent.get("dtype", parent.get("torch_dtype"))

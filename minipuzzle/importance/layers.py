@@ -29,6 +29,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from minipuzzle.core.errors import RecipeError
 from minipuzzle.core.partial import Arrays
 from minipuzzle.core.scores import COLUMNS, LayerScores, WidthScores
 from minipuzzle.importance.racing import FIRST_LOOK, Race, looks, means, toss_ups, typical, undecided
@@ -62,6 +63,8 @@ def score(run: Pass, race: Race | None = None, confidence: Race | None = None) -
 
     `confidence`: which cuts to report on when there is no race.
     """
+    if race:
+        _refuse_units(run)
     arch, total = run.source.arch, len(run.ids_NT)
     active = list(range(arch.num_layers))
     size = min(run.size(arch.num_layers + 1), FIRST_LOOK if race else total)
@@ -113,6 +116,7 @@ def score_iteratively(run: Pass, race: Race, memo_bytes: int = MEMO_BYTES) -> Sc
     The table gets `order` (1 first) and `added_METRIC`, the damage that each removal added. A walk starts at the layer
     that went last, with the streams that came to it, if those of all variants fit into `memo_bytes`.
     """
+    _refuse_units(run)
     scored, arch = score(run, confidence=race), run.source.arch
     whole, size = Whole(run.source), run.size(arch.num_layers + 1)
     total, seq = run.ids_NT.shape
@@ -151,6 +155,13 @@ def score_iteratively(run: Pass, race: Race, memo_bytes: int = MEMO_BYTES) -> Sc
     table = scored.layers.table.assign(order=order, **{name: added_NL.mean(0)})
     layers = replace(scored.layers, table=table, samples=scored.layers.samples | {name: added_NL})
     return replace(scored, layers=layers, forwards=forwards)
+
+
+def _refuse_units(run: Pass) -> None:
+    """Both count layers of a kind, not what goes together with them."""
+    if run.source.family.units:
+        raise RecipeError(f"a {run.source.arch.model_type} model has layers that go together: set scores.racing and "
+                          "scores.iterative to false")
 
 
 def _paths(whole: Whole, chosen: Sequence[int], removed: frozenset[int] = frozenset()) -> list[Path]:

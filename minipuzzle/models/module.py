@@ -52,7 +52,7 @@ class HybridLM(nn.Module):
     """Token ids [B, T] -> the activations that enter the LM head [B, T, D]. `head` is [V, D]."""
 
     def __init__(self, family: Family, arch: Architecture, weights: Mapping[str, torch.Tensor]) -> None:
-        """`weights` by name on disk, each copied once; all of `family.shapes(arch)`."""
+        """`weights` by name on disk, each copied once; all of `arch.shapes()`."""
         super().__init__()
         self.family, self.arch = family, arch
         layers = [family.layer_prefix(i) for i in range(arch.num_layers)]

@@ -20,7 +20,7 @@ def slice_weights(parent: Architecture, target: Architecture, selection: Selecti
                   layer: int | None, place: int | None) -> dict[str, torch.Tensor]:
     """The parent's weights of a layer (None: those outside the layers, any of them) cut to `target`, where it is layer
     `place`. Nothing is cut: the parent's tensors, bit for bit."""
-    table = parent.family.top_weights(parent) if layer is None else parent.layer_weights(layer)
+    table = parent.top_weights() if layer is None else parent.layer_weights(layer)
     before, after, kept = parent.sizes(layer), target.sizes(place), selection.of(layer)
     out = {}
     for name, tensor in weights.items():
@@ -39,7 +39,7 @@ def slice_model(parent: Architecture, target: Architecture, selection: Selection
                 read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of the smaller model, a layer at a time; `read` gives the parent's by name."""
     family = parent.family
-    top = {name: read(name) for name in family.top_weights(parent)}
+    top = {name: read(name) for name in parent.top_weights()}
     yield from slice_weights(parent, target, selection, top, None, None).items()
     for new, old in enumerate(selection.kept_layers):
         prefix = family.layer_prefix(old)

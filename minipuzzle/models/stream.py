@@ -48,7 +48,7 @@ class StreamedModel:
 
     @cached_property
     def norms(self) -> Weights:
-        return {n: self._read(n) for n in self.family.top_readers()}
+        return {n: self._read(n) for n in self.family.norm_names}
 
     def stream(self, needed: Collection[int]) -> Iterator[Weights]:
         """Layer after layer; the next one is read meanwhile."""

@@ -181,7 +181,7 @@ def open_model(path: Path) -> ModelFolder:
                 if weight.get_dtype() not in _DTYPES:
                     raise UnsupportedModel(f"{shard}: {name} is {weight.get_dtype()}, not one of "
                                            f"{', '.join(_DTYPES)}; prune the model before it is quantised")
-    wanted = arch.family.shapes(arch)
+    wanted = arch.shapes()
     _check_names(path, set(wanted), set(found))
     for name, shape in wanted.items():
         if shapes[name] != shape:

@@ -115,7 +115,7 @@ class Cutter:
 
     def finish(self, root: int, x_BTk: torch.Tensor) -> torch.Tensor:
         family = self.source.family
-        norms = {n: self._rounded(n, self._top(root, n, self.source.norms[n])) for n in family.top_readers()}
+        norms = {n: self._rounded(n, self._top(root, n, self.source.norms[n])) for n in family.norm_names}
         return final_norm(replace(self.source.arch, hidden_size=root), norms, x_BTk)
 
     def head(self, root: int, rows_VD: torch.Tensor) -> torch.Tensor:
@@ -130,9 +130,8 @@ class Cutter:
         if self.rotation is None:
             wide = hidden.new_zeros(*hidden.shape[:-1], arch.hidden_size)
             return wide.index_copy_(-1, self._channels(keep).to(hidden.device), hidden)
-        (norm,) = self.source.family.top_readers()
         basis = torch.from_numpy(self.rotation.basis[:, :keep]).to(hidden)
-        return (hidden @ basis.T) * self.source.norms[norm]
+        return (hidden @ basis.T) * self.source.norms[self.source.family.norm_names[0]]
 
     # parts -----------------------------------------------------------------------------------------
 
