@@ -38,7 +38,7 @@ from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
 from minipuzzle.importance.layers import score_layers
 from minipuzzle.importance.widths import score_widths
-from minipuzzle.models.forward import block
+from minipuzzle.models.forward import block, embed
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model, batches, floats_per_sample
 from minipuzzle.models.weights import open_model
@@ -160,7 +160,7 @@ def streams(model: Model, ids_NT: torch.Tensor) -> torch.Tensor:
     """[L + 1, tokens] norm of the stream before each layer and at the end."""
     parts = []
     for ids in batches(ids_NT, floats_per_sample(model.arch, ids_NT.shape[1])):
-        x = model.family.embed(model.top, ids)
+        x = embed(model.family, model.top, ids)
         norms = [x.norm(dim=-1).flatten()]
         for kind, weights in zip(model.arch.pattern, model.layers, strict=True):
             x = x + block(model.arch, kind, weights, x)
@@ -174,7 +174,7 @@ def second_moments(model: Model, ids_NT: torch.Tensor) -> np.ndarray:
     """[L + 1, D, D] of the normalised stream at each norm, as `find_rotation` sums them up."""
     out = torch.zeros(model.arch.num_layers + 1, model.arch.hidden_size, model.arch.hidden_size, dtype=torch.float64)
     for ids in batches(ids_NT, floats_per_sample(model.arch, ids_NT.shape[1])):
-        x = model.family.embed(model.top, ids)
+        x = embed(model.family, model.top, ids)
         for i in range(len(out)):
             n = x.flatten(0, 1).double()
             n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + model.arch.norm_eps)

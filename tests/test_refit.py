@@ -27,6 +27,7 @@ from minipuzzle.data.blocks import load_blocks
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.importance.widths import score_widths
+from minipuzzle.models.forward import embed
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model
@@ -180,7 +181,7 @@ def test_full_size_in_the_rotated_basis_is_the_parent_to_rounding() -> None:
     found, fits = refit(turned, again, ALL, lambda x: x, IDS)
     full = final_hidden(model, IDS) @ model.head.T
     assert relative(final_hidden(found, IDS) @ found.head.T, full) < 1e-4
-    scale = float(turned.family.embed(turned.top, IDS).square().sum(-1).mean())
+    scale = float(embed(turned.family, turned.top, IDS).square().sum(-1).mean())
     assert max(f.before for f in fits) > 0
     assert max(f.after for f in fits) < 1e-8 * scale
 

@@ -17,7 +17,7 @@ from doctor import transformers_kernels
 from train import shape_of
 
 from minipuzzle.core.budget import Workload
-from minipuzzle.families.cost import flops_per_token, prefill_flops_per_token
+from minipuzzle.families.cost import cost
 
 if TYPE_CHECKING:
     from check import Run
@@ -64,8 +64,9 @@ def measure(run: Run, what: str, timed: Callable[..., dict[str, Any]]) -> None:
             )
             run.put(models=models)
         arch = shape_of(name, run.tiny)
-        price = prefill_flops_per_token if what == "prefill" else flops_per_token
-        models[name]["flops_per_token"] = price(arch, Workload(context=context))
+        priced = cost(arch, Workload(context=context))
+        models[name]["flops_per_token"] = (priced.prefill_flops_per_token if what == "prefill"
+                                           else priced.flops_per_token)
         del model
     rates = {
         name: {(r["batch"], r["context"]): r["tokens_per_second"] for r in m["runs"] if r["batch"]}

@@ -31,7 +31,7 @@ from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.teacher import LiveTeacher
 from minipuzzle.distill.trainer import Batch, Pupil, Trainer
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import parameters_by_kind, prefill_flops_per_token
+from minipuzzle.families.cost import cost, parameters_by_kind
 from minipuzzle.families.registry import family_of
 from minipuzzle.families.ssd import kernel, ssd
 from minipuzzle.models.module import HybridLM
@@ -214,7 +214,7 @@ def about(arch: Architecture) -> dict[str, Any]:
 def forward_flops(arch: Architecture, length: int) -> int:
     """Per token of a sequence, the LM head at every place."""
     return (
-        prefill_flops_per_token(arch, Workload(context=length))
+        cost(arch, Workload(context=length)).prefill_flops_per_token
         + 2 * arch.vocab_size * arch.hidden_size
     )
 
