@@ -343,10 +343,10 @@ def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device
     minipuzzle score my-model --data texts/ -o scored
     torchrun --nproc-per-node 4 -m minipuzzle score my-model --memory 24GiB
     """
-    from minipuzzle.pipeline import single
+    from minipuzzle.pipeline import verbs
     from minipuzzle.pipeline.results import records
 
-    path, table = single.score(model, recipe, output_dir, seed, device, reporter, _command(), memory_bytes,
+    path, table = verbs.score(model, recipe, output_dir, seed, device, reporter, _command(), memory_bytes,
                                redo)
     if environment.rank() != 0:
         return
@@ -408,7 +408,7 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
     minipuzzle evaluate runs/mine/model --latency --set workload.context=4k
     minipuzzle evaluate runs/mine/model --tasks hellaswag,mmlu --limit 200
     """
-    from minipuzzle.pipeline import single
+    from minipuzzle.pipeline.evaluate import evaluate as evaluate_folder
 
     if limit is not None and tasks is None:
         raise RecipeError("--limit is for --tasks")
@@ -418,7 +418,7 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks is not None and not names:
         raise RecipeError("--tasks names no task; write for example --tasks mmlu,gsm8k")
-    data = single.evaluate(model, teacher, recipe, device, latency, names, limit)
+    data = evaluate_folder(model, teacher, recipe, device, latency, names, limit)
     paired = {f"{'' if k.startswith('loss') else 'paired_'}{k}": v for k, v in (data.get("paired") or {}).items()}
     parts = (data, paired, data.get("latency") or {}, *_scores_of(data))
     _print(data, as_json, [f"{key:26} {value:.5g}" if isinstance(value, float) else f"{key:26} {value}"

@@ -242,7 +242,8 @@ def test_quiet_says_nothing_and_json_is_alone(model_folder: Path, texts: Path, t
     assert [s["name"] for s in told if s["status"] == "done"] == ["score", "curves"]
     # what it says to do about other settings, it can do
     refused = invoke(*request, tmp_path / "plain", "--set", "calibration.samples=3", code=2).stderr
-    assert refused.endswith("(calibration.samples: 4 -> 3); stages to make again: score, curves. Use another -o\n")
+    assert refused.endswith("(calibration.samples: 4 -> 3); stages to make again: score, curves. "
+                            "Use --redo for these, or another -o\n")
 
 
 def test_a_run_is_searched_again_from_another_folder(model_folder: Path, texts: Path, tmp_path: Path,

@@ -18,9 +18,9 @@ from minipuzzle import Recipe, prune
 from minipuzzle.cli import main
 from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.partial import Partial
-from minipuzzle.pipeline import single
-from minipuzzle.pipeline.job import STAGES
+from minipuzzle.pipeline import verbs
 from minipuzzle.pipeline.progress import Reporter
+from minipuzzle.pipeline.stages import NAMES as STAGES
 
 RECIPE = """
 recipe: 1
@@ -59,7 +59,7 @@ def recipe(texts: Path) -> Recipe:
 def _neither_gate_nor_page() -> Iterator[None]:
     """They take most of the time of such a run, and are tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minipuzzle.pipeline.stages.reload_gate", lambda *given: 0.0)
+        patch.setattr("minipuzzle.pipeline.finishing.reload_gate", lambda *given: 0.0)
         patch.setattr("minipuzzle.report.html.render_html", lambda report: "")
         yield
 
@@ -160,11 +160,11 @@ def test_export_reads_every_byte(copy: Path, finished: Path, model_folder: Path,
 
 def test_the_other_verbs_mend_too(model_folder: Path, recipe: Recipe, texts: Path, tmp_path: Path) -> None:
     """`score` and `distill` say --redo as well, and take it."""
-    single.score(model_folder, recipe, tmp_path / "scored", 0, "cpu", Reporter())
+    verbs.score(model_folder, recipe, tmp_path / "scored", 0, "cpu", Reporter())
     file = damage(tmp_path / "scored", "scores/layers.csv", "flipped")
     with pytest.raises(CorruptArtifact, match=rf"{re.escape(str(file))} .*--redo"):
-        single.score(model_folder, recipe, tmp_path / "scored", 0, "cpu", Reporter())
-    single.score(model_folder, recipe, tmp_path / "scored", 0, "cpu", Reporter(), redo=True)
+        verbs.score(model_folder, recipe, tmp_path / "scored", 0, "cpu", Reporter())
+    verbs.score(model_folder, recipe, tmp_path / "scored", 0, "cpu", Reporter(), redo=True)
     for verb in ("score", "distill", "prune"):
         assert "--redo" in CliRunner().invoke(main, [verb, "--help"]).stdout
 

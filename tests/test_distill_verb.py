@@ -236,7 +236,7 @@ def test_streams_need_to_know_the_layers(small: Path, model_folder: Path, texts:
         distill(small, model_folder, texts, tmp_path / "b", "distillation.hidden_loss_weight=1", "distillation.tokens=128")
     finally:
         (small / "minipuzzle.json").unlink()
-    assert read_metrics(tmp_path / "b")[0]["loss_hidden"] > 0
+    assert read_metrics(tmp_path / "b")[0]["hidden"] > 0
     # the result explains itself, and knows its layers: it can be distilled so again
     about = json.loads((tmp_path / "b" / "model" / "minipuzzle.json").read_text())
     assert about["result"]["kept_layers"] == list(KEPT)

@@ -48,7 +48,7 @@ from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, Whole, layer_forwards, walk
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.pipeline import single
+from minipuzzle.pipeline import verbs
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.source import bundled_model
 from minipuzzle.recipes.schema import Recipe
@@ -386,7 +386,7 @@ SMALL = ["--set", "calibration.samples=6", "--set", "calibration.sequence_length
 def score_alone(folder: Path, memory_bytes: int | None = None) -> Path:
     recipe = Recipe.load("default", data=str(folder.parent / "texts"), settings={
         key: yaml.safe_load(value) for key, _, value in (s.partition("=") for s in SMALL[1::2])})
-    return single.score(bundled_model(), recipe, folder, 0, "cpu", Reporter(), memory_bytes=memory_bytes)[0]
+    return verbs.score(bundled_model(), recipe, folder, 0, "cpu", Reporter(), memory_bytes=memory_bytes)[0]
 
 
 def score_together(folder: Path) -> Path:

@@ -31,7 +31,7 @@ from minipuzzle.importance.layers import score_layers
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, Source
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
-from minipuzzle.pipeline import stages
+from minipuzzle.pipeline import finishing
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def recipe(texts: Path) -> Recipe:
 @pytest.fixture(scope="module", autouse=True)
 def _neither_gate_nor_page() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minipuzzle.pipeline.stages.reload_gate", lambda *given: 0.0)
+        patch.setattr("minipuzzle.pipeline.finishing.reload_gate", lambda *given: 0.0)
         patch.setattr("minipuzzle.report.html.render_html", lambda report: "")
         yield
 
@@ -169,7 +169,7 @@ def test_a_signal_in_the_last_seconds_of_export(finished: Path, model_folder: Pa
 
     with monkeypatch.context() as patch:
         name = "model_card_files" if place == "before" else "replace_folder"
-        patch.setattr(stages, name, signalled(getattr(stages, name)))
+        patch.setattr(finishing, name, signalled(getattr(finishing, name)))
         with pytest.raises(Interrupted, match="the same command continues") as stopped:
             prune(model_folder, recipe, run)
     monkeypatch.setattr(interrupt, "_received", None)

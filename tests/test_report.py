@@ -14,7 +14,7 @@ import pytest
 import yaml
 from report_data import RECIPE, build
 
-from minipuzzle.core import rundir
+from minipuzzle.core import files
 from minipuzzle.pipeline.source import licence_of
 from minipuzzle.report import facts, html
 from minipuzzle.report.card import model_card
@@ -242,7 +242,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(rundir.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report({"schema": 1, "parent": {}, "result": {}}, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

@@ -322,7 +322,7 @@ def test_sweep_of_one_key():
 @pytest.mark.parametrize(("arguments", "code", "match"), [
     ([], 2, "needs a run, or --model"),
     (["--model", "MODEL", "RUN"], 2, "not both"),
-    (["--model", "MODEL", "--data", "stdlib"], 2, "no data"),
+    (["--model", "MODEL", "--data", "stdlib"], 2, "No such option '--data'"),
     (["--model", "MODEL", "--scores", "nowhere.csv"], 2, "no scores at"),
     (["--model", "nowhere"], 2, "nowhere"),
     (["--model", "MODEL", "--set", "search.damage=quadratic"], 2, "needs interactions"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from minipuzzle.core.errors import MinipuzzleError, RecipeError
-from minipuzzle.core.files import read_json, reading, replace_folder, restore_folder, write_atomic, write_sealed
+from minipuzzle.core.files import read_json, reading, replace_folder, restore_folder, write_atomic
 from minipuzzle.core.rundir import digest
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loop import Trained, distill_model
@@ -26,17 +26,24 @@ from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
-from minipuzzle.pipeline import stages
-from minipuzzle.pipeline.job import Job
+from minipuzzle.pipeline.finishing import show_metrics
 from minipuzzle.pipeline.mend import forget_damaged_training
-from minipuzzle.pipeline.plan import EVALUATIONS, find_device
+from minipuzzle.pipeline.plan import EVALUATIONS, find_device, make_plan
 from minipuzzle.pipeline.progress import Reporter
-from minipuzzle.pipeline.results import distilled_report, model_card_files, run_about, training_notes
-from minipuzzle.pipeline.single import open_job
+from minipuzzle.pipeline.results import distilled_report, model_card_files, training_notes
+from minipuzzle.pipeline.scoring import tokenize_stage
 from minipuzzle.pipeline.source import find_model
+from minipuzzle.pipeline.stage import Given, Runner, Stage
+from minipuzzle.pipeline.student import as_written, rounded, train_settings, training_blocks
+from minipuzzle.pipeline.verbs import open_run, write_about
+from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.surgery.gate import reload_gate, sample_logits
 
+SECTIONS = ("evaluation", "distillation")  # of the recipe, whose data are read
+# what the training of a folder may read; the verb runs it itself, in its own steps
+ALONE = Stage("distill", lambda given: [], settings=("distillation", "evaluation", "calibration", "workload"),
+              world=("model", "tokenizer", "evaluation.data", "distillation.data", "seed"), recorded=False)
 
 def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir: Path, seed: int, device: str,
             reporter: Reporter, command: str = "", cache_teacher: Path | None = None,
@@ -56,60 +63,64 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
     _check(recipe, small, big, layers, cache_teacher is not None)
     check_precision(recipe.distillation.precision, find_device(device))
     tracker = open_tracker(track, output_dir)
-    job = open_job(big, recipe, output_dir, seed, device, reporter, command, reads=("evaluation", "distillation"))
-    ranks, what = job.ranks, _inputs(job, small)
-    state = job.run.path / "distillation" / digest(what)
+    _check_alone(recipe, big, reads=SECTIONS)
+    ranks, run = open_run(output_dir, find_device(device))
+    world = World(big, recipe, seed, ranks.device, output_dir / "tokens", command=command)
+    runner = Runner((tokenize_stage(SECTIONS), ALONE), recipe, world, run, ranks,
+                    reporter if ranks.main else Reporter())
+    given, what = runner.given(ALONE, lambda done, note: None), _inputs(runner, small)
+    state = run.path / "distillation" / digest(what)
     try:
-        _begin(job, what, cache_teacher is not None, redo)
-        blocks, settings = stages.training_blocks(job), stages.settings(job)
+        _begin(runner, what, cache_teacher is not None, redo)
+        blocks, settings = training_blocks(given), train_settings(given)
+        selection_ids, final_ids = given.selection_ids(), given.final_ids()
         source: Model | CachedTeacher
         if cache_teacher is not None:
-            source = _cached(job, cache_teacher, blocks, settings)
+            source = _cached(runner, cache_teacher, blocks, settings)
         else:
             # in several processes the shards go to the device, the whole stays on the CPU
-            source = job.model if ranks.size == 1 else Model.load(big, "cpu")
+            source = given.parent.model if ranks.size == 1 else Model.load(big, "cpu")
         compared = cache_teacher is None and ranks.main
         before = None
         if ranks.main:
-            before = _measure(Model.load(small, ranks.device), job.final_ids,
-                              job.reference(job.final_ids) if compared else None)
-        selection = job.reference(job.selection_ids) if compared and ranks.size == 1 else None
+            before = _measure(Model.load(small, ranks.device), final_ids,
+                              given.parent.reference(final_ids) if compared else None)
+        selection = given.parent.reference(selection_ids) if compared and ranks.size == 1 else None
         pupil = HybridLM(small.family, small.arch,
                          Model.load(small, ranks.device if ranks.size == 1 else "cpu").by_name())
         dtypes = small.dtypes(tuple(range(small.arch.num_layers)))
 
         def evaluate(s: HybridLM) -> dict[str, float]:
             if ranks.size > 1:
-                return _sharded_loss(s, job.selection_ids, ranks)
-            written = stages.as_written(s, dtypes)
-            return _measure(written, job.selection_ids, selection)
+                return _sharded_loss(s, selection_ids, ranks)
+            return _measure(as_written(s, dtypes), selection_ids, selection)
 
         if ranks.main:
-            job.run.commit("distill", what, [], 0.0)  # from its first step on it is this training and no other
-            stages.show_metrics(job, state)
-        with job.reporter.stage("distill", recipe.distillation.tokens) as update:
+            run.commit("distill", what, [], 0.0)  # from its first step on it is this training and no other
+            show_metrics(run.path, state)
+        with runner.reporter.stage("distill", recipe.distillation.tokens) as update:
             done = distill_model(pupil, source, blocks, settings, state, layers=layers, ranks=ranks,
                                  evaluate=evaluate, track=tracker if ranks.main else lambda row: None,
                                  evaluate_every=max(1, settings.steps(blocks.sequence_length) // EVALUATIONS),
                                  progress=lambda tokens, row: update(tokens, f"{tokens:,} tokens, {say(row)}"))
         selection = None
         exported = load_best(state, pupil, ranks)
-        weights = dict(stages.rounded(pupil, dtypes))  # all processes: the shards are put together
+        weights = dict(rounded(pupil, dtypes))  # all processes: the shards are put together
         found = {}
         if before is not None:
-            report, after, parent = _finish(job, small, layers, weights, before, compared, done, exported)
-            write_atomic(job.run.path / "metrics.jsonl", (state / "metrics.jsonl").read_text())
-            found = {"path": str(job.run.path / "model"), "tokens": done.tokens, "seconds": done.seconds,
+            report, after, parent = _finish(given, small, layers, weights, before, compared, done, exported)
+            write_atomic(run.path / "metrics.jsonl", (state / "metrics.jsonl").read_text())
+            found = {"path": str(run.path / "model"), "tokens": done.tokens, "seconds": done.seconds,
                      "loss_before": before["loss"], "kl_before": before.get("kl"), "loss": after["loss"],
                      "kl": after.get("kl"), "loss_teacher": parent.get("loss"), "best_step": done.best_step,
                      "exported": exported, "alerts": report["alerts"], "warnings": report["warnings"],
                      "skipped": done.skipped, "processes": ranks.size}
         return dict(ranks.broadcast(found))
     except RecipeError:
-        job.run.discard_unused()
+        run.discard_unused()
         raise
     finally:
-        job.run.close()
+        run.close()
         ranks.close()
 
 
@@ -127,51 +138,60 @@ def _check(recipe: Recipe, small: ModelFolder, big: ModelFolder, layers: tuple[i
                           "size, and its minipuzzle.json, which names the layers it kept")
 
 
-def _inputs(job: Job, small: ModelFolder) -> dict[str, Any]:
+def _check_alone(recipe: Recipe, big: ModelFolder, reads: tuple[str, ...]) -> None:
+    """Raise RecipeError for what `prune` would refuse of the sections that are read."""
+    make_plan(big.arch, recipe, need_budget=False, reads=reads)
+
+
+def _inputs(runner: Runner, small: ModelFolder) -> dict[str, Any]:
     """What decides the numbers: another student, teacher, data or setting is another run of training."""
-    d = job.plan.recipe.distillation
-    return {"student": small.fingerprint, "teacher": job.folder.fingerprint, "tokens": job.inputs["tokenize"],
-            "seed": job.seed,
-            "distillation": d.model_dump(exclude={"activation_checkpointing", "data", "tournament_tokens"})}
+    recipe = runner.recipe
+    return {"student": small.fingerprint, "teacher": runner.world.folder.fingerprint,
+            "data": {name: runner.world.identities[f"{name}.data"]() for name in SECTIONS},
+            "tokenizer": runner.world.tokenizer_hash, "seed": runner.world.seed,
+            "distillation": recipe.distillation.model_dump(
+                exclude={"activation_checkpointing", "data", "tournament_tokens"})}
 
 
-def _begin(job: Job, inputs: dict[str, Any], cached: bool, redo: bool) -> None:
+def _begin(runner: Runner, inputs: dict[str, Any], cached: bool, redo: bool) -> None:
     """run.json and the tokens. With `redo` what is damaged is forgotten, and another training.
 
     Raises:
         RecipeError: the folder has another training.
     """
-    if job.ranks.main:
-        restore_folder(job.run.path / "model")
+    run, reporter = runner.run, runner.reporter
+    if runner.ranks.main:
+        restore_folder(run.path / "model")
         if redo:
-            job.forget_damaged()
-            forget_damaged_training(job, job.run.path / "distillation" / digest(inputs))
-        if different := job.run.differences("distill", inputs):
+            runner.forget_damaged()
+            forget_damaged_training(runner.given(ALONE, lambda done, note: None),
+                                    run.path / "distillation" / digest(inputs))
+        if different := run.differences("distill", inputs):
             if not redo:
-                raise RecipeError(f"{job.run.path} distils with other settings ({'; '.join(different)}); with those "
+                raise RecipeError(f"{run.path} distils with other settings ({'; '.join(different)}); with those "
                                   "the same command continues, with another -o, or --redo, it starts anew")
-            job.run.drop("distill")
-        write_sealed(job.run.path / "run.json", run_about(job) | {"student": inputs["student"]}, indent=1)
-    job.reporter.start({"tokenize": 5.0, "cache": 30.0 if cached else 0.0, "distill": 100.0})
-    stages.tokenize_data(job)
-    for note in training_notes(job):
-        job.reporter.say(note)
+            run.drop("distill")
+        write_about(runner, student=inputs["student"])
+    reporter.start({"tokenize": 5.0, "cache": 30.0 if cached else 0.0, "distill": 100.0})
+    runner.make_one("tokenize")
+    for note in training_notes(runner.recipe, runner.ranks.device):
+        reporter.say(note)
 
 
-def _finish(job: Job, small: ModelFolder, layers: tuple[int, ...], weights: dict[str, torch.Tensor],
+def _finish(given: Given, small: ModelFolder, layers: tuple[int, ...], weights: dict[str, torch.Tensor],
             before: dict[str, float], compared: bool, done: Trained,
             exported: Row) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
     """(the report of OUTPUT_DIR/model, its quality, the teacher's if known): written, through the gate, measured,
     with its card."""
-    unchecked, final = job.run.path / "model-unchecked", job.run.path / "model"
-    ids = job.final_ids[:2]
+    unchecked, final, final_ids = given.folder / "model-unchecked", given.folder / "model", given.final_ids()
+    ids = final_ids[:2]
     wanted = sample_logits(small.family, small.arch, weights.items(), ids)
     write_model(unchecked, small.arch.to_config(small.config), weights.items(), small.path)
     reload_gate(unchecked, ids, wanted)
-    reference = job.reference(job.final_ids) if compared else None
-    after = _measure(Model.load(open_model(unchecked), job.device), job.final_ids, reference)
+    reference = given.parent.reference(final_ids) if compared else None
+    after = _measure(Model.load(open_model(unchecked), given.parent.device), final_ids, reference)
     parent = {} if reference is None else reference.quality()
-    report = distilled_report(job, small.arch, layers, {"parent": parent, "pruned": before, "distilled": after}, done,
+    report = distilled_report(given, small.arch, layers, {"parent": parent, "pruned": before, "distilled": after}, done,
                               exported)
     for name, text in model_card_files(report).items():
         write_atomic(unchecked / name, text)
@@ -193,21 +213,22 @@ def _layer_map(small: ModelFolder, big: ModelFolder) -> tuple[int, ...]:
     return kept if fits else ()
 
 
-def _cached(job: Job, folder: Path, blocks: Blocks, settings: TrainSettings) -> CachedTeacher:
+def _cached(runner: Runner, folder: Path, blocks: Blocks, settings: TrainSettings) -> CachedTeacher:
     """Write what is missing of the teacher's cache; open it."""
+    world, ranks = runner.world, runner.ranks
     steps, size = settings.steps(blocks.sequence_length), settings.batch(blocks.sequence_length)
     wanted = blocks.numbers(settings.seed, 0, steps * size)
-    key = {"teacher": job.folder.fingerprint, "tokenizer": job.tokenizer_hash, "data": blocks.corpus_hash,
+    key = {"teacher": world.folder.fingerprint, "tokenizer": world.tokenizer_hash, "data": blocks.corpus_hash,
            "sequence_length": blocks.sequence_length, "top_k": settings.top_k, "temperature": settings.temperature,
            "precision": "fp32" if settings.precision == "fp32" else "bf16"}
 
     def teacher() -> LiveTeacher:
-        return LiveTeacher(Model.load(job.folder, job.device),
-                           autocast=lambda: autocast(settings.precision, job.device))
+        return LiveTeacher(Model.load(world.folder, ranks.device),
+                           autocast=lambda: autocast(settings.precision, ranks.device))
 
-    with job.reporter.stage("cache", len(set(wanted)) / job.ranks.size) as update:
-        cache_blocks(folder, teacher, blocks, wanted, key, job.ranks, lambda done: update(done, "blocks"))
-    return CachedTeacher(folder, job.device)
+    with runner.reporter.stage("cache", len(set(wanted)) / ranks.size) as update:
+        cache_blocks(folder, teacher, blocks, wanted, key, ranks, lambda done: update(done, "blocks"))
+    return CachedTeacher(folder, ranks.device)
 
 
 def _measure(model: Model, ids_NT: torch.Tensor, reference: Reference | None) -> dict[str, float]:

@@ -29,10 +29,10 @@ from minipuzzle.families.nemotron_h import TINY
 from minipuzzle.families.ssd import kernel, ssd
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
-from minipuzzle.pipeline.job import STAGES
 from minipuzzle.pipeline.plan import Plan, check_memory, machine_memory, make_plan
 from minipuzzle.pipeline.results import versions
 from minipuzzle.pipeline.source import config_of
+from minipuzzle.pipeline.stages import NAMES
 from minipuzzle.recipes.schema import Recipe
 
 TOLERANCE = 1e-4
@@ -63,7 +63,7 @@ def examine_run(run: Path) -> list[dict[str, Any]]:
     for folder in (run, *sorted(p for p in run.glob("candidates/*") if p.is_dir())):
         place = "" if folder == run else f" of {folder.name}"
         names = sorted(p.stem for p in folder.glob("stages/*.json"))
-        for stage in sorted(names, key=lambda name: STAGES.index(name) if name in STAGES else len(STAGES)):
+        for stage in sorted(names, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES)):
             checks.append(_whole(f"stage {stage}{place}", partial(_stage, RunDir(folder, hold=False), stage)))
     for path in sorted(run.glob("distillation/*/state-*")) + sorted(run.glob("distillation/*/best-*")):
         checks.append(_whole(f"{path.parent.name}/{path.name}", partial(_state, path)))

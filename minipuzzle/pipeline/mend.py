@@ -9,8 +9,9 @@ from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.files import read_json
 from minipuzzle.distill import state
 from minipuzzle.distill.trained import read_metrics
-from minipuzzle.pipeline.job import Job
-from minipuzzle.search.candidate import Candidate
+from minipuzzle.pipeline.candidates import chosen_one, read_tournament
+from minipuzzle.pipeline.stage import Given, Runner
+from minipuzzle.pipeline.student import state_folder, train_settings
 
 
 def steps_done(folder: Path) -> int:
@@ -35,10 +36,10 @@ def look_at(folder: Path, step: int) -> dict[str, float | None]:
     raise CorruptArtifact(f"{folder / 'metrics.jsonl'} does not say what step {step} was worth; {state.REMEDY}")
 
 
-def forget_damaged_training(job: Job, folder: Path, look: int | None = None) -> None:
+def forget_damaged_training(given: Given, folder: Path, look: int | None = None) -> None:
     """With --redo: what is damaged is trained again. `look`: the step whose held-out loss must be known if the training
     has come so far."""
-    if not job.redo:
+    if not given.redo:
         return
     try:
         for name in ("state", "best"):
@@ -48,23 +49,27 @@ def forget_damaged_training(job: Job, folder: Path, look: int | None = None) -> 
         if look is not None and steps_done(folder) >= look:
             look_at(folder, look)
     except CorruptArtifact as error:
-        job.reporter.say(f"trained again: {error}")
+        given.say(f"trained again: {error}")
         shutil.rmtree(folder)
 
 
-def forget_unusable_training(job: Job, candidate: Candidate, steps: int) -> None:
+def forget_unusable_training(runner: Runner, given: Given) -> None:
     """Forget a finished training whose state is not there, where the export still needs it; and training and export of
     another candidate: a tournament that was made again may have another winner.
 
     Raises:
         CorruptArtifact: the state is damaged, and --redo was not given.
     """
-    run, folder = job.result, job.state_folder(candidate)
-    if run.is_done("export", job.inputs["export"]):
+    d, run = given.settings.distillation, runner.where("export")
+    if d.tokens == 0:
+        return
+    candidate = chosen_one(given.files, given.candidate)
+    if run.is_done("export", runner.identity("export")):
         if read_json(run.path / "search" / "result.json").get("candidate", candidate.name) == candidate.name:
             return
         run.drop("export")
-    forget_damaged_training(job, folder)
-    if steps_done(folder) < steps and run.manifest("distill") is not None:
-        job.reporter.say(f"{folder} has no state of the finished training, which the export needs: it is trained again")
+    folder = state_folder(given, candidate, read_tournament(given.files)["key"])
+    forget_damaged_training(given, folder)
+    if steps_done(folder) < train_settings(given).steps(d.sequence_length) and run.manifest("distill") is not None:
+        given.say(f"{folder} has no state of the finished training, which the export needs: it is trained again")
         run.drop("distill")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 
 from minipuzzle.core.budget import Budget, Workload, human_budget, human_bytes, human_count
 from minipuzzle.core.errors import RecipeError, ResourceError
-from minipuzzle.core.rundir import digest
-from minipuzzle.data.corpus import check_sources, has_end, identity, parse_blend
+from minipuzzle.data.corpus import check_sources, has_end, parse_blend
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import Cost, cost, layer_parameters
+from minipuzzle.importance.racing import Race
 from minipuzzle.models.passes import STREAM_BYTES
 from minipuzzle.models.walk import samples_per_walk
+from minipuzzle.pipeline.world import Memory
 from minipuzzle.recipes.schema import DATA_SECTIONS, Recipe
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.space import Space, resolve_space
@@ -36,10 +38,59 @@ EFFICIENCY = 0.3
 SPARE_BYTES = 2**30  # for activations, libraries, and what else a process holds
 
 
+def the_race(settings: Recipe, arch: Architecture) -> Race:
+    """How many layers of each kind the search will drop, and how sure of the choice it shall be."""
+    drops = resolve_space(dict(settings.space), arch).drops
+    return Race({unit: (min(drops[name]), max(drops[name])) for name, unit in arch.family.drops.items()},
+                settings.scores.confidence, settings.scores.layer_metric)
+
+
+def budget_of(settings: Recipe, parent: Architecture) -> Budget:
+    """The budget in numbers: what is relative is of the parent at the same workload."""
+    return Budget.parse(settings.budget, cost(parent, settings.workload.build()).to_json())
+
+
+def curve_widths(space: Space, parent: Architecture) -> dict[str, tuple[int, ...]]:
+    """The widths of each axis at which curves are measured: spread over the space, its ends among them."""
+    out = {}
+    for axis, values in space.widths.items():
+        widths = sorted(w for w in values if w != parent.sizes()[axis])
+        count = min(CURVE_POINTS, len(widths))
+        places = [round(i * (len(widths) - 1) / max(1, count - 1)) for i in range(count)]
+        out[axis] = tuple(widths[p] for p in places)
+    return out
+
+
+def refit_samples(settings: Recipe, parent: Architecture) -> int:
+    """Calibration samples that a refit of the writers takes; 0 without one."""
+    c = settings.calibration
+    return 0 if settings.surgery.refit == "none" else max(c.samples, samples_needed(parent, c.sequence_length))
+
+
+def tokens_needed(settings: Recipe, parent: Architecture,
+                  data: Mapping[str, str]) -> dict[str, dict[str, int | None]]:
+    """source -> split -> tokens that do for what is read; None: all there are. `data`: section of the recipe -> what it
+    reads. Training goes over all of a source that has an end; evaluation, which spreads its blocks over them, needs no
+    more than HELD_OUT_TOKENS."""
+    c, d = settings.calibration, settings.distillation
+    # two parts, and a quarter more: documents are shared out whole
+    held_out = 5 * settings.evaluation.samples * c.sequence_length // 2
+    train = {"calibration": max(c.samples, refit_samples(settings, parent)) * c.sequence_length,
+             "distillation": d.tokens + d.batch_tokens + d.sequence_length}
+    out: dict[str, dict[str, int | None]] = {}
+    for section, name in data.items():
+        for source in parse_blend(name) if section != "distillation" or d.tokens else ():
+            ends, limits = has_end(source), out.setdefault(source, {})
+            limits["held_out"] = max(HELD_OUT_TOKENS, 2 * held_out) if ends else held_out
+            if section in train:
+                limits["train"] = None if ends else (limits.get("train") or 0) + train[section]
+    return out
+
+
 @dataclass(frozen=True)
 class Plan:
     """The resolved request. `points` and `feasible` count architectures of the space and those within the budget;
-    `memory_bytes` is what may be used; `reads` names the sections of the recipe whose data the verb reads."""
+    `memory_bytes` is what may be used."""
 
     parent: Architecture
     recipe: Recipe
@@ -51,26 +102,10 @@ class Plan:
     feasible: int
     largest: Cost
     memory_bytes: int
-    reads: tuple[str, ...] = DATA_SECTIONS
-
-    @property
-    def curve_widths(self) -> dict[str, tuple[int, ...]]:
-        """The widths of each axis at which curves are measured: spread over the space, its ends among them."""
-        out = {}
-        for axis, values in self.space.widths.items():
-            widths = sorted(w for w in values if w != self.parent.sizes()[axis])
-            count = min(CURVE_POINTS, len(widths))
-            places = [round(i * (len(widths) - 1) / max(1, count - 1)) for i in range(count)]
-            out[axis] = tuple(widths[p] for p in places)
-        return out
 
     @property
     def refit_samples(self) -> int:
-        """Calibration samples that a refit of the writers takes; 0 without one."""
-        c = self.recipe.calibration
-        if self.recipe.surgery.refit == "none":
-            return 0
-        return max(c.samples, samples_needed(self.parent, c.sequence_length))
+        return refit_samples(self.recipe, self.parent)
 
     @property
     def students_bytes(self) -> int:
@@ -102,23 +137,11 @@ class Plan:
         """Memory for the streams of a pass; None: what is fastest."""
         return None if self.resident else max(1, self.memory_bytes // 2 - self.layers_bytes)
 
-    def enough(self) -> dict[str, dict[str, int | None]]:
-        """source -> split -> tokens that do for what is read; None: all there are. Training goes over all of a source
-        that has an end; evaluation, which spreads its blocks over them, needs no more than HELD_OUT_TOKENS."""
-        r = self.recipe
-        c, d = r.calibration, r.distillation
-        # two parts, and a quarter more: documents are shared out whole
-        held_out = 5 * r.evaluation.samples * c.sequence_length // 2
-        train = {"calibration": max(c.samples, self.refit_samples) * c.sequence_length,
-                 "distillation": d.tokens + d.batch_tokens + d.sequence_length}
-        out: dict[str, dict[str, int | None]] = {}
-        for section in self.reads:
-            for source in parse_blend(getattr(r, section).data) if section != "distillation" or d.tokens else ():
-                ends, limits = has_end(source), out.setdefault(source, {})
-                limits["held_out"] = max(HELD_OUT_TOKENS, 2 * held_out) if ends else held_out
-                if section in train:
-                    limits["train"] = None if ends else (limits.get("train") or 0) + train[section]
-        return out
+    @property
+    def memory(self) -> Memory:
+        """How it is used."""
+        students = (self.memory_bytes / 2 - 8 * self.parent_cost.parameters) // (16 * self.largest.parameters)
+        return Memory(self.memory_bytes, self.resident, self.stream_bytes, max(1, int(students)))
 
     def passes(self) -> str:
         """How often scoring goes through the weights, and from where, in words."""
@@ -131,37 +154,6 @@ class Plan:
                 f"pass{'es' if count > 1 else ''} over the weights ({human_bytes(4 * self.parent_cost.parameters)} in "
                 f"float32), {where}; {human_bytes(self.memory_bytes)} to use")
 
-    def stage_inputs(self, model: str, tokenizer: str, seed: int,
-                     candidate: str | None = None) -> dict[str, dict[str, Any]]:
-        """What each stage reads: how a finished stage is recognised. A later stage holds the earlier's hash."""
-        r = self.recipe
-        # what the data are, whatever name they were given by
-        c, e, d = (section.model_dump() | {"data": identity(section.data)} for section in
-                   (r.calibration, r.evaluation, r.distillation))
-        out: dict[str, dict[str, Any]] = {}
-        limits = {name: limits for name, limits in self.enough().items() if not has_end(name)}
-        out["tokenize"] = {"data": {name: section["data"] for name, section in zip(DATA_SECTIONS, (c, e, d),
-                                                                                    strict=True)},
-                           "tokenizer": tokenizer}
-        out["tokenize"] |= {"enough": limits} if limits else {}
-        s = r.scores
-        how: dict[str, Any] = {"racing": s.racing, "iterative": s.iterative}
-        if s.racing or s.iterative:  # only then does the search's question decide what is measured
-            how |= {"drops": list(self.space.drops.values()), "metric": s.layer_metric, "confidence": s.confidence}
-        out["score"] = {"model": model, "calibration": c, "scores": how, "tokenizer": tokenizer}
-        out["curves"] = {"widths": self.curve_widths, "hidden": r.surgery.hidden, "after": digest(out["score"])}
-        out["search"] = {"budget": self.budget.to_json(), "workload": self.workload.to_json(),
-                         "space": self.space.to_json(), "search": r.search.model_dump(
-                             exclude={"finalists"} if r.search.strategy == "milp" else {"measure", "finalists"}),
-                         "layer_metric": r.scores.layer_metric, "after": digest(out["curves"])}
-        out["measure"] = {"measure": r.search.measure, "evaluation": e, "seed": seed,
-                          "sequence_length": r.calibration.sequence_length, "after": digest(out["search"])}
-        out["tournament"] = {"finalists": r.search.finalists, "distillation": d, "seed": seed,
-                             "refit": r.surgery.refit, "after": digest(out["measure"])}
-        out["distill"] = {"distillation": d, "candidate": candidate or "winner", "after": digest(out["tournament"])}
-        out["export"] = {"after": digest(out["distill"])}
-        return out
-
     def estimates(self) -> dict[str, float]:
         """Seconds that each stage may take here, from its FLOPs and a quick look at this machine's speed."""
         r = self.recipe
@@ -169,7 +161,7 @@ class Plan:
         parent, child = self.parent_cost.flops_per_token, self.largest.flops_per_token
         calibration = r.calibration.samples * r.calibration.sequence_length
         held_out = r.evaluation.samples * r.calibration.sequence_length
-        points = sum(len(w) for w in self.curve_widths.values())
+        points = sum(len(w) for w in curve_widths(self.space, self.parent).values())
         share = min(r.distillation.tournament_tokens, r.distillation.tokens)
         per_token = parent + 3 * child
         look = held_out * child if r.distillation.tokens else 0
@@ -251,12 +243,11 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
                           f"space.hidden_size = {parent.hidden_size}, or set it to 0")
     memory = machine_memory() if memory_bytes is None else memory_bytes
     if not need_budget:
-        return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost, memory,
-                    reads)
+        return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost, memory)
     # without scores the search only enumerates and prices, largest first
     found = search_architectures(parent, space, budget, workload, keep=1)
     return Plan(parent, recipe, workload, budget, parent_cost, space, found.points, found.feasible,
-                found.candidates[0].cost, memory, reads)
+                found.candidates[0].cost, memory)
 
 
 def check_disk(plan: Plan, folder: Path) -> None:
@@ -290,11 +281,6 @@ def find_device(name: str) -> torch.device:
         raise ResourceError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; "
                             "use --device cpu")
     return device
-
-
-def students_in_memory(plan: Plan) -> int:
-    """How many students (weights, gradients, two moments, float32) may be trained at once: in half of the memory."""
-    return max(1, int((plan.memory_bytes / 2 - 8 * plan.parent_cost.parameters) // (16 * plan.largest.parameters)))
 
 
 def memory_to_use(given: int | None, device: torch.device) -> int:

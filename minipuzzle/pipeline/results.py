@@ -13,71 +13,76 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from minipuzzle._version import __version__
 from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.files import read_json
 from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores
 from minipuzzle.distill.loop import Trained
-from minipuzzle.distill.loss import loss_kernel
 from minipuzzle.distill.precision import fp8_note
 from minipuzzle.distill.trained import read_metrics
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import HIDDEN
 from minipuzzle.families.cost import cost
 from minipuzzle.families.selection import choose_place
-from minipuzzle.families.ssd import kernel
-from minipuzzle.pipeline.job import STAGES, Job
+from minipuzzle.importance.racing import toss_ups
+from minipuzzle.pipeline.candidates import AGAIN, read_candidates, read_controls, read_tournament
+from minipuzzle.pipeline.plan import budget_of, refit_samples, the_race
+from minipuzzle.pipeline.scoring import zero_warning
 from minipuzzle.pipeline.source import licence_of
+from minipuzzle.pipeline.stage import Given
+from minipuzzle.pipeline.student import cutter_of, state_folder
+from minipuzzle.recipes.schema import Recipe
 from minipuzzle.report.card import model_card
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.rank import rank_correlation
 
 REPORT_CANDIDATES = 200
-_AGAIN = "run with --redo to make it again"
 WORSE = 1.1  # times the best: noise does not move the last looks of a cosine that far
 
 
-def make_report(job: Job, candidates: list[Candidate]) -> dict[str, Any]:
+def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """report.json (docs/files.md). Losses in nats per token; those of the result are all on the final part of the
-    held-out blocks, those of the candidates on the part that selects."""
-    chosen = next(c for c in candidates if c.chosen)
-    found = read_json(job.result.path / "search" / "result.json", hint=_AGAIN)
+    held-out blocks, those of the candidates on the part that selects.
+
+    `given`: of the export; `found`: what it measured. `stages`: with the seconds that each took.
+    """
+    candidates, controls = read_candidates(given.files, given.candidate), read_controls(given.files)
+    chosen, recipe, arch = candidates[0], given.settings, given.parent.arch
     parent, plain, pruned, final = (found[name] for name in ("parent", "sliced", "pruned", "distilled"))
-    stages = stage_list(job)
-    seconds = {s["name"]: s["seconds"] for s in stages}
     gap = plain["loss"] - parent["loss"]
-    alerts, controls = _alerts(found["exported"], found), job.read_candidates("controls")
-    return _about(job, parent) | {
+    alerts = _alerts(found["exported"], found)
+    return _about(given, parent) | {
         "result": {"parameters": found["parameters"], "memory_bytes": chosen.cost.memory_bytes,
                    "loss_sliced": plain["loss"], "loss_pruned": pruned["loss"], "loss_distilled": final["loss"],
                    "loss_distilled_stderr": final.get("loss_stderr"),
                    "kl_pruned": pruned["kl"], "kl_distilled": final["kl"],
-                   "agreement_distilled": final["agreement"], "path": str(job.result.path / "model"),
-                   "candidate": chosen.name, "chosen_by_hand": job.candidate is not None,
+                   "agreement_distilled": final["agreement"], "path": str(given.folder / "model"),
+                   "candidate": chosen.name, "chosen_by_hand": given.candidate is not None,
                    "architecture": chosen.architecture.to_json(),
                    "cost": chosen.cost.to_json(), "kept_layers": list(chosen.kept_layers),
                    "recovery": (plain["loss"] - final["loss"]) / gap if gap > 0 else None,
                    "gap_left": final["loss"] - parent["loss"], "reload_difference": found["reload_difference"],
                    "refit": found.get("refit"), "exported": found["exported"]},
         "paired": _paired(final) | {"sliced": _paired(plain), "pruned": _paired(pruned)},
-        "budget": job.plan.budget.to_json(),
-        "scores": _scores(job, chosen),
-        "search": {"points": job.plan.points, "feasible": job.plan.feasible,
-                   "measured": sum(c.measured is not None for c in candidates)},
+        "budget": budget_of(recipe, arch).to_json(),
+        "scores": _scores(given, chosen),
+        "search": read_json(given.file("search/space.json"), hint=AGAIN) | {
+            "measured": sum(c.measured is not None for c in candidates)},
         "rank_correlation": {"measured": rank_correlation(candidates), "controls": rank_correlation(controls)},
         "controls": [c.to_json() for c in controls],
         "candidates": [c.to_json() for c in candidates[:REPORT_CANDIDATES]],
-        "distillation": _distillation(job, candidates, seconds),
-        "stages": stages,
+        "distillation": _distillation(given, candidates, {s["name"]: s["seconds"] for s in stages}),
+        "stages": list(stages),
         "alerts": alerts,
-        "warnings": alerts + _warnings(job, gap) + _prediction_notes(candidates, controls),
-        "defaults": _defaults(job),
+        "warnings": alerts + _warnings(given, gap) + _prediction_notes(candidates, controls),
+        "defaults": _defaults(recipe),
         "samples": found["samples"],
     }
 
 
-def distilled_report(job: Job, student: Architecture, kept_layers: Sequence[int], measured: Mapping[str, Any],
+def distilled_report(given: Given, student: Architecture, kept_layers: Sequence[int], measured: Mapping[str, Any],
                      trained: Trained, exported: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of a model that was distilled alone, in the keys of report.json: for its card.
 
@@ -85,43 +90,44 @@ def distilled_report(job: Job, student: Architecture, kept_layers: Sequence[int]
     empty. `exported`: as distill/loop.py's `load_best` tells it.
     """
     alerts = _alerts(exported, measured)
-    price = cost(student, job.plan.workload)
+    price = cost(student, given.settings.workload.build())
     pruned, final = measured["pruned"], measured["distilled"]
-    return _about(job, measured["parent"]) | {
+    return _about(given, measured["parent"]) | {
         "result": {"parameters": price.parameters, "memory_bytes": price.memory_bytes, "loss_pruned": pruned["loss"],
                    "loss_distilled": final["loss"], "kl_pruned": pruned.get("kl"), "kl_distilled": final.get("kl"),
-                   "agreement_distilled": final.get("agreement"), "path": str(job.run.path / "model"),
+                   "agreement_distilled": final.get("agreement"), "path": str(given.folder / "model"),
                    "architecture": student.to_json(), "cost": price.to_json(),
                    "kept_layers": list(kept_layers) or None, "exported": dict(exported)},
         "paired": _paired(final) | {"pruned": _paired(pruned)},
         "distillation": {"tokens": trained.tokens, "seconds": trained.seconds},
         "alerts": alerts,
-        "warnings": alerts + held_out_notes(job) + training_notes(job),
+        "warnings": alerts + held_out_notes(given) + training_notes(given.settings, given.parent.device),
     }
 
 
-def _about(job: Job, parent: Mapping[str, Any]) -> dict[str, Any]:
+def _about(given: Given, parent: Mapping[str, Any]) -> dict[str, Any]:
     """What was asked, of which model, with what."""
-    held_out = job.evaluation_blocks
+    folder, arch, workload = given.parent.folder, given.parent.arch, given.settings.workload.build()
+    price, final = cost(arch, workload), given.final_ids()
+    held_out = given.blocks("evaluation", "held_out", given.settings.calibration.sequence_length)
     return {
         "schema": 1,
-        "model": "bundled model" if job.folder.path.parent.name == "bundled" else job.folder.path.name,
-        "license": licence_of(job.folder.path),
+        "model": "bundled model" if folder.path.parent.name == "bundled" else folder.path.name,
+        "license": licence_of(folder.path),
         "generated": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "command": job.command,
-        "seed": job.seed,
-        "parent": {"parameters": job.plan.parent_cost.parameters, "memory_bytes": job.plan.parent_cost.memory_bytes,
-                   "loss": parent.get("loss"), "loss_stderr": parent.get("loss_stderr"), "path": str(job.folder.path),
-                   "architecture": job.plan.parent.to_json(), "cost": job.plan.parent_cost.to_json()},
-        "workload": job.plan.workload.to_json(),
-        "evaluation": {"blocks": len(job.final_ids), "sequence_length": held_out.sequence_length,
-                       "tokens": job.final_ids.numel(), "selection_blocks": len(job.selection_ids),
+        "command": given.command,
+        "seed": given.seed,
+        "parent": {"parameters": price.parameters, "memory_bytes": price.memory_bytes,
+                   "loss": parent.get("loss"), "loss_stderr": parent.get("loss_stderr"), "path": str(folder.path),
+                   "architecture": arch.to_json(), "cost": price.to_json()},
+        "workload": workload.to_json(),
+        "evaluation": {"blocks": len(final), "sequence_length": held_out.sequence_length,
+                       "tokens": final.numel(), "selection_blocks": len(given.selection_ids()),
                        "bytes_per_token": held_out.bytes_per_token,
                        "source": held_out.source, "corpus_hash": held_out.corpus_hash},
-        "recipe": job.plan.recipe.dump(),
+        "recipe": given.settings.dump(),
         "versions": versions(),
-        "hashes": {"model": job.folder.fingerprint, "tokenizer": job.tokenizer_hash,
-                   "corpus": held_out.corpus_hash},
+        "hashes": {"model": folder.fingerprint, "tokenizer": given.tokenizer_hash, "corpus": held_out.corpus_hash},
         "hardware": hardware(),
     }
 
@@ -155,12 +161,21 @@ def _alerts(exported: Mapping[str, Any] | None, found: Mapping[str, Any]) -> lis
     return out
 
 
-def _scores(job: Job, chosen: Candidate) -> dict[str, Any]:
-    folder = job.run.path / "scores"
-    layers, curves = LayerScores.read(folder / "layers.csv"), WidthCurves.read(folder / "width_curves.csv")
-    return {"metric": job.plan.recipe.scores.layer_metric, "layers": records(layers.table),
-            "curves": records(curves.table), "scoring": read_json(folder / "scoring.json", hint=_AGAIN)
-            } | width_shares(job.cutter.turned, job.plan.parent, chosen)
+def _scores(given: Given, chosen: Candidate) -> dict[str, Any]:
+    recipe, arch = given.settings, given.parent.arch
+    layers = LayerScores.read(given.file("scores/layers.csv"))
+    curves = WidthCurves.read(given.file("scores/width_curves.csv"))
+    return {"metric": recipe.scores.layer_metric, "layers": records(layers.table), "curves": records(curves.table),
+            "scoring": _scoring(given)} | width_shares(cutter_of(given).turned, arch, chosen)
+
+
+def _scoring(given: Given) -> dict[str, Any]:
+    """How the layers were scored, and the cuts that noise decides."""
+    arch, race = given.parent.arch, the_race(given.settings, given.parent.arch)
+    samples_NL = LayerScores.read(given.file("scores/layers.csv")).samples[race.metric]
+    scoring: dict[str, Any] = read_json(given.file("scores/scoring.json"), hint=AGAIN)
+    return scoring | {
+        "confidence": race.confidence, "toss_ups": toss_ups(samples_NL.T.astype(float), arch.pattern, race)}
 
 
 def width_shares(scores: WidthScores, parent: Architecture, chosen: Candidate) -> dict[str, Any]:
@@ -197,10 +212,10 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(k): None if v != v else v for k, v in row.items()} for row in table.to_dict("records")]
 
 
-def _distillation(job: Job, candidates: list[Candidate], seconds: dict[str, float]) -> dict[str, Any]:
-    curve = read_metrics(job.result.path)
-    share = job.plan.recipe.distillation.tournament_tokens
-    logs = [(c.name, read_metrics(job.state_folder(c))) for c in candidates if c.after_distillation]
+def _distillation(given: Given, candidates: list[Candidate], seconds: dict[str, float]) -> dict[str, Any]:
+    curve, key = read_metrics(given.folder), read_tournament(given.files)["key"]
+    share = given.settings.distillation.tournament_tokens
+    logs = [(c.name, read_metrics(state_folder(given, c, key))) for c in candidates if c.after_distillation]
     return {"tokens": curve[-1]["tokens"] if curve else 0,
             "seconds": seconds.get("tournament", 0.0) + seconds.get("distill", 0.0),
             "tokens_per_second": curve[-1]["tokens_per_second"] if curve else None, "curve": curve,
@@ -208,38 +223,37 @@ def _distillation(job: Job, candidates: list[Candidate], seconds: dict[str, floa
                            for name, rows in logs]}
 
 
-def _warnings(job: Job, gap: float) -> list[str]:
-    out = []
+def _warnings(given: Given, gap: float) -> list[str]:
+    out, recipe, folder = [], given.settings, given.parent.folder
     if gap <= 0:
         out.append("slicing did not raise the loss: the share recovered by distillation is not defined")
-    if warning := zero_warning(job):
+    if warning := zero_warning(folder):
         out.append(warning)
-    recipe = job.plan.recipe
-    if not job.plan.resident:
-        out.append(f"the parent does not fit into {human_bytes(job.plan.memory_bytes)}: it was read from the disk "
+    if not given.parent.memory.resident:
+        out.append(f"the parent does not fit into {human_bytes(given.parent.memory.bytes)}: it was read from the disk "
                    "layer by layer, and wrote no sample")
-    asked, got = recipe.calibration.samples, len(job.calibration_ids)
+    asked, got = recipe.calibration.samples, len(given.calibration_ids())
     if got < asked:
         out.append(f"calibration.samples is {asked}, the data has {got} blocks of {recipe.calibration.sequence_length} "
                    "tokens: all were used")
-    out += held_out_notes(job)
-    scoring = read_json(job.run.path / "scores" / "scoring.json", hint=_AGAIN)
+    out += held_out_notes(given)
+    scoring = _scoring(given)
     if scoring["samples"] < scoring["available"]:
         out.append(f"scores.racing: {scoring['samples']} of {scoring['available']} samples were enough")
     if scoring["toss_ups"]:
         cuts = ", ".join(f"{t['kind']} {t['drop']} (layer {t['goes']} or {t['stays']})" for t in scoring["toss_ups"])
         out.append(f"noise decides which layers go, at {scoring['confidence']:.0%} confidence, where of a kind so many "
                    f"go: {cuts}; more calibration.samples decide")
-    if job.plan.refit_samples > recipe.calibration.samples:
-        out.append(f"surgery.refit took {len(job.refit_ids)} samples, more than calibration.samples "
-                   f"({recipe.calibration.samples}): the widest writer needs them")
-    if recipe.distillation.tokens == 0 and not job.refits:
+    refits = recipe.surgery.refit == "ridge"
+    if refits and (samples := refit_samples(recipe, given.parent.arch)) > asked:
+        out.append(f"surgery.refit took {len(given.calibration_ids(samples))} samples, more than calibration.samples "
+                   f"({asked}): the widest writer needs them")
+    if recipe.distillation.tokens == 0 and not refits:
         out.append("nothing was trained (distillation.tokens is 0); surgery.refit=ridge mends part of the cut without "
                    "training")
-    out += training_notes(job)
-    workload = job.plan.workload
-    if workload.precision != "bf16":
-        out.append(f"memory is counted for {workload.precision}; the folder stays in {job.folder.dtype} and must be "
+    out += training_notes(recipe, given.parent.device)
+    if recipe.workload.precision != "bf16":
+        out.append(f"memory is counted for {recipe.workload.precision}; the folder stays in {folder.dtype} and must be "
                    "quantised to reach it")
     return out
 
@@ -254,30 +268,17 @@ def _prediction_notes(candidates: list[Candidate], controls: list[Candidate]) ->
         "search.measure"]
 
 
-def held_out_notes(job: Job) -> list[str]:
+def held_out_notes(given: Given) -> list[str]:
     """That there are fewer held-out blocks than asked for."""
-    asked, got = job.plan.recipe.evaluation.samples, len(job.final_ids)
+    asked, (got, length) = given.settings.evaluation.samples, given.final_ids().shape
     return [] if got >= asked else [
-        f"evaluation.samples is {asked}, the held-out text gives {got} blocks of {job.final_ids.shape[1]} tokens to "
+        f"evaluation.samples is {asked}, the held-out text gives {got} blocks of {length} tokens to "
         f"select by and {got} others to report"]
 
 
-def zero_warning(job: Job) -> str:
-    """Names the parent's matrices that are all zero; empty if there are none.
-
-    Raises:
-        CorruptArtifact: all are.
-    """
-    zero = job.folder.zero_matrices()
-    if not zero:
-        return ""
-    names = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
-    return f"all zero in the parent: {names}; look whether its weights are whole"
-
-
-def training_notes(job: Job) -> list[str]:
+def training_notes(recipe: Recipe, device: torch.device) -> list[str]:
     """What a user may not expect of the training that is asked for."""
-    d, out = job.plan.recipe.distillation, []
+    d, out = recipe.distillation, []
     step = d.batch_tokens // d.sequence_length * d.sequence_length
     if step != d.batch_tokens:
         out.append(f"a step has {step:,} tokens: distillation.batch_tokens {d.batch_tokens:,} is no multiple of "
@@ -286,41 +287,21 @@ def training_notes(job: Job) -> list[str]:
         out.append(f"one step of {step:,} tokens is trained, more than distillation.tokens {d.tokens:,}; lower "
                    "distillation.batch_tokens for less")
     if d.precision == "fp8":
-        out.append(fp8_note(job.device))
+        out.append(fp8_note(device))
     return out
 
 
-def _defaults(job: Job) -> list[str]:
+def _defaults(recipe: Recipe) -> list[str]:
     """The settings that are the schema's own defaults, by section."""
-    chosen = job.plan.recipe.model_dump()
+    chosen = recipe.model_dump()
     out = []
-    for section, values in type(job.plan.recipe)().model_dump().items():
+    for section, values in type(recipe)().model_dump().items():
         if not isinstance(values, dict):
             continue
         same = [f"{k} = {v}" for k, v in values.items() if chosen[section].get(k) == v]
         if same:
             out.append(f"{section}: {', '.join(same)}")
     return out
-
-
-def stage_list(job: Job) -> list[dict[str, Any]]:
-    """Stages in order with status and the seconds they took when they were made."""
-    out = []
-    for name in STAGES:
-        manifest = job.home(name).manifest(name)
-        out.append({"name": name, "status": "done" if manifest else "open",
-                    "seconds": manifest["seconds"] if manifest else 0.0})
-    return out
-
-
-def run_about(job: Job) -> dict[str, Any]:
-    """run.json: what the run is, for people and for `search RUN`."""
-    return {"schema": 1, "model": str(job.folder.path.absolute()), "recipe": job.plan.recipe.located().model_dump(),
-            "seed": job.seed, "command": job.command, "versions": versions(), "stages": stage_list(job),
-            "device": str(job.device), "ssm_kernel": kernel(job.device),
-            "loss_kernel": loss_kernel(job.plan.parent.vocab_size, job.device),
-            "model_is": job.folder.sampled,
-            "hashes": {"model": job.folder.fingerprint, "tokenizer": job.tokenizer_hash}}
 
 
 def model_card_files(report: dict[str, Any]) -> dict[str, str]:

@@ -45,6 +45,8 @@ class Run:
         """
         path = Path(path)
         hint = "'minipuzzle prune' finishes it"
+        if not (path / "report.json").is_file():
+            raise RecipeError(f"{path} is not a finished run; {hint}")
         report = read_json(path / "report.json", RecipeError, hint, limit=CANDIDATES_BYTES)
         with reading(path / "candidates.csv", RecipeError, hint):
             return cls(path, report, pd.read_csv(path / "candidates.csv"))

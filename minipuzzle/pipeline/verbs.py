@@ -1,31 +1,36 @@
-"""The pipeline: tokenize, score, curves, search, measure, tournament, distill, export, report; as plain calls.
-
-    Recipe -> tokens -> LayerScores, WidthScores, WidthCurves -> [Candidate] -> measured -> distilled -> model/, report
+"""The verbs that make a run: the whole pipeline, and scoring alone. A verb is a list of stages.
 
 Every stage leaves files and a manifest (core/rundir.py): the same command continues where it stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from minipuzzle.core import interrupt
+import pandas as pd
+
 from minipuzzle.core.environment import world_size
 from minipuzzle.core.errors import RecipeError
-from minipuzzle.core.files import machine_errors, restore_folder, write_atomic, write_json, write_sealed
+from minipuzzle.core.files import machine_errors, read_json, restore_folder, write_atomic, write_json, write_sealed
 from minipuzzle.core.rundir import RunDir
+from minipuzzle.core.scores import LayerScores
+from minipuzzle.distill.loss import loss_kernel
 from minipuzzle.distill.precision import check_precision
-from minipuzzle.models.ranks import Ranks
+from minipuzzle.families.ssd import kernel
+from minipuzzle.models.ranks import Ranks, open_ranks
 from minipuzzle.models.weights import ModelFolder, open_model
-from minipuzzle.pipeline import stages
-from minipuzzle.pipeline.job import Job
-from minipuzzle.pipeline.plan import Plan, check_disk, check_memory, find_device, make_plan, memory_to_use
+from minipuzzle.pipeline.candidates import AGAIN, read_candidates
+from minipuzzle.pipeline.plan import Plan, budget_of, check_disk, check_memory, find_device, make_plan, memory_to_use
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.research import candidates_document
-from minipuzzle.pipeline.results import make_report, run_about
+from minipuzzle.pipeline.results import make_report, versions
 from minipuzzle.pipeline.run import Run
+from minipuzzle.pipeline.scoring import CURVES, SCORE, tokenize_stage
 from minipuzzle.pipeline.source import bundled_model, default_output, find_model, reopen
+from minipuzzle.pipeline.stage import Runner
+from minipuzzle.pipeline.stages import RESULT, STAGES
+from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.report.html import write_report
 from minipuzzle.search.candidate import to_frame
@@ -63,11 +68,15 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
         with machine_errors(path):
             if fresh:
                 run.clear()
-            job = Job(plan, folder, run, seed, Ranks(where), reporter or Reporter(), command, candidate)
-            if candidate is not None:
-                _open_candidate(job, candidate)
-            job.refuse_changes(redo)
-            return _run(job)
+            world = World(folder, recipe, seed, where, path / "tokens", plan.memory, candidate, command)
+            result = run if candidate is None else _open_candidate(run, candidate)
+            runner = Runner(STAGES, recipe, world, run, Ranks(where), reporter or Reporter(),
+                            dict.fromkeys(RESULT, result))
+            runner.refuse_changes(redo)
+            restore_folder(result.path / "model")
+            runner.reporter.start(plan.estimates())
+            runner.make(lambda: write_about(runner))
+            return report(runner)
     except RecipeError:
         run.discard_unused()
         raise
@@ -75,15 +84,21 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
         run.close()
 
 
-def _open_candidate(job: Job, name: str) -> None:
-    """Make the candidate's folder. Raise RecipeError if the run has no such candidate."""
-    if job.run.manifest("tournament") is None:
-        raise RecipeError(f"{job.run.path} has not come to its candidates yet; run it without --candidate first")
-    known = [c.name for c in job.read_candidates("tournament")]
+def _open_candidate(run: RunDir, name: str) -> RunDir:
+    """The candidate's folder.
+
+    Raises:
+        RecipeError: the run has no such candidate.
+    """
+    manifest = run.manifest("search")
+    if manifest is None or run.manifest("tournament") is None:
+        raise RecipeError(f"{run.path} has not come to its candidates yet; run it without --candidate first")
+    known = [c.name for c in read_candidates({file: run.path / file for file in manifest["files"]})]
     if name not in known:
-        raise RecipeError(f"{job.run.path} has no candidate {name!r}; candidates.csv lists {len(known)}, "
-                          f"{known[0]} first")
-    (job.result.path / "stages").mkdir(parents=True, exist_ok=True)
+        raise RecipeError(f"{run.path} has no candidate {name!r}; candidates.csv lists {len(known)}, {known[0]} first")
+    path = run.path / "candidates" / name
+    (path / "stages").mkdir(parents=True, exist_ok=True)
+    return RunDir(path, hold=False)
 
 
 def prepare(model: str | Path | None, recipe: Recipe, memory_bytes: int | None = None) -> tuple[ModelFolder, Plan]:
@@ -93,36 +108,75 @@ def prepare(model: str | Path | None, recipe: Recipe, memory_bytes: int | None =
     return folder, make_plan(folder.arch, recipe, memory_bytes=memory_bytes)
 
 
-def _run(job: Job) -> Run:
-    restore_folder(job.result.path / "model")
-    job.reporter.start(job.plan.estimates())
-    run_stages(job, stages.tokenize_data, stages.score, stages.curves, stages.search, stages.measure_candidates,
-               stages.tournament, stages.distill, stages.export)
-    return report(job)
-
-
-def run_stages(job: Job, *every: Callable[[Job], None]) -> None:
-    """One after the other; run.json says after each how far it is."""
-    _write_about(job)
-    for stage in every:
-        stage(job)
-        _write_about(job)
-        interrupt.check()  # a signal that came after the stage's last report of progress
-
-
-def _write_about(job: Job) -> None:
-    if job.ranks.main and job.candidate is None:  # another candidate's result leaves the run as it is
-        write_sealed(job.run.path / "run.json", run_about(job), indent=1)
-
-
-def report(job: Job) -> Run:
+def report(runner: Runner) -> Run:
     """Everything that was found -> candidates.csv, candidates.json, report.json, report.html."""
-    found, path = stages.candidates(job), job.result.path
+    given = runner.given(runner.stages["export"], lambda done, note: None)
+    path, recipe, arch = given.folder, given.settings, given.parent.arch
+    data = make_report(given, read_json(path / "search" / "result.json", hint=AGAIN), runner.stage_list())
+    found = read_candidates(given.files, given.candidate)
     write_json(path / "candidates.json", candidates_document(
-        job.plan.budget, job.plan.workload, job.folder.path.name, job.plan.parent, found))
+        budget_of(recipe, arch), recipe.workload.build(), given.parent.folder.path.name, arch, found))
     frame = to_frame(found)
     write_atomic(path / "candidates.csv", frame.to_csv(index=False))
-    data = make_report(job, found)
     write_report(data, path)
-    _write_about(job)
+    write_about(runner)
     return Run(path, data, frame)
+
+
+def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int, device: str, reporter: Reporter,
+          command: str = "", memory_bytes: int | None = None, redo: bool = False) -> tuple[Path, pd.DataFrame]:
+    """(OUTPUT_DIR/scores, the layer table): the first stages of `prune`, which would go on from here.
+
+    A parent that does not fit into `memory_bytes` (left out: the machine's) is read from the disk layer by layer. Under
+    torchrun the samples are split over the processes. `redo`: make the damaged stages again, and those that a changed
+    recipe invalidates.
+    """
+    folder, where = open_model(find_model(model)), find_device(device)
+    plan = make_plan(folder.arch, recipe, need_budget=False, memory_bytes=memory_to_use(memory_bytes, where),
+                     reads=("calibration",))
+    check_memory(plan, where)
+    path = output_dir or default_output(folder, recipe, seed)
+    ranks, run = open_run(path, where)
+    world = World(folder, recipe, seed, ranks.device, path / "tokens", plan.memory, command=command)
+    runner = Runner((tokenize_stage(("calibration",)), SCORE, CURVES), recipe, world, run, ranks,
+                    reporter if ranks.main else Reporter())
+    try:
+        with machine_errors(path):
+            if ranks.main:
+                runner.refuse_changes(redo, fresh="")
+            ranks.barrier()
+            estimates = plan.estimates()
+            runner.reporter.start({name: estimates[name] for name in runner.stages})
+            runner.reporter.say(plan.passes())
+            runner.make(lambda: write_about(runner))
+    except RecipeError:
+        run.discard_unused()
+        raise
+    finally:
+        run.close()
+        ranks.close()
+    return path / "scores", LayerScores.read(path / "scores" / "layers.csv").table
+
+
+def open_run(path: Path, device: Any) -> tuple[Ranks, RunDir]:
+    """(the processes that torchrun started, the run directory), held by the main one of them."""
+    ranks = open_ranks(device)
+    run = RunDir(path) if ranks.main else None
+    ranks.barrier()  # the folder is there
+    return ranks, run or RunDir(path, hold=False)
+
+
+def write_about(runner: Runner, **more: Any) -> None:
+    """run.json: what the run is, for people and for `search RUN`. Another candidate's result leaves it as it is."""
+    world = runner.world
+    if not runner.ranks.main or world.candidate is not None:
+        return
+    folder, device = world.folder, runner.ranks.device
+    done = {s["name"]: s for s in runner.stage_list()}
+    stages = [done.get(s.name, {"name": s.name, "status": "open", "seconds": 0.0}) for s in STAGES]
+    write_sealed(runner.run.path / "run.json", {
+        "schema": 1, "model": str(folder.path.absolute()), "recipe": runner.recipe.located().model_dump(),
+        "seed": world.seed, "command": world.command, "versions": versions(), "stages": stages,
+        "device": str(device), "ssm_kernel": kernel(device), "loss_kernel": loss_kernel(folder.arch.vocab_size, device),
+        "model_is": folder.sampled,
+        "hashes": {"model": folder.fingerprint, "tokenizer": world.tokenizer_hash}} | more, indent=1)

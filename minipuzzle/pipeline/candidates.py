@@ -1,0 +1,66 @@
+"""Candidates on disk: `search` writes them whole, later stages what they add to some of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading, write_atomic
+from minipuzzle.search.candidate import Candidate
+from minipuzzle.search.rank import rank
+
+AGAIN = "run with --redo to make it again"
+Qualities = dict[str, dict[str, Any]]  # by a candidate's name
+PREDICTED, MEASURED, CONTROLS, TOURNAMENT = (
+    f"search/{name}.json" for name in ("predicted", "measured", "controls", "tournament"))
+
+
+def write_candidates(path: Path, candidates: list[Candidate]) -> None:
+    """All that is known of them."""
+    write_atomic(path, json.dumps([c.to_json() for c in candidates], allow_nan=False))
+
+
+def read_candidates(files: Mapping[str, Path], chosen: str | None = None) -> list[Candidate]:
+    """The candidates as the stages that made `files` left them, best first.
+
+    After the tournament the winner is `chosen`, or the one of that name, and comes first.
+
+    Raises:
+        CorruptArtifact: a file is damaged.
+    """
+    found = _read(files[PREDICTED])
+    if MEASURED in files:
+        measured = read_json(files[MEASURED], hint=AGAIN)
+        found = [replace(c, measured=measured.get(c.name)) for c in found]
+    if TOURNAMENT not in files:
+        return rank(found)
+    about = read_tournament(files)
+    with reading(files[TOURNAMENT], hint=AGAIN):
+        first = chosen or about["winner"]
+        found = [replace(c, after_distillation=about["found"].get(c.name), chosen=c.name == first) for c in found]
+    return sorted(rank(found), key=lambda c: not c.chosen)
+
+
+def read_controls(files: Mapping[str, Path]) -> list[Candidate]:
+    """Random architectures of the space, measured."""
+    return rank(_read(files[CONTROLS]))
+
+
+def read_tournament(files: Mapping[str, Path]) -> dict[str, Any]:
+    """`winner`, `found` (name -> quality at the tournament's share), `key` of the states' folders."""
+    about: dict[str, Any] = read_json(files[TOURNAMENT], hint=AGAIN)
+    return about
+
+
+def chosen_one(files: Mapping[str, Path], chosen: str | None) -> Candidate:
+    """The candidate that is distilled."""
+    return read_candidates(files, chosen)[0]
+
+
+def _read(path: Path) -> list[Candidate]:
+    found = read_json(path, hint=AGAIN, top=list, limit=CANDIDATES_BYTES)
+    with reading(path, hint=AGAIN):
+        return [Candidate.from_json(c) for c in found]

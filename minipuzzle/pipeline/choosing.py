@@ -1,0 +1,140 @@
+"""Stages: from scores to the candidate that is distilled. Each writes what it adds.
+
+    search      scores, budget -> RUN/search/predicted.json: the candidates, with predicted damage
+    measure     the promising ones and random ones, cut -> RUN/search/measured.json, controls.json
+    tournament  the best, distilled a little -> RUN/search/tournament.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from minipuzzle.core.files import write_json
+from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.distill.loop import distill_together
+from minipuzzle.distill.trainer import Diverged, Pupil
+from minipuzzle.evaluate.quality import measure_paths
+from minipuzzle.pipeline.candidates import Qualities, read_candidates, write_candidates
+from minipuzzle.pipeline.mend import forget_damaged_training, look_at
+from minipuzzle.pipeline.plan import CONTROLS, budget_of
+from minipuzzle.pipeline.research import find_candidates
+from minipuzzle.pipeline.stage import Given, Stage
+from minipuzzle.pipeline.student import (
+    TRAINING,
+    cutter_of,
+    look,
+    say_training,
+    state_folder,
+    student_of,
+    train_settings,
+    training_blocks,
+)
+from minipuzzle.search.candidate import Candidate
+from minipuzzle.search.grid import random_architectures
+from minipuzzle.search.rank import diverse, rank
+from minipuzzle.search.space import resolve_space
+
+
+def search(given: Given) -> list[Path]:
+    """All architectures of the space within the budget, ranked by predicted damage."""
+    r, arch = given.settings, given.parent.arch
+    found, points, feasible = find_candidates(r, arch, resolve_space(dict(r.space), arch), budget_of(r, arch),
+                                              r.workload.build(), *_scores(given))
+    given.update(1, f"{points:,} architectures, {len(found) if feasible is None else feasible:,} "
+                    f"{'solved for' if feasible is None else 'within the budget'}")
+    folder = given.folder / "search"
+    folder.mkdir(exist_ok=True)
+    write_candidates(folder / "predicted.json", found)
+    write_json(folder / "space.json", {"points": points, "feasible": feasible})
+    return [folder / "predicted.json", folder / "space.json"]
+
+
+def _scores(given: Given) -> tuple[LayerScores, WidthCurves]:
+    return (LayerScores.read(given.file("scores/layers.csv")),
+            WidthCurves.read(given.file("scores/width_curves.csv")))
+
+
+def measure_candidates(given: Given) -> list[Path]:
+    """The best predicted candidates, cut and measured on the blocks that select; and some random
+    ones, which cannot win, to judge the prediction by."""
+    arch, cutter = given.parent.arch, cutter_of(given)
+    chosen = diverse(read_candidates(given.files), given.settings.search.measure)
+    controls = _draw_controls(given)
+    paths = [cutter.path(c.architecture, c.kept_layers) for c in (*chosen, *controls)]
+    run = given.passes(given.selection_ids(), f"{len(chosen)} candidates")
+    found = measure_paths(cutter, cutter.path(arch, tuple(range(arch.num_layers))), paths, run)
+    folder = given.folder / "search"
+    files = [folder / "measured.json", folder / "controls.json"]
+    write_json(files[0], {c.name: m for c, m in zip(chosen, found[: len(chosen)], strict=True)})
+    write_candidates(files[1], [replace(c, measured=m)
+                      for c, m in zip(controls, found[len(chosen):], strict=True)])
+    return files
+
+
+def _draw_controls(given: Given) -> list[Candidate]:
+    """Random architectures within the budget; none where the search does not enumerate them."""
+    r, arch = given.settings, given.parent.arch
+    if r.search.strategy != "grid":
+        return []
+    return random_architectures(arch, resolve_space(dict(r.space), arch), budget_of(r, arch), r.workload.build(),
+                                *_scores(given), r.scores.layer_metric, r.search.damage, CONTROLS, given.seed)
+
+
+def tournament(given: Given) -> list[Path]:
+    """A short distillation of the best few: the first part of the long cosine.
+
+    Raises:
+        Diverged: all of them did.
+    """
+    d, parent, how = given.settings.distillation, given.parent, train_settings(given)
+    share = min(d.tournament_tokens, d.tokens)
+    steps = how.steps(d.sequence_length, share)
+    every = read_candidates(given.files)
+    finalists = every[: given.settings.search.finalists]
+    if share == 0 or len(finalists) == 1:
+        finalists = []
+    found: Qualities = {}
+    reference, together = parent.reference(given.selection_ids()), parent.memory.students
+    for c in finalists:
+        forget_damaged_training(given, state_folder(given, c, given.key), steps)
+    for i in range(0, len(finalists), together):
+        # in lock-step: the teacher reads each batch once for all of them
+        group, before = finalists[i : i + together], i / len(finalists)
+        pupils = [Pupil(student_of(given, c, given.key), state_folder(given, c, given.key), c.kept_layers,
+                        partial(look, given, c, reference)) for c in group]
+        with contextlib.suppress(Diverged):  # all of them: each says so
+            distill_together(pupils, parent.model, training_blocks(given), how, share,
+                             progress=say_training(given, "best", before, len(group) / len(finalists) / share))
+        found |= {c.name: {"loss": None} if p.diverged else look_at(p.folder, steps)
+                  for c, p in zip(group, pupils, strict=True)}
+        given.update((i + len(group)) / len(finalists), f"{i + len(group)} finalists measured")
+    if diverged := [name for name, quality in found.items() if quality["loss"] is None]:
+        said = f"{len(diverged)} of {len(finalists)} finalists diverged in the tournament ({', '.join(diverged)})"
+        if len(diverged) == len(finalists):
+            raise Diverged(f"{said}; lower distillation.learning_rate ({d.learning_rate}): the stages before the "
+                           "tournament are kept")
+        given.say(f"{said}: they come last")
+    best = rank([replace(c, after_distillation=found.get(c.name)) for c in every])[0]
+    path = given.folder / "search" / "tournament.json"
+    write_json(path, {"key": given.key, "winner": best.name, "found": found})
+    return [path]
+
+
+_LAYERS_AND_WIDTHS = ("score", "curves")
+SEARCH = Stage(
+    "search", search,
+    settings=lambda recipe: (
+        "budget", "workload", "space", "scores.layer_metric", "search.strategy", "search.damage", "search.export",
+        "search.keep", *(("search.measure",) if recipe.search.strategy == "milp" else ())),
+    world=("model",), after=_LAYERS_AND_WIDTHS)
+MEASURE = Stage(
+    "measure", measure_candidates,
+    settings=("budget", "workload", "space", "scores.layer_metric", "search.strategy", "search.damage",
+              "search.measure", "surgery.hidden", "evaluation.samples", "calibration.sequence_length"),
+    world=("model", "tokenizer", "evaluation.data", "seed"), after=(*_LAYERS_AND_WIDTHS, "search"))
+TOURNAMENT = Stage(
+    "tournament", tournament, settings=("search.finalists", *TRAINING[0]), world=TRAINING[1],
+    after=("score", "curves", "search", "measure"))

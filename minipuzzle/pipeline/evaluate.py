@@ -1,0 +1,79 @@
+"""Measured quality of a folder, alone or beside a teacher; its speed; lm-eval's tasks."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minipuzzle.core.environment import world_size
+from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.rundir import RunDir
+from minipuzzle.data.corpus import check_sources
+from minipuzzle.evaluate.quality import Reference, measure
+from minipuzzle.evaluate.served import check_tasks, latency, tasks
+from minipuzzle.models.ranks import Ranks
+from minipuzzle.models.walk import Model
+from minipuzzle.models.weights import open_model
+from minipuzzle.pipeline.plan import find_device
+from minipuzzle.pipeline.progress import Reporter
+from minipuzzle.pipeline.scoring import tokenize_stage
+from minipuzzle.pipeline.source import find_model
+from minipuzzle.pipeline.stage import Runner
+from minipuzzle.pipeline.world import World
+from minipuzzle.recipes.schema import Recipe
+
+
+def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, device: str = "cpu",
+             speed: bool = False, task_names: Sequence[str] = (), limit: int | None = None) -> dict[str, Any]:
+    """Held-out loss (nats per token and per byte), perplexity, accuracy; against a teacher KL, agreement, and the
+    paired difference of the losses. On the final part of the held-out blocks, the one that `prune` reports.
+
+    With `speed` also latency, at the recipe's context and batch; with `task_names` also lm-eval's results.
+    """
+    if world_size() > 1:
+        raise RecipeError("evaluate runs in one process; start it without torchrun")
+    if task_names:
+        check_tasks(list(task_names))
+    folder = open_model(find_model(model))
+    other = open_model(find_model(teacher)) if teacher is not None else folder
+    if other.arch.vocab_size != folder.arch.vocab_size:
+        raise RecipeError(f"vocabularies differ: {folder.arch.vocab_size} and the teacher's {other.arch.vocab_size}")
+    data = (recipe.evaluation.samples, recipe.calibration.sequence_length)
+    check_sources(recipe.evaluation.data)
+    ranks = Ranks(find_device(device))
+    with tempfile.TemporaryDirectory() as scratch:
+        world = World(folder, recipe, 0, ranks.device, Path(scratch) / "tokens")
+        tokens = tokenize_stage(("evaluation",))
+        Runner([tokens], recipe, world, RunDir(Path(scratch), hold=False), ranks, Reporter()).make()
+        final_NT = world.held_out_ids(*data)[1]
+        if teacher is None:
+            reference = world.parent.reference(final_NT)
+            found = reference.quality()
+        else:
+            reference = Reference(Model.load(other, ranks.device), final_NT)
+            found = measure(world.parent.model, reference)
+        bytes_per_token = world.blocks("evaluation", "held_out", data[1]).bytes_per_token
+    out: dict[str, Any] = {"model": str(folder.path), "teacher": str(other.path) if teacher is not None else None,
+                           "tokens": reference.ids.numel()}
+    of_one = ("loss", "loss_stderr", "accuracy")
+    out |= {k: v for k, v in found.items() if teacher is not None or k in of_one}
+    if teacher is not None:
+        out["paired"] = {"loss_minus_parent": out.pop("loss_minus_parent"),
+                         "stderr": out.pop("loss_minus_parent_stderr", None)}
+    out |= {"loss_per_byte": found["loss"] / bytes_per_token, "perplexity": _perplexity(found["loss"])}
+    if speed:
+        out["latency"] = latency(folder.path, device, recipe.workload.context, recipe.workload.batch)
+    if task_names:
+        out["tasks"] = tasks(folder.path, list(task_names), device, limit)
+    return out
+
+
+def _perplexity(loss: float) -> float | None:
+    """None where no float holds it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None

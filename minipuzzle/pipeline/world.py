@@ -1,0 +1,152 @@
+"""What a run works on beside its recipe: the parent, its tokenizer, the texts, the machine, the seed.
+
+Each is read when it is first asked for. `World.identities` tells this state of each from another;
+stages name those that they read (pipeline/stage.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minipuzzle.core.rundir import digest
+from minipuzzle.core.scores import WidthScores
+from minipuzzle.data.blend import BlendedBlocks
+from minipuzzle.data.blocks import Blocks, load_blocks
+from minipuzzle.data.corpus import identity, parse_blend
+from minipuzzle.data.held_out import two_parts
+from minipuzzle.data.tokenizer import load_tokenizer
+from minipuzzle.evaluate.quality import Reference
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.models.stream import StreamedModel
+from minipuzzle.models.walk import Model, Source
+from minipuzzle.models.weights import COMPANIONS, ModelFolder
+from minipuzzle.recipes.schema import Recipe
+from minipuzzle.surgery.cut import Cutter
+from minipuzzle.surgery.rotate import Rotation
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How the machine's memory is used; changes no number.
+
+    bytes: what may be used.
+    resident: the parent is in memory from the first stage to the last; else passes stream it from
+    the disk. stream_bytes: for the streams of a pass; None: what is fastest. students: how many
+    are trained at once.
+    """
+
+    bytes: int = 0
+    resident: bool = True
+    stream_bytes: int | None = None
+    students: int = 1
+
+
+@dataclass
+class Parent:
+    """The model that is made smaller, as the stages use it."""
+
+    folder: ModelFolder
+    device: torch.device
+    memory: Memory
+
+    @property
+    def arch(self) -> Architecture:
+        return self.folder.arch
+
+    @cached_property
+    def model(self) -> Model:
+        """In memory, in float32: what teaches."""
+        return Model.load(self.folder, self.device)
+
+    @cached_property
+    def source(self) -> Source:
+        """As a pass reads it: from memory, or from the disk where it does not fit."""
+        return self.model if self.memory.resident else StreamedModel.open(self.folder, self.device)
+
+    def reference(self, ids_NT: torch.Tensor) -> Reference:
+        """Its activations on some held-out blocks; they live as long as what is returned."""
+        return Reference(self.source, ids_NT, self.memory.stream_bytes)
+
+    def cutter(self, widths: Path, rotation: Path | None) -> Cutter:
+        """The surgery that these width scores ask for, in the rotated basis if there is one. The
+        last one is kept: a rotated parent is a second copy of it."""
+        if self._cutter is None or self._cutter[0] != (widths, rotation):
+            dtypes = self.folder.dtypes(tuple(range(self.arch.num_layers)))
+            turn = None if rotation is None else Rotation.read(rotation)
+            self._cutter = (widths, rotation), Cutter(self.source, WidthScores.read(widths), turn, dtypes)
+        return self._cutter[1]
+
+    _cutter: tuple[tuple[Path, Path | None], Cutter] | None = field(default=None, init=False)
+
+
+@dataclass
+class World:
+    """The outside of a run. `tokens`: the folder that texts are tokenised into; `candidate`: the
+    one that the user chose in place of the tournament's winner."""
+
+    folder: ModelFolder
+    recipe: Recipe
+    seed: int
+    device: torch.device
+    tokens: Path
+    memory: Memory = Memory()
+    candidate: str | None = None
+    command: str = ""  # that started it; for the report
+
+    @property
+    def identities(self) -> dict[str, Callable[[], Any]]:
+        """What stages may name, and how this state of it is told from another."""
+        data = {f"{section}.data": lambda s=section: identity(self.source(s))
+                for section in ("calibration", "evaluation", "distillation")}
+        return data | {"model": lambda: self.folder.fingerprint, "tokenizer": lambda: self.tokenizer_hash,
+                       "seed": lambda: self.seed, "candidate": lambda: self.candidate or "winner"}
+
+    @cached_property
+    def parent(self) -> Parent:
+        return Parent(self.folder, self.device, self.memory)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        parts = [self.folder.path / n for n in COMPANIONS
+                 if "token" in n or n in ("vocab.json", "merges.txt")]
+        data = b"".join(p.read_bytes() for p in parts if p.is_file())
+        return hashlib.sha256(data).hexdigest()[:16]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.folder.path)
+
+    # data ------------------------------------------------------------------------------------------
+
+    def source(self, section: str) -> str:
+        """What the section of the recipe reads."""
+        return str(getattr(self.recipe, section).data)
+
+    def token_folder(self, source: str) -> Path:
+        """Where one source is tokenised to."""
+        return self.tokens / digest([identity(source), self.tokenizer_hash])
+
+    def blocks(self, section: str, split: str, sequence_length: int) -> Blocks:
+        """The tokens of a section's data, `train` or `held_out`, as blocks."""
+        blend = parse_blend(self.source(section))
+        parts = tuple(load_blocks(self.token_folder(n), split, sequence_length) for n in blend)
+        return parts[0] if len(parts) == 1 else BlendedBlocks(parts, tuple(blend.values()))
+
+    def calibration_ids(self, samples: int, sequence_length: int) -> torch.Tensor:
+        """Calibration samples, [N, T]: as many as there are, if fewer."""
+        blocks = self.blocks("calibration", "train", sequence_length)
+        return torch.from_numpy(blocks.first(samples)).to(self.device)
+
+    def held_out_ids(self, samples: int, sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(blocks that candidates and weights are chosen by, others that are only reported), [N, T]
+        each, of the evaluation data."""
+        parts = two_parts(self.blocks("evaluation", "held_out", sequence_length), samples)
+        selection, final = (torch.from_numpy(part).to(self.device) for part in parts)
+        return selection, final

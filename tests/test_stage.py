@@ -1,0 +1,108 @@
+"""Stages on their own: what one can see, what makes it stale, in which order they are made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.rundir import RunDir
+from minipuzzle.models.ranks import Ranks
+from minipuzzle.pipeline.progress import Reporter
+from minipuzzle.pipeline.stage import Given, Runner, Stage, restrict, values
+from minipuzzle.recipes.schema import Recipe
+
+
+def write(given: Given, name: str, text: str) -> list[Path]:
+    path = given.folder / name
+    path.write_text(text)
+    return [path]
+
+
+def first(given: Given) -> list[Path]:
+    return write(given, "first.txt", f"{given.settings.calibration.samples} of {given.seed}")
+
+
+def second(given: Given) -> list[Path]:
+    return write(given, "second.txt", given.file("first.txt").read_text() + " and more")
+
+
+FIRST = Stage("first", first, settings=("calibration.samples",), world=("seed",))
+SECOND = Stage("second", second, after=("first",))
+WORLD: Any = SimpleNamespace(seed=3, identities={"seed": lambda: 3})
+
+
+def runner(folder: Path, recipe: Recipe, *stages: Stage) -> Runner:
+    return Runner(stages, recipe, WORLD, RunDir(folder), Ranks(torch.device("cpu")), Reporter())  # type: ignore[arg-type]
+
+
+def with_samples(samples: int) -> Recipe:
+    return Recipe().with_overrides(settings={"calibration.samples": samples})
+
+
+def test_a_stage_sees_what_it_declares_and_nothing_else(tmp_path: Path) -> None:
+    seen: list[Given] = []
+
+    def look(given: Given) -> list[Path]:
+        seen.append(given)
+        return []
+
+    stage = Stage("look", look, settings=("calibration.samples", "search"), after=("first",))
+    one = runner(tmp_path / "run", with_samples(7), FIRST, SECOND, stage)
+    one.make()
+    (given,) = seen
+    assert given.settings.calibration.samples == 7
+    assert given.settings.search == Recipe().search
+    assert given.file("first.txt").read_text() == "7 of 3"
+    with pytest.raises(AttributeError):
+        _ = given.settings.calibration.sequence_length
+    with pytest.raises(AttributeError):
+        _ = given.settings.distillation
+    with pytest.raises(AssertionError, match=r"second\.txt"):
+        given.file("second.txt")
+    for what in ("seed", "parent", "tokenizer", "candidate"):
+        with pytest.raises(AssertionError, match="does not declare"):
+            getattr(given, what)
+    one.run.close()
+
+
+def test_a_stage_is_made_again_when_what_it_declares_changed_and_only_then(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    before = runner(folder, with_samples(7), FIRST, SECOND)
+    before.make()
+    before.run.close()
+    (folder / "second.txt").rename(tmp_path / "kept.txt")  # a stage that runs writes it anew
+    (tmp_path / "kept.txt").rename(folder / "second.txt")
+    other = runner(folder, with_samples(7).with_overrides(settings={"search.measure": 3}), FIRST, SECOND)
+    other.refuse_changes(redo=False)
+    other.run.close()
+    changed = runner(folder, with_samples(8), FIRST, SECOND)
+    with pytest.raises(RecipeError, match=r"calibration.samples: 7 -> 8.*again: first, second"):
+        changed.refuse_changes(redo=False)
+    changed.refuse_changes(redo=True)
+    changed.make()
+    assert (folder / "second.txt").read_text() == "8 of 3 and more"
+    changed.run.close()
+
+
+def test_the_order_is_that_of_the_data(tmp_path: Path) -> None:
+    third = Stage("third", second, after=("second", "first"))
+    one = runner(tmp_path / "run", Recipe(), third, SECOND, FIRST)
+    assert list(one.stages) == ["first", "second", "third"]
+    one.make()
+    assert [row["status"] for row in one.stage_list()] == ["done"] * 3
+    one.run.close()
+
+
+def test_a_restricted_recipe_keeps_whole_sections_and_single_keys() -> None:
+    view = restrict(Recipe(), ("search", "surgery.hidden"))
+    assert view.search.measure == Recipe().search.measure
+    assert view.surgery.hidden == Recipe().surgery.hidden
+    with pytest.raises(AttributeError):
+        _ = view.surgery.refit
+    assert values(Recipe(), ("surgery.hidden", "scores")).keys() == {
+        "surgery.hidden", *(f"scores.{k}" for k in Recipe().scores.model_dump())}
