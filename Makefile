@@ -21,7 +21,7 @@ prune: install
 	$(BIN)/minipuzzle prune
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # A browser for tests/test_browser.py, by apt if there is none; without apt those tests are skipped and say so.
 browser:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from minipuzzle._version import __version__
 from minipuzzle.core import environment, interrupt
 from minipuzzle.core.budget import MOST_SERVED, human_bytes, human_count, parse_quantity
-from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError
+from minipuzzle.core.errors import CorruptArtifact, InputError, MinipuzzleError
 from minipuzzle.core.files import CANDIDATES_BYTES, machine_errors, our_error, parse_yaml, read_json
 
 if TYPE_CHECKING:
@@ -133,9 +133,9 @@ def _pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
     for value in values:
         key, equals, right = value.partition("=")
         if not equals or not key or not right:
-            raise RecipeError(f"{option} {value!r}: write KEY=VALUE")
+            raise InputError(f"{option} {value!r}: write KEY=VALUE")
         if key.strip() in out and option == "--budget":  # of a setting the last counts
-            raise RecipeError(f"{option} {key.strip()} is given twice, as {out[key.strip()]} and {right.strip()}")
+            raise InputError(f"{option} {key.strip()} is given twice, as {out[key.strip()]} and {right.strip()}")
         out[key.strip()] = right.strip()
     return out
 
@@ -147,7 +147,7 @@ def _settings(values: tuple[str, ...]) -> dict[str, Any]:
             out[key] = parse_yaml(text)
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", error)
-            raise RecipeError(f"--set {key}={text}: the value is not YAML ({problem})") from None
+            raise InputError(f"--set {key}={text}: the value is not YAML ({problem})") from None
     return out
 
 
@@ -194,10 +194,10 @@ def recipe_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..
 
 
 def refuse_unread(settings: tuple[str, ...], sections: tuple[str, ...], why: str = "") -> None:
-    """Raise RecipeError for a `--set` in a section that the verb does not read; without `sections` it reads all."""
+    """Raise InputError for a `--set` in a section that the verb does not read; without `sections` it reads all."""
     for key in _pairs(settings, "--set"):
         if sections and key.partition(".")[0] not in sections:
-            raise RecipeError(f"--set {key}: '{click.get_current_context().command_path}' does not read "
+            raise InputError(f"--set {key}: '{click.get_current_context().command_path}' does not read "
                               f"{key.partition('.')[0]}{why}; it reads {', '.join(sections)}")
 
 
@@ -208,7 +208,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         from minipuzzle.pipeline.progress import Reporter, Terminal
 
         if verbose and quiet:
-            raise RecipeError("-v and -q exclude each other")
+            raise InputError("-v and -q exclude each other")
         interrupt.install(keeps=True)
         out = command(reporter=Reporter() if quiet else Terminal(verbose=verbose), **rest)
         if interrupt.received():
@@ -411,13 +411,13 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
     from minipuzzle.pipeline.evaluate import evaluate as evaluate_folder
 
     if limit is not None and tasks is None:
-        raise RecipeError("--limit is for --tasks")
+        raise InputError("--limit is for --tasks")
     if not latency:
         refuse_unread(click.get_current_context().params["settings"], ("calibration", "evaluation"),
                       " without --latency")
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks is not None and not names:
-        raise RecipeError("--tasks names no task; write for example --tasks mmlu,gsm8k")
+        raise InputError("--tasks names no task; write for example --tasks mmlu,gsm8k")
     data = evaluate_folder(model, teacher, recipe, device, latency, names, limit)
     paired = {f"{'' if k.startswith('loss') else 'paired_'}{k}": v for k, v in (data.get("paired") or {}).items()}
     parts = (data, paired, data.get("latency") or {}, *_scores_of(data))
@@ -453,7 +453,7 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
     from minipuzzle.pipeline.distill import distill as distill_folder
 
     if output_dir is None:
-        raise RecipeError("distill needs an output folder: -o FOLDER")
+        raise InputError("distill needs an output folder: -o FOLDER")
     with machine_errors(output_dir):
         data = distill_folder(student, teacher, recipe, output_dir, seed, device, reporter, _command(), cache_teacher,
                               track, redo)
@@ -479,13 +479,13 @@ def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
 
     found = {str(run): _report_of(run) for run in runs}
     if len(found) < len(runs):
-        raise RecipeError("report: a run is named twice")
+        raise InputError("report: a run is named twice")
     if len(runs) > 1:
         page = write_comparison(found, output or Path("comparison.html"))
         _print(comparison(found) | {"path": str(page)}, as_json, [str(page)])
         return
     if output is not None:
-        raise RecipeError("report writes RUN/report.html; -o is for the comparison of several runs")
+        raise InputError("report writes RUN/report.html; -o is for the comparison of several runs")
     page = write_report(found[str(runs[0])], runs[0])
     _print({"path": str(page)}, as_json, [str(page)])
 
@@ -493,7 +493,7 @@ def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
 def _report_of(run: Path) -> dict[str, Any]:
     path = run / "report.json"
     if not path.is_file():
-        raise RecipeError(f"{path} does not exist; the run is not finished: 'minipuzzle prune' continues it")
+        raise InputError(f"{path} does not exist; the run is not finished: 'minipuzzle prune' continues it")
     return dict(read_json(path, hint="'minipuzzle prune' writes it again", limit=CANDIDATES_BYTES))
 
 
@@ -567,9 +567,9 @@ def recipes_copy(name: str, file: Path, as_json: bool) -> None:
         with file.open("x", encoding="utf-8") as new:
             new.write(text)
     except FileExistsError:
-        raise RecipeError(f"{file} exists already; choose another name") from None
+        raise InputError(f"{file} exists already; choose another name") from None
     except OSError as error:
-        raise RecipeError(f"{file} cannot be written ({error.strerror})") from None
+        raise InputError(f"{file} cannot be written ({error.strerror})") from None
     _print({"path": str(file)}, as_json, [str(file)])
 
 

@@ -19,7 +19,7 @@ from tiny import relative, rms, tokens
 from torch import nn
 
 from minipuzzle.core.budget import Workload
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.families import registry
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
@@ -174,9 +174,9 @@ def test_pairs_go_together(folder: Path) -> None:
     assert first.predicted["layers"] == pytest.approx(scores.metric("mse")[2 * gone])
     race = Race({"PM": (0, 1)})
     for ask in (lambda: score_iteratively(Pass(model, ids), race), lambda: score(Pass(model, ids), race)):
-        with pytest.raises(RecipeError, match="layers that go together"):
+        with pytest.raises(InputError, match="layers that go together"):
             ask()
-    with pytest.raises(RecipeError, match=r"use search\.strategy grid"):
+    with pytest.raises(InputError, match=r"use search\.strategy grid"):
         solve_architectures(arch, space, page.Budget.parse({"params": "1x"}, cost(arch, Workload()).to_json()), Workload(),
                             scores)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny import ARCH, PARENT_CONFIG, config_of
 
 from minipuzzle.core.budget import Budget, Workload, human_bytes, human_count, parse_quantity
-from minipuzzle.core.errors import CorruptArtifact, RecipeError, UnsupportedModel
+from minipuzzle.core.errors import CorruptArtifact, InputError, UnsupportedModel
 from minipuzzle.core.published import read_config
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost, inspect, parameters_by_kind
@@ -276,7 +276,7 @@ def test_models_that_cannot_be_pruned(tmp_path: Path, change: dict[str, Any], me
 
 
 def test_a_config_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no config\.json"):
+    with pytest.raises(InputError, match=r"no config\.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff{}")
     with pytest.raises(CorruptArtifact, match="not JSON"):
@@ -315,7 +315,7 @@ def test_quantities(text: str | int, units: str, value: int) -> None:
                                              ("1T", "binary"), ("", "bytes"), ("1 2", "bytes"), (None, "bytes"),
                                              (True, "decimal"), ("nan", "decimal")])
 def test_what_is_no_quantity(text: Any, units: str) -> None:
-    with pytest.raises(RecipeError, match="is not a size"):
+    with pytest.raises(InputError, match="is not a size"):
         parse_quantity(text, units)
 
 
@@ -327,14 +327,14 @@ def test_budgets() -> None:
     assert budget.exceeded(parent) == ["memory", "params"]
     assert budget.to_json()["memory"] == {"limit": limits["memory"], "asked": "0.5x"}
     for text in ("0x", "1.01x"):
-        with pytest.raises(RecipeError, match="at most 1x"):
+        with pytest.raises(InputError, match="at most 1x"):
             Budget.parse({"memory": text}, parent)
-    with pytest.raises(RecipeError, match="unknown budget 'ram'"):
+    with pytest.raises(InputError, match="unknown budget 'ram'"):
         Budget.parse({"ram": "1GiB"}, parent)
     for text in ("0.5", 0.5, ".25"):
-        with pytest.raises(RecipeError, match=rf"less than one; write {text}x for a part of the parent"):
+        with pytest.raises(InputError, match=rf"less than one; write {text}x for a part of the parent"):
             Budget.parse({"memory": text}, parent)
-    with pytest.raises(RecipeError, match="no budget"):
+    with pytest.raises(InputError, match="no budget"):
         Budget.parse({}, parent)
     assert human_bytes(1536) == "1.5 KiB"
     assert human_count(4_489_223_040) == "4.489B"
@@ -343,5 +343,5 @@ def test_budgets() -> None:
 @pytest.mark.parametrize("change", [{"precision": "int3"}, {"kv_precision": "fp32"}, {"state_precision": "fp8"},
                                     {"keep_16bit": ("norms",)}, {"context": 0}, {"batch": 0}])
 def test_workloads_that_do_not_exist(change: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=next(iter(change))):
+    with pytest.raises(InputError, match=next(iter(change))):
         Workload(**change)

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data import corpus
 from minipuzzle.data.blend import ROUND, BlendedBlocks
@@ -143,7 +143,7 @@ def test_unreadable_data(tmp_path: Path, tokenizer: Any, name: str, content: byt
     data.mkdir()
     (data / name).write_bytes(content)
     for source in (data, data / name):
-        with pytest.raises(RecipeError, match=message) as error:
+        with pytest.raises(InputError, match=message) as error:
             tokenize(str(source), tokenizer, out, "id")
         assert name in str(error.value)
         assert [f.name for f in out.glob("*")] == []
@@ -151,10 +151,10 @@ def test_unreadable_data(tmp_path: Path, tokenizer: Any, name: str, content: byt
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
     for source in (str(tmp_path / "missing"), "./missing.txt", "a/b/c"):
-        with pytest.raises(RecipeError, match="no such file or folder"):
+        with pytest.raises(InputError, match="no such file or folder"):
             list(documents(source))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RecipeError, match=r"holds no \.txt"):
+    with pytest.raises(InputError, match=r"holds no \.txt"):
         list(documents(str(tmp_path / "empty")))
 
 
@@ -175,7 +175,7 @@ def test_only_hf_goes_to_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyP
                             ("tokens:old", "cannot be read yet"), ("stdlib=1,texst=2", "did you mean texts"),
                             ("a" * 300, "File name too long"), ("a\0b", "NUL character")):
         for read in (check_sources, lambda name: [list(documents(part)) for part in parse_blend(name) if part != "stdlib"]):
-            with pytest.raises(RecipeError, match=message):
+            with pytest.raises(InputError, match=message):
                 read(source)
     assert asked == []
     check_sources("hf:owner/name")
@@ -195,7 +195,7 @@ def test_a_stream_that_breaks_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         raise RuntimeError("the network\nis gone")
 
     monkeypatch.setattr("datasets.load_dataset", broken)
-    with pytest.raises(RecipeError, match=r"hf:a/b.*\(RuntimeError: the network\)"):
+    with pytest.raises(InputError, match=r"hf:a/b.*\(RuntimeError: the network\)"):
         list(documents("hf:a/b"))
 
 
@@ -208,19 +208,19 @@ def test_only_regular_files_are_data(tmp_path: Path, inside: bool) -> None:
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
         make(folder / name)
-        with pytest.raises(RecipeError, match=name.replace(".", r"\.")):
+        with pytest.raises(InputError, match=name.replace(".", r"\.")):
             check_sources(str(folder if inside else folder / name))
     odd = tmp_path / "odd"
     odd.mkdir()
     (odd / os.fsdecode(b"\xff.txt")).write_text("text")
-    with pytest.raises(RecipeError, match="not UTF-8; rename"):
+    with pytest.raises(InputError, match="not UTF-8; rename"):
         check_sources(str(odd))
 
 
 @pytest.mark.parametrize("row", ["[" * 100_000, '{"text": "a", "n": ' + "9" * 5000 + "}"], ids=["deep", "digits"])
 def test_rows_that_python_cannot_hold(tmp_path: Path, row: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n' + row + "\n")
-    with pytest.raises(RecipeError, match=r"rows\.jsonl, line 2: not JSON"):
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 2: not JSON"):
         list(documents(str(tmp_path / "rows.jsonl")))
 
 
@@ -433,7 +433,7 @@ def test_blocks_too_long_or_files_too_short(tokenised: Path, tmp_path: Path) -> 
     about = json.loads((tokenised / "tokens.json").read_text())
     count = about["tokens"]["held_out"]
     assert len(load_blocks(tokenised, "held_out", count)) == 1
-    with pytest.raises(RecipeError, match=f"held_out part has {count} tokens, less than one block of {count + 1}"):
+    with pytest.raises(InputError, match=f"held_out part has {count} tokens, less than one block of {count + 1}"):
         load_blocks(tokenised, "held_out", count + 1)
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -510,7 +510,7 @@ def test_blend_syntax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x=1").mkdir()
     assert parse_blend("x=1") == {"x=1": 1.0}  # a path that is there is no blend
     for wrong in ("a=0,b=1", "a=1,a=2", "a=-1,b=2", "a=x,b=1", "=1,b=1", "a=inf,b=1"):
-        with pytest.raises(RecipeError, match="SOURCE=WEIGHT"):
+        with pytest.raises(InputError, match="SOURCE=WEIGHT"):
             parse_blend(wrong)
     assert identity("stdlib=3,./none=1") == f"{identity('stdlib')}=0.75, ./none=0.25"
 

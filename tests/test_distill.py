@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import ARCH, FAMILY, tiny_model, tokens
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data.blocks import TokenBlocks
 from minipuzzle.distill import loop, trainer
@@ -263,7 +263,7 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path, monkeypatch: pytes
 
 def test_too_many_skipped_steps_give_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "distillation_loss", poisoned(set(range(3, 100))))
-    with pytest.raises(RecipeError, match=rf"{MAX_SKIPPED + 1} steps .*learning_rate"):
+    with pytest.raises(InputError, match=rf"{MAX_SKIPPED + 1} steps .*learning_rate"):
         train(tmp_path)
     assert len(read_metrics(tmp_path)) == 3 + MAX_SKIPPED
 
@@ -273,14 +273,14 @@ def test_skipped_steps_are_counted_over_a_stop(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(Interrupted):
         train(tmp_path, progress=stop_at(9))
     monkeypatch.setattr(trainer, "distillation_loss", poisoned(set(range(9))))
-    with pytest.raises(RecipeError, match=f"{MAX_SKIPPED + 1} steps"):
+    with pytest.raises(InputError, match=f"{MAX_SKIPPED + 1} steps"):
         train(tmp_path)
 
 
 def test_a_learning_rate_that_is_far_too_high_does_not_poison_the_weights(tmp_path: Path) -> None:
     wild = TrainSettings(tokens=STEPS * STEP_TOKENS, batch_tokens=STEP_TOKENS, learning_rate=1e18)
     pupil = student()
-    with pytest.raises(RecipeError, match="lower distillation"):
+    with pytest.raises(InputError, match="lower distillation"):
         train(tmp_path, pupil, wild)
 
 
@@ -365,5 +365,5 @@ def test_a_state_of_another_student_is_corrupt(tmp_path: Path) -> None:
 
 def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
     train(tmp_path, stop_at_tokens=4 * STEP_TOKENS)
-    with pytest.raises(RecipeError, match=r"other settings \(learning_rate: 0.003 -> 0.001\); go on with those"):
+    with pytest.raises(InputError, match=r"other settings \(learning_rate: 0.003 -> 0.001\); go on with those"):
         train(tmp_path, settings=TrainSettings(tokens=STEPS * STEP_TOKENS, batch_tokens=STEP_TOKENS, learning_rate=1e-3, seed=5))

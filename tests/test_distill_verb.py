@@ -18,7 +18,7 @@ import torch
 from test_distill import STEP_TOKENS, assert_same, rows, student, train
 from tiny import tokens
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.distill.track import open_tracker
 from minipuzzle.distill.trained import read_metrics
 from minipuzzle.families.selection import Selection
@@ -160,9 +160,9 @@ def test_other_settings_are_named_and_refused(alone: tuple[Path, dict[str, Any]]
     before = (out / "model" / "model.safetensors").read_bytes(), sorted(out.glob("distillation/*"))
     for more, named in (("learning_rate=0.001", "0.002 -> 0.001"), ("tokens=4k", "2000 -> 4000")):
         key = more.split("=")[0]
-        with pytest.raises(RecipeError, match=rf"other settings \(distillation.{key}: {named}\); .* another -o"):
+        with pytest.raises(InputError, match=rf"other settings \(distillation.{key}: {named}\); .* another -o"):
             distill(small, model_folder, texts, out, f"distillation.{more}")
-    with pytest.raises(RecipeError, match="student: "):
+    with pytest.raises(InputError, match="student: "):
         distill(model_folder, model_folder, texts, out)
     assert ((out / "model" / "model.safetensors").read_bytes(), sorted(out.glob("distillation/*"))) == before
     # changes no number
@@ -219,9 +219,9 @@ def test_from_a_cache_the_teacher_stays_on_disk(small: Path, model_folder: Path,
     assert again["loss"] == first["loss"]
     assert loaded
     assert model_folder not in loaded
-    with pytest.raises(RecipeError, match="how many"):
+    with pytest.raises(InputError, match="how many"):
         distill(small, model_folder, texts, tmp_path / "third", cache_teacher=cache)
-    with pytest.raises(RecipeError, match=r"cache of something else .*top_k 300, not 8"):
+    with pytest.raises(InputError, match=r"cache of something else .*top_k 300, not 8"):
         distill(small, model_folder, texts, tmp_path / "fourth", "distillation.top_k=8", cache_teacher=cache)
     # what was refused before its first step binds nobody
     fourth = distill(small, model_folder, texts, tmp_path / "fourth", "distillation.top_k=300", cache_teacher=cache)
@@ -229,7 +229,7 @@ def test_from_a_cache_the_teacher_stays_on_disk(small: Path, model_folder: Path,
 
 
 def test_streams_need_to_know_the_layers(small: Path, model_folder: Path, texts: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"minipuzzle\.json"):
+    with pytest.raises(InputError, match=r"minipuzzle\.json"):
         distill(small, model_folder, texts, tmp_path / "a", "distillation.hidden_loss_weight=1")
     (small / "minipuzzle.json").write_text(json.dumps({"result": {"kept_layers": KEPT}}))
     try:
@@ -257,10 +257,10 @@ def test_streams_need_to_know_the_layers(small: Path, model_folder: Path, texts:
 
 def test_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_tracker(None, tmp_path)({"step": 1}) is None
-    with pytest.raises(RecipeError, match="known: tensorboard, wandb"):
+    with pytest.raises(InputError, match="known: tensorboard, wandb"):
         open_tracker("mlflow", tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
-    with pytest.raises(RecipeError, match="wandb is not installed"):
+    with pytest.raises(InputError, match="wandb is not installed"):
         open_tracker("wandb", tmp_path)
     logged: list[tuple[dict[str, float], int]] = []
     begun: list[str] = []

@@ -33,7 +33,7 @@ from tiny import (
     write_folder,
 )
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.partial import Partial
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.evaluate.quality import measure_paths
@@ -223,7 +223,7 @@ def test_quadratic_damage_is_the_sum_over_all_pairs(seed: int) -> None:
         assert damage[c] == pytest.approx(expected, abs=1e-9)
         assert additive[c] == pytest.approx(sum(values[i] for i in gone))
     bare = dataclasses.replace(scores, interactions={})
-    with pytest.raises(RecipeError, match="interactions"):
+    with pytest.raises(InputError, match="interactions"):
         predict(ARCH, space, bare, None, "kl", "quadratic")
     np.testing.assert_array_equal(predict(ARCH, space, bare, None, "kl", "auto").layers(space), additive)
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from safetensors import SafetensorError
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError, ResourceError
+from minipuzzle.core.errors import CorruptArtifact, InputError, ResourceError
 from minipuzzle.core.files import check_regular, open_tensors, our_error, parse_json, parse_yaml, read_json, read_text
 
 BAD_JSON = {
@@ -30,8 +30,8 @@ BAD_JSON = {
 def test_bad_json_is_one_error_of_the_callers_kind(name: str, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text(BAD_JSON[name])
-    with pytest.raises(RecipeError, match=r"file\.json is not .*JSON.*; write it again"):
-        read_json(path, RecipeError, "write it again")
+    with pytest.raises(InputError, match=r"file\.json is not .*JSON.*; write it again"):
+        read_json(path, InputError, "write it again")
 
 
 def test_good_json_is_read_as_it_is() -> None:
@@ -48,9 +48,9 @@ def test_only_regular_files_of_some_size_are_read(tmp_path: Path) -> None:
                           (tmp_path / "dangling", "No such file"), (tmp_path / ("x" * 300), "File name too long"),
                           (Path("a\0b"), "has a NUL character")):
         for read in (check_regular, read_json):
-            with pytest.raises(RecipeError, match=message):
+            with pytest.raises(InputError, match=message):
                 read(path)
-        with pytest.raises(RecipeError, match=message), open_tensors(path):
+        with pytest.raises(InputError, match=message), open_tensors(path):
             pass
     (tmp_path / "latin").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(CorruptArtifact, match=r"is not JSON .*can't decode byte 0xff"):
@@ -68,9 +68,9 @@ def test_what_an_error_means() -> None:
     assert kind(MemoryError()) is ResourceError
     assert kind(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")) is ResourceError
     assert kind(RuntimeError("a bug")) is CorruptArtifact  # which the command line leaves as the bug that it is
-    assert kind(PermissionError(errno.EACCES, "no")) is RecipeError
+    assert kind(PermissionError(errno.EACCES, "no")) is InputError
     assert kind(SafetensorError("header too large")) is CorruptArtifact
-    assert kind(RecipeError("ours")) is RecipeError
+    assert kind(InputError("ours")) is InputError
     assert "f cannot be read (it has no 'weight_map'); fetch it" in str(our_error(KeyError("weight_map"), "f", hint="fetch it"))
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.data.blend import BlendedBlocks
 from minipuzzle.data.blocks import TokenBlocks
 from minipuzzle.data.held_out import two_parts
@@ -43,7 +43,7 @@ def test_parts_of_any_text(lengths: list[int], size: int, count: int) -> None:
     """As many blocks as asked for, or nearly half of what is there; of documents not cut, where they allow it."""
     blocks = text(tuple(lengths), size)
     if len(blocks) < 2:
-        with pytest.raises(RecipeError, match="less than two blocks"):
+        with pytest.raises(InputError, match="less than two blocks"):
             two_parts(blocks, count)
         return
     selection, final = two_parts(blocks, count)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ARCH, relative, tiny_model, tokens, trained_like
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.scores import COLUMNS, LayerScores, WidthScores
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.families.selection import Selection, choose, select, top
@@ -148,7 +148,7 @@ def test_layer_scores_in_a_file(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(again.table, scores.table, check_exact=False, rtol=1e-7)
     assert again.pattern == ARCH.pattern
     np.testing.assert_allclose(again.stderr("kl"), scores.table["kl_stderr"])
-    with pytest.raises(RecipeError, match="no column 'agreement'"):
+    with pytest.raises(InputError, match="no column 'agreement'"):
         again.metric("agreement")
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny import WIDTH_AXES
 
 from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload
-from minipuzzle.core.errors import Infeasible, RecipeError, ResourceError
+from minipuzzle.core.errors import Infeasible, InputError, ResourceError
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
@@ -62,7 +62,7 @@ def problems(draw):
               "mamba_num_heads": [draw(st.sampled_from([4, 8])), 8]}
     try:
         space = resolve_space(wanted, parent)
-    except RecipeError:  # a layer must go and there is none
+    except InputError:  # a layer must go and there is none
         space = resolve_space(wanted | {"drop_mamba": [0, 1], "drop_ffn": [0, 1]}, parent)
     precisions = st.sampled_from(["bf16", "nvfp4"])
     workload = Workload(draw(precisions), draw(precisions), "fp32", (), draw(st.integers(1, 99)), draw(st.integers(1, 3)))
@@ -287,11 +287,11 @@ def test_a_cache_that_is_rounded_as_a_whole_loses_nothing():
 
 def test_wrong_requests():
     space, scores = resolve_space({"ffn_size": [48, 96]}, PARENT), layer_scores(PARENT.pattern, [1.0] * 8)
-    with pytest.raises(RecipeError, match="needs scores"):
+    with pytest.raises(InputError, match="needs scores"):
         solve_architectures(PARENT, space, whole(params="1x"), Workload(), None)
-    with pytest.raises(RecipeError, match="needs width curves"):
+    with pytest.raises(InputError, match="needs width curves"):
         solve_architectures(PARENT, space, whole(params="1x"), Workload(), scores, per_layer=True)
-    with pytest.raises(RecipeError, match="at least 1"):
+    with pytest.raises(InputError, match="at least 1"):
         solve_architectures(PARENT, space, whole(params="1x"), Workload(), scores, keep=0)
     with pytest.raises(Infeasible, match="Raise the budget to at least params="):
         solve_architectures(PARENT, space, whole(params="10"), Workload(), scores)

@@ -14,7 +14,7 @@ from test_distill import SETTINGS, STEP_TOKENS, rows, student, train, weights
 from test_family import MatrixProducts
 from tiny import ARCH, FAMILY, tiny_model
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.distill import precision
 from minipuzzle.distill.precision import Products, check_precision, fp8_note, quantise, use_fp8
 from minipuzzle.families.selection import Selection
@@ -83,7 +83,7 @@ def test_the_first_and_last_two_layers_stay_out_of_fp8(tmp_path: Path, monkeypat
     assert sorted(shapes) == sorted(expected)
     assert len(expected) >= 8
     few = tiny_model().slice(ARCH.keep((0, 1, 2, 3)), Selection((0, 1, 2, 3)))
-    with pytest.raises(RecipeError, match="this student has 4"):
+    with pytest.raises(InputError, match="this student has 4"):
         use_fp8(HybridLM(FAMILY, few.arch, few.by_name()), CPU)
 
 
@@ -198,7 +198,7 @@ def test_transformer_engine_gets_the_students_own_weights(monkeypatch: pytest.Mo
     products = sum(n.endswith("proj.weight") for b in list(student().blocks)[2:-2] for n in b.weights())
     assert len(shapes) == products * 2 * (1 + recompute)
     monkeypatch.setattr(precision, "FP8_MULTIPLE", 1024)
-    with pytest.raises(RecipeError, match=r"proj.weight is \(.*need multiples of 1024"):
+    with pytest.raises(InputError, match=r"proj.weight is \(.*need multiples of 1024"):
         use_fp8(student(), CUDA)
 
 
@@ -206,10 +206,10 @@ def test_what_a_gpu_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
-    with pytest.raises(RecipeError, match=r"Transformer Engine.*minipuzzle\[fp8\]"):
+    with pytest.raises(InputError, match=r"Transformer Engine.*minipuzzle\[fp8\]"):
         check_precision("fp8", CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(RecipeError, match=r"a GPU has none .*8\.9"):
+    with pytest.raises(InputError, match=r"a GPU has none .*8\.9"):
         check_precision("fp8", CUDA)
     for name in ("fp32", "bf16", "fp8"):
         check_precision(name, torch.device("cpu"))

@@ -29,7 +29,7 @@ from minipuzzle import Recipe, prune
 from minipuzzle.cli import _warnings, main
 from minipuzzle.core import interrupt
 from minipuzzle.core.budget import Workload
-from minipuzzle.core.errors import CorruptArtifact, RecipeError, ResourceError
+from minipuzzle.core.errors import CorruptArtifact, InputError, ResourceError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.core.rundir import RunDir
 from minipuzzle.core.scores import WidthScores
@@ -218,7 +218,7 @@ def test_what_makes_tokens_stale_is_what_they_are_made_with(model_folder: Path, 
     out, longer = tmp_path / "run", recipe_for(texts).with_overrides(settings={"calibration.sequence_length": 48})
     score(model_folder, recipe_for(texts), out, 0, "cpu", Reporter())
     stop = Recorder(stop_in="curves")
-    with pytest.raises(RecipeError, match=r"calibration\.sequence_length: 32 -> 48"):
+    with pytest.raises(InputError, match=r"calibration\.sequence_length: 32 -> 48"):
         prune(model_folder, longer, out)
     with pytest.raises(Interrupted):
         prune(model_folder, longer, out, redo=True, reporter=stop)
@@ -1100,7 +1100,7 @@ def test_a_vocabulary_too_large_for_the_model(texts: Path, model_folder: Path, t
     folder = write_folder(tmp_path / "model", ARCH, trained_like(ARCH))  # 97 tokens, the tokenizer has 300
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model_folder / name, folder / name)
-    with pytest.raises(RecipeError, match="97"):
+    with pytest.raises(InputError, match="97"):
         prune(folder, recipe_for(texts), tmp_path / "run")
 
 

@@ -19,7 +19,7 @@ from meta import build, counts
 
 from minipuzzle.cli import main
 from minipuzzle.core.budget import Workload
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.published import find_config, published, published_names, published_source
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import inspect, parameters_by_kind
@@ -103,7 +103,7 @@ def test_names_are_not_case_sensitive_and_each_caller_has_its_own_copy():
 @pytest.mark.parametrize(("asked", "nearest"), [("nemotron-h-65b", "nemotron-h-56b"), ("nemotron4-15b", "nemotron-4-15b"),
                                                 ("nvidia/Nemotron-H-47B-Base-8K", "nemotron-h-47b")])
 def test_an_unknown_name_is_answered_with_the_nearest(asked, nearest):
-    with pytest.raises(RecipeError, match=f"the nearest is {nearest},"):
+    with pytest.raises(InputError, match=f"the nearest is {nearest},"):
         published(asked)
 
 
@@ -114,7 +114,7 @@ def test_a_file_or_folder_comes_before_a_published_name(tmp_path, monkeypatch):
     (tmp_path / "nemotron-h-8b" / "config.json").write_text(json.dumps(config))
     assert find_config("nemotron-h-8b") == find_config("nemotron-h-8b/config.json") == config
     assert find_config("nemotron-h-56b") == published("nemotron-h-56b")
-    with pytest.raises(RecipeError, match="no such file"):
+    with pytest.raises(InputError, match="no such file"):
         find_config("nemotron-h-8b/other.json")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(CorruptArtifact, match="is not JSON"):

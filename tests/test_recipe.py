@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from minipuzzle import Recipe
 from minipuzzle.cli import main
-from minipuzzle.core.errors import RecipeError, ResourceError
+from minipuzzle.core.errors import InputError, ResourceError
 from minipuzzle.pipeline.plan import check_memory, make_plan
 from minipuzzle.recipes.schema import json_schema, recipe_text, shipped_recipes
 
@@ -35,7 +35,7 @@ CONTRACT = {
 
 
 def error_of(text: str) -> str:
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(InputError) as error:
         Recipe.parse(text, "mine.yaml")
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -171,7 +171,7 @@ def test_overrides_and_their_order() -> None:
     ("search.measure.x", 3, "no such key"), ("search.measure", "x", "search.measure"), ("budget.ram", "1x", "unknown budget"),
     ("recipe", 2, "no such key")])
 def test_bad_overrides(path: str, value: Any, message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(InputError, match=message):
         Recipe().with_overrides(settings={path: value})
 
 
@@ -190,15 +190,15 @@ def test_files_and_names(tmp_path: Path) -> None:
     file.write_text("recipe: 1\nsearch: {measure: 5}\n")
     assert Recipe.load(file).search.measure == 5
     assert Recipe.load(str(file), settings={"search.measure": 6}).search.measure == 6
-    with pytest.raises(RecipeError, match="did you mean 'default'"):
+    with pytest.raises(InputError, match="did you mean 'default'"):
         Recipe.load("defaults")
-    with pytest.raises(RecipeError, match="cannot be opened"):
+    with pytest.raises(InputError, match="cannot be opened"):
         Recipe.load(tmp_path / "missing.yaml")
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot be read"):
         Recipe.load(file)
     file.write_text("recipe: 1\nsearch: {meassure: 5}\n")
-    with pytest.raises(RecipeError, match=rf"{file.name}, line 2"):
+    with pytest.raises(InputError, match=rf"{file.name}, line 2"):
         Recipe.load(file)
 
 
@@ -216,7 +216,7 @@ def test_a_recipe_does_not_change() -> None:
 def test_a_plan_refuses_what_it_cannot_do(settings: dict[str, Any], message: str) -> None:
     from tiny import ARCH
 
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(InputError, match=message):
         make_plan(ARCH, Recipe().with_overrides(settings=settings))
 
 

@@ -21,7 +21,7 @@ from tiny import (
 )
 
 from minipuzzle import Recipe, prune
-from minipuzzle.core.errors import RecipeError, ResourceError
+from minipuzzle.core.errors import InputError, ResourceError
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blocks import load_blocks
 from minipuzzle.data.held_out import two_parts
@@ -255,7 +255,7 @@ def test_too_few_tokens_are_refused() -> None:
     cutter, needed = cutter_of(model, False), samples_needed(ARCH, 32)
     assert (needed - -(-needed // FOLDS)) * 32 >= 4 * 64  # the widest writer has 64 inputs
     target = dataclasses.replace(ARCH, ffn_size=16)
-    with pytest.raises(RecipeError, match=rf"64 inputs needs {needed} samples of 32 tokens, there are {needed - 1}"):
+    with pytest.raises(InputError, match=rf"64 inputs needs {needed} samples of 32 tokens, there are {needed - 1}"):
         cutter.refitted(target, ALL, IDS[: needed - 1])
     assert cutter.refitted(target, ALL, IDS[:needed])[1][1].ridge is not None
 
@@ -363,7 +363,7 @@ def test_refitted_once_and_found_again(finished: Run, model_folder: Path, texts:
 
 def test_another_refit_is_another_result(finished: Run, model_folder: Path, texts: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(finished.path, tmp_path / "run"))
-    with pytest.raises(RecipeError, match=r"refit: ridge -> none.*stages to make again: tokenize, tournament, distill, export\."):
+    with pytest.raises(InputError, match=r"refit: ridge -> none.*stages to make again: tokenize, tournament, distill, export\."):
         prune(model_folder, recipe_for(texts, surgery__refit="none"), path)
     run = prune(model_folder, recipe_for(texts, surgery__refit="none"), path, redo=True)
     assert run.report["result"]["refit"] is None
@@ -382,7 +382,7 @@ def test_damaged_or_too_little(finished: Run, model_folder: Path, texts: Path, t
     short.mkdir()
     for file in sorted(texts.iterdir())[:2]:
         shutil.copy(file, short)
-    with pytest.raises(RecipeError, match=r"64 inputs needs \d+ samples of 128 tokens, there are \d+; give more"):
+    with pytest.raises(InputError, match=r"64 inputs needs \d+ samples of 128 tokens, there are \d+; give more"):
         prune(model_folder, recipe_for(short, calibration__sequence_length=128), tmp_path / "other")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError, ResourceError
+from minipuzzle.core.errors import CorruptArtifact, InputError, ResourceError
 from minipuzzle.core.files import write_atomic, write_json
 from minipuzzle.core.rundir import RunDir, digest, sampled_hash
 
@@ -87,10 +87,10 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path, content: str
     (folder / content).parent.mkdir(parents=True)
     (folder / content).write_text("mine")
     before = sorted(folder.rglob("*"))
-    with pytest.raises(RecipeError, match="not a run of minipuzzle"):
+    with pytest.raises(InputError, match="not a run of minipuzzle"):
         RunDir(folder)
     assert sorted(folder.rglob("*")) == before
-    with pytest.raises(RecipeError, match="is a file"):
+    with pytest.raises(InputError, match="is a file"):
         RunDir(folder / content)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny import WIDTH_AXES, make_space
 
 from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload
-from minipuzzle.core.errors import CorruptArtifact, Infeasible, RecipeError
+from minipuzzle.core.errors import CorruptArtifact, Infeasible, InputError
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
@@ -314,23 +314,23 @@ def test_a_damaged_score_file(tmp_path, line, match):
 def test_wrong_requests():
     space, limits = resolve_space({"hidden_size": [16, 48]}, PARENT), budget(params="1x")
     good = layer_scores(PARENT.pattern, [1.0] * 9)
-    with pytest.raises(RecipeError, match="another model"):
+    with pytest.raises(InputError, match="another model"):
         search_architectures(PARENT, space, limits, Workload(), layer_scores("M-M", [1.0] * 3))
-    with pytest.raises(RecipeError, match="no column 'kl'"):
+    with pytest.raises(InputError, match="no column 'kl'"):
         search_architectures(PARENT, space, limits, Workload(), good, metric="kl")
     with pytest.raises(CorruptArtifact, match="1 values of mse are not finite"):
         search_architectures(PARENT, space, limits, Workload(), layer_scores(PARENT.pattern, [np.nan] + [1.0] * 8))
     curves = width_curves(space, PARENT)
     for table, match in ((curves.table.drop(columns="mse"), "no column 'mse'"),
                          (curves.table[curves.table["axis"] != "hidden_size"], "nothing about hidden_size")):
-        with pytest.raises(RecipeError, match=match):
+        with pytest.raises(InputError, match=match):
             search_architectures(PARENT, space, limits, Workload(), good, WidthCurves(table))
-    with pytest.raises(RecipeError, match="lower context or batch"):
+    with pytest.raises(InputError, match="lower context or batch"):
         search_architectures(PARENT, space, limits, Workload(context=10**17))
-    with pytest.raises(RecipeError, match="larger steps"):
+    with pytest.raises(InputError, match="larger steps"):
         search_architectures(BIG, resolve_space({"hidden_size": [1, "1x", 1], "ffn_size": [1, "1x", 1],
                                                  "drop_mamba": [0, 9]}, BIG), limits, Workload())
-    with pytest.raises(RecipeError, match="at least 1"):
+    with pytest.raises(InputError, match="at least 1"):
         search_architectures(PARENT, space, limits, Workload(), keep=0)
 
 
@@ -386,12 +386,12 @@ def test_relative_ranges_are_valid_widths_and_hold_the_parent(axis, low, step, w
     ({"drop_mamba": [5, 9]}, "cannot drop 5, at most 4 of the parent's 4 mamba"),
     ({"drop_attention": 2}, "cannot drop 2, at most 1 of the parent's 2 attention layers may go")])
 def test_space_errors_have_the_numbers(spec, match):
-    with pytest.raises(RecipeError, match=match):
+    with pytest.raises(InputError, match=match):
         resolve_space(spec, PARENT)
 
 
 def test_space_needs_one_ffn_width():
-    with pytest.raises(RecipeError, match="same FFN width"):
+    with pytest.raises(InputError, match="same FFN width"):
         resolve_space({}, dataclasses.replace(PARENT, ffn_size=(96, 64, 96)))
 
 

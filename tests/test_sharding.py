@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from test_distill import STEP_TOKENS, blocks, rows, student, tiny_model
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.distill import state
 from minipuzzle.distill.loop import distill_model
 from minipuzzle.distill.settings import TrainSettings
@@ -97,5 +97,5 @@ def test_a_signal_to_one_process_stops_all_with_a_whole_state(tmp_path: Path, mo
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     settings = TrainSettings(tokens=STEP_TOKENS, batch_tokens=STEP_TOKENS, learning_rate=1e-3)
-    with pytest.raises(RecipeError, match=r"4 sequences .* 3 processes"):
+    with pytest.raises(InputError, match=r"4 sequences .* 3 processes"):
         distill_model(student(), tiny_model(), blocks(), settings, tmp_path, ranks=Ranks(torch.device("cpu"), 0, 3))

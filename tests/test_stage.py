@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.core.rundir import RunDir
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.pipeline.progress import Reporter
@@ -81,7 +81,7 @@ def test_a_stage_is_made_again_when_what_it_declares_changed_and_only_then(tmp_p
     other.refuse_changes(redo=False)
     other.run.close()
     changed = runner(folder, with_samples(8), FIRST, SECOND)
-    with pytest.raises(RecipeError, match=r"calibration.samples: 7 -> 8.*again: first, second"):
+    with pytest.raises(InputError, match=r"calibration.samples: 7 -> 8.*again: first, second"):
         changed.refuse_changes(redo=False)
     changed.refuse_changes(redo=True)
     changed.make()

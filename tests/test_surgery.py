@@ -34,7 +34,7 @@ from tiny import (
 )
 
 from minipuzzle.core.budget import Workload
-from minipuzzle.core.errors import CorruptArtifact, RecipeError, UnsupportedModel
+from minipuzzle.core.errors import CorruptArtifact, InputError, UnsupportedModel
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
@@ -345,7 +345,7 @@ def test_selection_keeps_the_best_scored() -> None:
     for layer in MAMBA_LAYERS:
         assert [int((selection.of(layer)["mamba_num_heads"] // 4 == group).sum()) for group in range(2)] == [2, 2]
     assert select(ARCH, smaller(), ALL, None) == Selection(ALL)
-    with pytest.raises(RecipeError, match="width scores"):
+    with pytest.raises(InputError, match="width scores"):
         select(ARCH, target, ALL, None)
 
 
@@ -438,7 +438,7 @@ def test_no_weights_or_no_config(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"only pytorch_model\.bin"):
         open_model(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(RecipeError, match=r"no config\.json"):
+    with pytest.raises(InputError, match=r"no config\.json"):
         open_model(folder)
 
 

@@ -25,7 +25,7 @@ from test_distill import (
 )
 from tiny import ARCH, FAMILY, tiny_model
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.distill import teacher as teachers
 from minipuzzle.distill.loop import distill_model, distill_together
@@ -97,7 +97,7 @@ def test_the_cache_is_made_once_and_grows(tmp_path: Path, monkeypatch: pytest.Mo
     cache_teacher(tmp_path, never, blocks(), list(range(13)), KEY, ALONE)
     assert none.blocks == 0
     for change in ({"teacher": "u"}, {"top_k": 4}, {"temperature": 1.0}, {"data": "e"}):
-        with pytest.raises(RecipeError, match=f"cache of something else .*{next(iter(change))}"):
+        with pytest.raises(InputError, match=f"cache of something else .*{next(iter(change))}"):
             cache_teacher(tmp_path, never, blocks(), [0], KEY | change, ALONE)
 
 
@@ -106,7 +106,7 @@ def test_a_folder_with_something_else_is_not_a_cache(tmp_path: Path) -> None:
     cache_teacher(tmp_path, Asked, blocks(), [0], KEY, ALONE)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
-    with pytest.raises(RecipeError, match="not empty and not a teacher's cache"):
+    with pytest.raises(InputError, match="not empty and not a teacher's cache"):
         cache_teacher(tmp_path / "mine", Asked, blocks(), [0], KEY, ALONE)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
@@ -159,7 +159,7 @@ def test_training_from_the_cache(tmp_path: Path) -> None:
         assert apart < 0.1 * moved
     all_words, few = (rows(tmp_path / f"live {k}")[0]["kl"] for k in (ARCH.vocab_size, 6))
     assert few < 0.99 * all_words  # joined events hide a part
-    with pytest.raises(RecipeError, match="hidden_loss_weight needs the teacher in memory"):
+    with pytest.raises(InputError, match="hidden_loss_weight needs the teacher in memory"):
         distill_model(student(), CachedTeacher(tmp_path / "6", ALONE.device), blocks(),
                       replace(SETTINGS, hidden_loss_weight=1.0), tmp_path / "no", layers=KEPT)
 
@@ -211,7 +211,7 @@ def test_streams_of_mapped_layers(tmp_path: Path) -> None:
     assert row["hidden"] == pytest.approx(float(expected), rel=1e-5)
     assert row["objective"] == pytest.approx(row["kl"] + 0.5 * row["hidden"], rel=1e-6)
     assert float(expected) > 1e-3
-    with pytest.raises(RecipeError, match="layers of 3 of the student's 8"):
+    with pytest.raises(InputError, match="layers of 3 of the student's 8"):
         train(tmp_path / "no", settings=settings, layers=(0, 1, 2))
 
 
@@ -228,7 +228,7 @@ def test_the_lm_loss_alone_needs_no_teacher(tmp_path: Path) -> None:
     assert found[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert not {"kl", "objective"} & set(found[0])
     assert sum(r["loss"] for r in found[-5:]) < 0.8 * sum(r["loss"] for r in found[:5])
-    with pytest.raises(RecipeError, match="without a teacher"):
+    with pytest.raises(InputError, match="without a teacher"):
         distill_model(student(), None, text, SETTINGS, tmp_path / "no")
 
 

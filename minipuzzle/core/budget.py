@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 
 # budget key -> (the cost it limits, the units it is written in)
 BUDGET_KEYS = {
@@ -42,16 +42,16 @@ def parse_quantity(text: str | int | float, units: str) -> int:
     """An integer from `text` in `units`: bytes, decimal or binary. Rounds down.
 
     Raises:
-        RecipeError: not a number, one above LARGEST, or a unit that does not belong here.
+        InputError: not a number, one above LARGEST, or a unit that does not belong here.
     """
     match = _NUMBER.fullmatch(_short(text))
     unit = match[2].lower() if match else ""
     if match is None or unit not in _UNITS[units]:
         names = {"bytes": "B, KiB, MiB, GiB, TiB", "decimal": "k, M, B, T", "binary": "k, M"}[units]
-        raise RecipeError(f"{text!r} is not a size; write a number with one of the units {names}")
+        raise InputError(f"{text!r} is not a size; write a number with one of the units {names}")
     value = int(Fraction(match[1]) * _UNITS[units][unit])
     if value > LARGEST:
-        raise RecipeError(f"{text!r} is too large; at most {LARGEST:,} can be counted")
+        raise InputError(f"{text!r} is too large; at most {LARGEST:,} can be counted")
     return value
 
 
@@ -59,11 +59,11 @@ def _short(text: str | int | float) -> str:
     """The text of a size, a budget or a part.
 
     Raises:
-        RecipeError: longer than LONGEST.
+        InputError: longer than LONGEST.
     """
     written = str(text) if not isinstance(text, int) or abs(text) <= LARGEST else "x" * (LONGEST + 1)
     if len(written) > LONGEST:
-        raise RecipeError(f"a size of more than {LONGEST} characters cannot be read")
+        raise InputError(f"a size of more than {LONGEST} characters cannot be read")
     return written
 
 
@@ -82,13 +82,13 @@ class Workload:
         for what, value, known in (("precision", self.precision, BITS), ("kv_precision", self.kv_precision, BITS),
                                    ("state_precision", self.state_precision, STATE_BITS)):
             if value not in known:
-                raise RecipeError(f"{what} {value!r}: one of {', '.join(known)}")
+                raise InputError(f"{what} {value!r}: one of {', '.join(known)}")
         unknown = sorted(set(self.keep_16bit) - set(QUANTISED))
         if unknown:
-            raise RecipeError(f"keep_16bit {', '.join(unknown)}: known are {', '.join(QUANTISED)}")
+            raise InputError(f"keep_16bit {', '.join(unknown)}: known are {', '.join(QUANTISED)}")
         for what, number in (("context", self.context), ("batch", self.batch)):
             if not 1 <= number <= MOST_SERVED:
-                raise RecipeError(f"{what} {number} must be 1 to {MOST_SERVED:,}")
+                raise InputError(f"{what} {number} must be 1 to {MOST_SERVED:,}")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"keep_16bit": list(self.keep_16bit)}
@@ -110,22 +110,22 @@ class Budget:
         """Read `{"memory": "0.5x"}`; `parent_cost` has the parent's costs at the same workload.
 
         Raises:
-            RecipeError: an unknown key, a bad number, a factor outside (0, 1], or no budget at all.
+            InputError: an unknown key, a bad number, a factor outside (0, 1], or no budget at all.
         """
         if not texts:
-            raise RecipeError("no budget; give one, for example --budget memory=0.5x")
+            raise InputError("no budget; give one, for example --budget memory=0.5x")
         limits = []
         for key, text in texts.items():
             if key not in BUDGET_KEYS:
-                raise RecipeError(f"unknown budget {key!r}; known: {', '.join(BUDGET_KEYS)}")
+                raise InputError(f"unknown budget {key!r}; known: {', '.join(BUDGET_KEYS)}")
             cost, units = BUDGET_KEYS[key]
             factor = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*x\s*", _short(text))
             if factor:
                 if not 0 < Fraction(factor[1]) <= 1:
-                    raise RecipeError(f"budget {key}={text}: a part of the parent is above 0 and at most 1x")
+                    raise InputError(f"budget {key}={text}: a part of the parent is above 0 and at most 1x")
                 limits.append((key, int(Fraction(factor[1]) * parent_cost[cost])))
             elif re.fullmatch(r"\s*0?\.[0-9]*[1-9][0-9]*\s*", str(text)):
-                raise RecipeError(f"budget {key}={text} is less than one; write {str(text).strip()}x for a part of the "
+                raise InputError(f"budget {key}={text} is less than one; write {str(text).strip()}x for a part of the "
                                   "parent, or a unit")
             else:
                 limits.append((key, parse_quantity(text, units)))
@@ -143,11 +143,11 @@ def split_sweep(text: str) -> list[str]:
     """The values of a budget, each once: "0.5x, 0.6x" -> ["0.5x", "0.6x"].
 
     Raises:
-        RecipeError: there is none.
+        InputError: there is none.
     """
     values = [value for value in dict.fromkeys(part.strip() for part in text.split(",")) if value]
     if not values:
-        raise RecipeError(f"budget {text!r} has no value; write for example 0.5x, or 0.5x,0.6x for a sweep")
+        raise InputError(f"budget {text!r} has no value; write for example 0.5x, or 0.5x,0.6x for a sweep")
     return values
 
 

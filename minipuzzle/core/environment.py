@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 
 _NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SOURCE_DATE_EPOCH")
 
@@ -13,13 +13,13 @@ def number(name: str, default: int) -> int:
     """A whole number of at least 0.
 
     Raises:
-        RecipeError: something else.
+        InputError: something else.
     """
     text = os.environ.get(name, "").strip()
     if not text:
         return default
     if not text.isascii() or not text.isdigit() or len(text) > 18:
-        raise RecipeError(f"the environment has {name}={text[:40]!r}, which is no number; unset it, or start several "
+        raise InputError(f"the environment has {name}={text[:40]!r}, which is no number; unset it, or start several "
                           "processes with torchrun")
     return int(text)
 
@@ -35,16 +35,16 @@ def rank() -> int:
 
 
 def check() -> None:
-    """Raise RecipeError if one of the numbers that we or our libraries read is none."""
+    """Raise InputError if one of the numbers that we or our libraries read is none."""
     for name in _NUMBERS:
         number(name, 0)
 
 
 def check_group() -> None:
-    """Raise RecipeError if several processes are said to be there that cannot find each other."""
+    """Raise InputError if several processes are said to be there that cannot find each other."""
     check()
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world_size() > 1 and (missing or rank() >= world_size()):
         what = f"no {' and '.join(missing)}" if missing else f"RANK={rank()}"
-        raise RecipeError(f"the environment has WORLD_SIZE={world_size()} and {what}; start several processes with "
+        raise InputError(f"the environment has WORLD_SIZE={world_size()} and {what}; start several processes with "
                           "torchrun")

@@ -13,7 +13,7 @@ class MinipuzzleError(Exception):
     exit_code = 1
 
 
-class RecipeError(MinipuzzleError):
+class InputError(MinipuzzleError):
     """The request is wrong: a recipe key, an option, data that is too short."""
 
     exit_code = 2

@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError, ResourceError
+from minipuzzle.core.errors import CorruptArtifact, InputError, MinipuzzleError, ResourceError
 
 JSON_BYTES = 2**26  # the largest JSON file that a stranger may have written
 CANDIDATES_BYTES = 2**32  # of ours: each candidate has a whole architecture
@@ -64,7 +64,7 @@ def our_error(error: BaseException, path: Path | str, corrupt: type[MinipuzzleEr
               hint: str = "") -> MinipuzzleError:
     """What an error of Python or of a library about the file `path` means for the user.
 
-    ResourceError: disk or memory. RecipeError: the path leads nowhere, or may not be read. `corrupt`: all else, which
+    ResourceError: disk or memory. InputError: the path leads nowhere, or may not be read. `corrupt`: all else, which
     is about what the file holds; `hint` says what to do then.
     """
     if isinstance(error, MinipuzzleError):
@@ -75,9 +75,9 @@ def our_error(error: BaseException, path: Path | str, corrupt: type[MinipuzzleEr
         return ResourceError(f"{_shown(path)}: {os.strerror(number)}; {_RESOURCES[number]}, and the same command "
                              "continues")
     if number in _PATHS:
-        return RecipeError(f"{_shown(path)} cannot be opened ({os.strerror(number)})")
+        return InputError(f"{_shown(path)} cannot be opened ({os.strerror(number)})")
     if isinstance(error, ValueError) and "null byte" in str(error):
-        return RecipeError(f"{_shown(path)} is no path: it has a NUL character")
+        return InputError(f"{_shown(path)} is no path: it has a NUL character")
     return corrupt(f"{_shown(path)} cannot be read ({_reason(error)}){_then(hint)}")
 
 
@@ -139,13 +139,13 @@ def check_regular(path: Path | str) -> int:
     """The size of a regular file, links followed; other things are never opened.
 
     Raises:
-        RecipeError: there is no such file, or it is a folder, a FIFO, a device or a socket.
+        InputError: there is no such file, or it is a folder, a FIFO, a device or a socket.
         ResourceError: the disk does not answer.
     """
     with reading(path):
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
-            raise RecipeError(f"{_shown(path)} is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}, not a file")
+            raise InputError(f"{_shown(path)} is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}, not a file")
     return found.st_size
 
 
@@ -154,7 +154,7 @@ def read_text(path: Path, corrupt: type[MinipuzzleError] = CorruptArtifact, hint
     """The text of a regular file in UTF-8.
 
     Raises:
-        RecipeError, ResourceError: see `check_regular`.
+        InputError, ResourceError: see `check_regular`.
         corrupt: larger than `limit` bytes, or not UTF-8.
     """
     with reading(path, corrupt, hint):
@@ -174,7 +174,7 @@ def read_json(path: Path, corrupt: type[MinipuzzleError] = CorruptArtifact, hint
     """The JSON of a file, whose top level must be a `top`.
 
     Raises:
-        RecipeError, ResourceError: see `check_regular`.
+        InputError, ResourceError: see `check_regular`.
         corrupt: anything that `parse_json` refuses, or more than `limit` bytes.
     """
     return parse_json(_read_bytes(path, corrupt, hint, limit), path, corrupt, hint, top)
@@ -247,7 +247,7 @@ def open_tensors(path: Path, framework: str = "pt", device: str = "cpu", hint: s
     """A safetensors file, open for the block. The library checks the header: sizes, dtypes, overlaps, offsets.
 
     Raises:
-        RecipeError, ResourceError: see `check_regular`.
+        InputError, ResourceError: see `check_regular`.
         CorruptArtifact: damaged, or something that the block looks for is not there.
     """
     check_regular(path)
@@ -331,7 +331,7 @@ def read_sealed(path: Path, hint: str = "", limit: int = JSON_BYTES) -> dict[str
     """What `write_sealed` wrote.
 
     Raises:
-        RecipeError, ResourceError: see `check_regular`.
+        InputError, ResourceError: see `check_regular`.
         CorruptArtifact: not JSON, or changed after it was written.
     """
     data: dict[str, Any] = read_json(path, hint=hint, limit=limit)

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError, ResourceError
+from minipuzzle.core.errors import CorruptArtifact, InputError, MinipuzzleError, ResourceError
 from minipuzzle.core.files import machine_errors, read_json, read_sealed, write_sealed
 
 PIECES, PIECE_BYTES = 64, 2**16  # what `sampled_hash` reads of a file
@@ -48,7 +48,7 @@ def read_about(run: Path) -> dict[str, Any]:
     """run.json; one without the hash of itself is taken as it is.
 
     Raises:
-        RecipeError: there is none. CorruptArtifact: it is damaged.
+        InputError: there is none. CorruptArtifact: it is damaged.
     """
     hint = "the command that made the run writes it again"
     data: dict[str, Any] = read_json(run / "run.json", hint=hint)
@@ -62,7 +62,7 @@ class RunDir:
         """Open or create. Not to `hold` it is to look only, beside the process that does.
 
         Raises:
-            RecipeError: a folder with something else in it.
+            InputError: a folder with something else in it.
             ResourceError: another process works there, or it can't be written.
         """
         self.path = path
@@ -70,9 +70,9 @@ class RunDir:
         if not hold:
             return
         if path.exists() and not path.is_dir():
-            raise RecipeError(f"{path} is a file; choose another output folder with -o")
+            raise InputError(f"{path} is a file; choose another output folder with -o")
         if path.is_dir() and not (path / "run.json").is_file() and not (_just_begun(path) or _lost_its_name(path)):
-            raise RecipeError(f"{path} is not empty and not a run of minipuzzle; choose another output folder with -o")
+            raise InputError(f"{path} is not empty and not a run of minipuzzle; choose another output folder with -o")
         try:
             (path / "stages").mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a+")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.files import open_tensors, read_text, reading
 
 LAYER_METRICS = ("mse", "nmse", "kl", "loss_delta", "cosine")
@@ -42,11 +42,11 @@ class LayerScores:
         """[layers] of a metric; larger is more important. NaN where the table holds no number.
 
         Raises:
-            RecipeError: the table has no such column.
+            InputError: the table has no such column.
         """
         if name not in self.table.columns:
             have = [c for c in self.table.columns if c in LAYER_METRICS]
-            raise RecipeError(f"scores {self.source or 'given'} have no column {name!r}; they have "
+            raise InputError(f"scores {self.source or 'given'} have no column {name!r}; they have "
                               f"{', '.join(have) or 'no metric'}; choose one with --set scores.layer_metric=NAME")
         return _numbers(self.table[name])
 
@@ -86,17 +86,17 @@ class LayerScores:
         """Read `layers.csv` with what lies beside it, or any CSV with `layer,kind` and a metric.
 
         Raises:
-            RecipeError: no such file or no such columns.
+            InputError: no such file or no such columns.
             CorruptArtifact: layers that repeat or are missing, or have no kind.
         """
         if path.is_dir():
             path = path / "scores" if (path / "scores").is_dir() else path
             path = path / "layers.csv"
         if not path.is_file():
-            raise RecipeError(f"no scores at {path}; make them with 'minipuzzle score'")
+            raise InputError(f"no scores at {path}; make them with 'minipuzzle score'")
         table = _read_csv(path)
         if not {"layer", "kind"} <= set(table.columns) or not set(LAYER_METRICS) & set(table.columns):
-            raise RecipeError(f"{path} needs the columns layer, kind and one of {', '.join(LAYER_METRICS)}; "
+            raise InputError(f"{path} needs the columns layer, kind and one of {', '.join(LAYER_METRICS)}; "
                               f"it has {', '.join(map(str, table.columns))}")
         with reading(path):  # layers may be words
             table = table.sort_values("layer", kind="stable").reset_index(drop=True)

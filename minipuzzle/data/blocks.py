@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError
+from minipuzzle.core.errors import CorruptArtifact, InputError, MinipuzzleError
 from minipuzzle.core.files import read_sealed, write_sealed
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.core.rundir import content_hash
@@ -280,13 +280,13 @@ def load_blocks(folder: Path, split: str, sequence_length: int) -> TokenBlocks:
     """Memory-map a split of a tokenised corpus.
 
     Raises:
-        RecipeError: the split is shorter than one block.
+        InputError: the split is shorter than one block.
         CorruptArtifact: the file is not as long as its manifest says.
     """
     about = read_sealed(folder / "tokens.json", _AGAIN)
     count = about["tokens"][split]
     if count < sequence_length:
-        raise RecipeError(f"data {about['source']!r}: the {split} part has {count} tokens, less than one block of "
+        raise InputError(f"data {about['source']!r}: the {split} part has {count} tokens, less than one block of "
                           f"{sequence_length}; give more data or a smaller sequence_length")
     path = folder / f"{split}.bin"
     if path.stat().st_size != count * np.dtype(about["dtype"]).itemsize:

@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from minipuzzle.core.errors import MinipuzzleError, RecipeError
+from minipuzzle.core.errors import InputError, MinipuzzleError
 from minipuzzle.core.files import check_regular, our_error
 
 Document = tuple[str, str]
@@ -52,7 +52,7 @@ def parse_blend(source: str) -> dict[str, float]:
     """Source -> weight, summing to one; a single source is {source: 1.0}.
 
     Raises:
-        RecipeError: a weight that is not positive, or a source that is named twice.
+        InputError: a weight that is not positive, or a source that is named twice.
     """
     parts = [part.rpartition("=") for part in source.split(",")]
     if os.path.exists(source) or not all(equals for _, equals, _ in parts):
@@ -64,7 +64,7 @@ def parse_blend(source: str) -> dict[str, float]:
         except ValueError:
             weight = 0.0
         if not 0 < weight < float("inf") or name.strip() in out or not name.strip():
-            raise RecipeError(f"data {source!r}: write a blend as SOURCE=WEIGHT,SOURCE=WEIGHT, each source once, "
+            raise InputError(f"data {source!r}: write a blend as SOURCE=WEIGHT,SOURCE=WEIGHT, each source once, "
                               "weights above 0")
         out[name.strip()] = weight
     return {name: weight / sum(out.values()) for name, weight in out.items()}
@@ -74,7 +74,7 @@ def check_sources(source: str) -> None:
     """Look at a source, or at each of a blend, before any work begins; nothing goes to the network.
 
     Raises:
-        RecipeError: nothing is there, or nothing that can be read; a Hub data set that is spelled wrongly.
+        InputError: nothing is there, or nothing that can be read; a Hub data set that is spelled wrongly.
     """
     for name in parse_blend(source):
         if name.startswith(HUB):
@@ -87,7 +87,7 @@ def documents(source: str) -> Iterator[Document]:
     """The documents of `source` in a fixed order.
 
     Raises:
-        RecipeError: nothing is found there, or a row has no text.
+        InputError: nothing is found there, or a row has no text.
     """
     if source == "stdlib":
         yield from _stdlib()
@@ -101,40 +101,40 @@ def documents(source: str) -> Iterator[Document]:
         try:
             yield from _text(file, name, least=4) if reader is _text and len(files) == 1 else reader(file, name)
         except OSError as error:
-            raise our_error(error, file, RecipeError) from None
+            raise our_error(error, file, InputError) from None
 
 
 def _files(source: str) -> list[Path]:
     """The data files of a path, each a regular file, in a fixed order.
 
     Raises:
-        RecipeError: nothing is there, or something that is no file; a name that is not UTF-8.
+        InputError: nothing is there, or something that is no file; a name that is not UTF-8.
     """
     if not source.strip():
-        raise RecipeError("data is empty; name a file or a folder, 'stdlib' or hf:owner/name")
+        raise InputError("data is empty; name a file or a folder, 'stdlib' or hf:owner/name")
     if source.startswith(TOKENS):
-        raise RecipeError(f"data {source!r}: tokens that were made before cannot be read yet; give the text")
+        raise InputError(f"data {source!r}: tokens that were made before cannot be read yet; give the text")
     path = Path(source)
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
-            raise RecipeError(f"data {source!r} is a link to nothing") from None
-        raise RecipeError(f"data {source!r}: no such file or folder{_near(source)}") from None
+            raise InputError(f"data {source!r} is a link to nothing") from None
+        raise InputError(f"data {source!r}: no such file or folder{_near(source)}") from None
     except (OSError, ValueError) as error:
-        raise our_error(error, path, RecipeError) from None
+        raise our_error(error, path, InputError) from None
     if not path.is_dir():
         check_regular(path)
         return [path]
     files = sorted(p for p in path.rglob("*") if p.suffix in _READERS and (p.is_symlink() or not p.is_dir()))
     if not files:
-        raise RecipeError(f"data folder {source} holds no {', '.join(_READERS)} file; name a folder that does")
+        raise InputError(f"data folder {source} holds no {', '.join(_READERS)} file; name a folder that does")
     for file in files:
         check_regular(file)
         try:
             str(file.relative_to(path)).encode()
         except UnicodeEncodeError:
-            raise RecipeError(f"data {str(file)!a}: the name is not UTF-8; rename the file") from None
+            raise InputError(f"data {str(file)!a}: the name is not UTF-8; rename the file") from None
     return files
 
 
@@ -153,7 +153,7 @@ def _near(source: str) -> str:
 def _hub_source(source: str) -> dict[str, str | None]:
     found = _HUB_SOURCE.fullmatch(source)
     if found is None:
-        raise RecipeError(f"data {source!r}: a data set of the Hub is written "
+        raise InputError(f"data {source!r}: a data set of the Hub is written "
                           "hf:owner/name[:config][@revision][#split]")
     return found.groupdict()
 
@@ -208,7 +208,7 @@ def _text(path: Path, name: str, least: int = 1) -> Iterator[Document]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); data files are .txt, .md, .py, "
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); data files are .txt, .md, .py, "
                           ".jsonl or .parquet") from None
     start, piece = 0, PIECE if least == 1 else min(PIECE, max(1, len(text) // least))
     while len(text) - start > 2 * piece:
@@ -224,7 +224,7 @@ def _rows(rows: Iterator[dict[str, Any]], name: str) -> Iterator[Document]:
     for number, row in enumerate(rows):
         key = next((k for k in TEXT_KEYS if isinstance(row.get(k), str)), None)
         if key is None:
-            raise RecipeError(f"{name}, row {number}: no text; one of the keys {', '.join(TEXT_KEYS)} must hold it")
+            raise InputError(f"{name}, row {number}: no text; one of the keys {', '.join(TEXT_KEYS)} must hold it")
         # JSON may hold one half of a surrogate pair, which is no text
         yield f"{name}:{number}", row[key].encode("utf-8", "replace").decode()
 
@@ -238,9 +238,9 @@ def _jsonl(path: Path, name: str) -> Iterator[Document]:
                 try:
                     row = json.loads(line)
                 except UnicodeDecodeError:
-                    raise RecipeError(f"{path}, line {number + 1}: not UTF-8 text") from None
+                    raise InputError(f"{path}, line {number + 1}: not UTF-8 text") from None
                 except (ValueError, RecursionError) as error:
-                    raise RecipeError(f"{path}, line {number + 1}: not JSON ({getattr(error, 'msg', error)})") from None
+                    raise InputError(f"{path}, line {number + 1}: not JSON ({getattr(error, 'msg', error)})") from None
                 yield row if isinstance(row, dict) else {}
     yield from _rows(parse(), name)
 
@@ -252,7 +252,7 @@ def _parquet(path: Path, name: str) -> Iterator[Document]:
     try:
         yield from _rows((row for batch in pq.ParquetFile(path).iter_batches() for row in batch.to_pylist()), name)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise RecipeError(f"{path} cannot be read as parquet ({(str(error).splitlines() or [''])[0]})") from None
+        raise InputError(f"{path} cannot be read as parquet ({(str(error).splitlines() or [''])[0]})") from None
 
 
 def _hub(source: str) -> Iterator[Document]:
@@ -266,7 +266,7 @@ def _hub(source: str) -> Iterator[Document]:
     except MinipuzzleError:
         raise
     except Exception as error:  # the library raises a different class for every way a name can be wrong
-        raise RecipeError(f"data {source!r} could not be read from the Hub "
+        raise InputError(f"data {source!r} could not be read from the Hub "
                           f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]})") from None
 
 

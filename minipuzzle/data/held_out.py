@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.data.blend import BlendedBlocks
 from minipuzzle.data.blocks import Blocks, TokenBlocks
 
@@ -23,7 +23,7 @@ def two_parts(blocks: Blocks, count: int) -> tuple[np.ndarray, np.ndarray]:
     Of a blend each source is parted by itself, and has its share of both.
 
     Raises:
-        RecipeError: a source has fewer than two blocks.
+        InputError: a source has fewer than two blocks.
     """
     if isinstance(blocks, BlendedBlocks):
         found = [_two_parts(part, n) for part, n in zip(blocks.parts, blocks.shares(count), strict=True) if n]
@@ -36,7 +36,7 @@ def two_parts(blocks: Blocks, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _two_parts(blocks: TokenBlocks, count: int) -> tuple[np.ndarray, np.ndarray]:
     if len(blocks) < 2:
-        raise RecipeError(f"data {blocks.source!r}: the held_out part has {len(blocks.tokens)} tokens, less than two "
+        raise InputError(f"data {blocks.source!r}: the held_out part has {len(blocks.tokens)} tokens, less than two "
                           f"blocks of {blocks.sequence_length}, one to select by and one to report; give more data or "
                           "a smaller calibration.sequence_length")
     size, enough = blocks.sequence_length, min(count, max(1, len(blocks) // 4))

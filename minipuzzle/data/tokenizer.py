@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, RecipeError, UnsupportedModel
+from minipuzzle.core.errors import CorruptArtifact, InputError, MinipuzzleError, UnsupportedModel
 from minipuzzle.core.files import our_error, read_json
 
 # any of these is a tokenizer that transformers may know
@@ -34,14 +34,14 @@ def load_tokenizer(folder: Path, whole_documents: bool = True) -> Any:
     `whole_documents`: without the model's own maximum, for texts that are cut into blocks afterwards.
 
     Raises:
-        RecipeError: the folder has none.
+        InputError: the folder has none.
         UnsupportedModel: it is code of the folder, or of a class that this transformers does not have.
         CorruptArtifact: its files are damaged.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     if not any((folder / name).is_file() for name in FILES):
-        raise RecipeError(f"{folder} has no tokenizer that transformers can load (none of {', '.join(FILES)}); copy "
+        raise InputError(f"{folder} has no tokenizer that transformers can load (none of {', '.join(FILES)}); copy "
                           "the model's own there")
     config = folder / "tokenizer_config.json"
     name = str(read_json(config).get("tokenizer_class"))[:100] if config.is_file() else "of an unknown class"

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loss import Target
@@ -61,7 +61,7 @@ def distill_model(student: HybridLM, teacher: Model | Teacher | None, blocks: Bl
     the metrics. Under several `ranks` each takes its part of every batch, and student and teacher are sharded.
 
     Raises:
-        RecipeError: settings that do not go together. Diverged: too many steps with a non-finite loss.
+        InputError: settings that do not go together. Diverged: too many steps with a non-finite loss.
         CorruptArtifact: the state in `folder` cannot be read.
         Interrupted: raised by `progress`; the state has been saved.
     """
@@ -87,7 +87,7 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
         torch.set_float32_matmul_precision("high")  # TF32 for the LM heads, which stay float32
     seq, size = blocks.sequence_length, settings.batch(blocks.sequence_length)
     if size % ranks.size:
-        raise RecipeError(f"a step has {size} sequences (distillation.batch_tokens / sequence_length), which "
+        raise InputError(f"a step has {size} sequences (distillation.batch_tokens / sequence_length), which "
                           f"{ranks.size} processes cannot share evenly; change one of them")
     source = _teacher(teacher, settings, ranks)
     trainers = [Trainer(pupil, settings, seq, ranks) for pupil in pupils]
@@ -162,9 +162,9 @@ def _teacher(teacher: Model | Teacher | None, settings: TrainSettings, ranks: Ra
             shard(model, ranks)
         teacher = LiveTeacher(model, settings.top_k, lambda: autocast(settings.precision, ranks.device))
     if teacher is None and settings.kl_weight:
-        raise RecipeError("without a teacher there is no KL: the LM loss alone is left")
+        raise InputError("without a teacher there is no KL: the LM loss alone is left")
     if settings.hidden_loss_weight and (teacher is None or isinstance(teacher, CachedTeacher)):
-        raise RecipeError("distillation.hidden_loss_weight needs the teacher in memory; a cache holds its logits only")
+        raise InputError("distillation.hidden_loss_weight needs the teacher in memory; a cache holds its logits only")
     return teacher
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.models.module import Block, HybridLM
 
 EDGE_LAYERS = 2  # at each end: 4 matrix products
@@ -32,12 +32,12 @@ FP8_MULTIPLE = 16  # of both sides of a weight, for the FP8 products of the forw
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raise RecipeError if this device cannot train so."""
+    """Raise InputError if this device cannot train so."""
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise RecipeError(f"distillation.precision = 'bf16': {torch.cuda.get_device_name(device)} has none; use fp32")
+        raise InputError(f"distillation.precision = 'bf16': {torch.cuda.get_device_name(device)} has none; use fp32")
     if precision == "fp8" and device.type == "cuda":
         if torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-            raise RecipeError(f"distillation.precision = 'fp8': {torch.cuda.get_device_name(device)} has none (compute "
+            raise InputError(f"distillation.precision = 'fp8': {torch.cuda.get_device_name(device)} has none (compute "
                               f"capability {'.'.join(map(str, FP8_CAPABILITY))} is needed); use bf16")
         _engine()
 
@@ -51,12 +51,12 @@ def fp8_note(device: torch.device) -> str:
 
 
 def _engine() -> Any:
-    """The module transformer_engine, whose `pytorch` needs a GPU to be imported; RecipeError without it."""
+    """The module transformer_engine, whose `pytorch` needs a GPU to be imported; InputError without it."""
     try:
         importlib.import_module("transformer_engine.pytorch")
         return importlib.import_module("transformer_engine")
     except (ImportError, OSError) as error:
-        raise RecipeError(f"distillation.precision = 'fp8' on a GPU needs Transformer Engine ({error}): pip install "
+        raise InputError(f"distillation.precision = 'fp8' on a GPU needs Transformer Engine ({error}): pip install "
                           "--no-build-isolation 'minipuzzle[fp8]', or use bf16") from None
 
 
@@ -69,18 +69,18 @@ def use_fp8(student: HybridLM, device: torch.device) -> None:
     """FP8 products in the blocks between the first and last two.
 
     Raises:
-        RecipeError: no layer lies between them; a weight's sides are no multiples of 16, which a GPU needs.
+        InputError: no layer lies between them; a weight's sides are no multiples of 16, which a GPU needs.
     """
     inner = list(student.blocks)[EDGE_LAYERS:-EDGE_LAYERS]
     if not inner:
-        raise RecipeError(f"distillation.precision = 'fp8' leaves the first and last {EDGE_LAYERS} layers in bf16, and "
+        raise InputError(f"distillation.precision = 'fp8' leaves the first and last {EDGE_LAYERS} layers in bf16, and "
                           f"this student has {len(student.blocks)}; use bf16")
     product = EngineProduct() if device.type == "cuda" else _emulated
     for block in inner:
         assert isinstance(block, Block)
         for name, weight in block.weights().items():
             if device.type == "cuda" and weight.ndim == 2 and any(side % FP8_MULTIPLE for side in weight.shape):
-                raise RecipeError(f"distillation.precision = 'fp8': {name} is {tuple(weight.shape)}, and FP8 products "
+                raise InputError(f"distillation.precision = 'fp8': {name} is {tuple(weight.shape)}, and FP8 products "
                                   f"need multiples of {FP8_MULTIPLE}; use bf16")
         block.context = partial(Products, product)
 

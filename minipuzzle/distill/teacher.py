@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import save_file
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.files import open_tensors, read_sealed, reading, replacing, write_sealed
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loss import Target, chunk_tokens, top_words
@@ -103,17 +103,17 @@ def cache_teacher(folder: Path, teacher: Callable[[], Teacher], blocks: Blocks, 
     `key` says of what the cache is (teacher, data, top_k, temperature); the teacher is made only if a shard is missing.
 
     Raises:
-        RecipeError: the folder is the cache of something else, or no cache.
+        InputError: the folder is the cache of something else, or no cache.
     """
     path = folder / "teacher.json"
     if ranks.main:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.is_file() and {p.name for p in folder.iterdir()} - {"teacher.json.tmp"}:
-            raise RecipeError(f"{folder} is not empty and not a teacher's cache; name another folder")
+            raise InputError(f"{folder} is not empty and not a teacher's cache; name another folder")
         about: dict[str, Any] = _manifest(folder) if path.is_file() else {"key": key, "shards": []}
         other = [f"{k} {about['key'].get(k)}, not {v}" for k, v in key.items() if about["key"].get(k) != v]
         if other:
-            raise RecipeError(f"{folder} is the cache of something else ({', '.join(other)}); name another folder")
+            raise InputError(f"{folder} is the cache of something else ({', '.join(other)}); name another folder")
         known = {n for numbers in about["shards"] for n in numbers}
         missing = list(dict.fromkeys(n for n in wanted if n not in known))
         if missing or not path.is_file():

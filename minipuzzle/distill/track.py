@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
@@ -16,16 +16,16 @@ def open_tracker(name: str | None, folder: Path) -> Callable[[dict[str, Any]], N
     """A function that sends a row of the metrics to the tracker of that name; nothing for None.
 
     Raises:
-        RecipeError: no such tracker, or it is not installed.
+        InputError: no such tracker, or it is not installed.
     """
     if name is None:
         return lambda row: None
     if name not in TRACKERS:
-        raise RecipeError(f"no tracker {name!r}; known: {', '.join(TRACKERS)}")
+        raise InputError(f"no tracker {name!r}; known: {', '.join(TRACKERS)}")
     try:
         module = importlib.import_module(TRACKERS[name])
     except ImportError:
-        raise RecipeError(f"{name} is not installed; pip install 'minipuzzle[track]', or leave --track out") from None
+        raise InputError(f"{name} is not installed; pip install 'minipuzzle[track]', or leave --track out") from None
     begun: list[Any] = []  # by the first row: until then the folder is the run's alone, which must find it empty
 
     def send(row: dict[str, Any]) -> None:

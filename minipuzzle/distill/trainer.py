@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import write_atomic
 from minipuzzle.core.rundir import changes
 from minipuzzle.data.blocks import Blocks
@@ -30,7 +30,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 Row = dict[str, Any]
 
 
-class Diverged(RecipeError):
+class Diverged(InputError):
     """A training whose loss is no longer a finite number."""
 
 
@@ -85,7 +85,7 @@ class Trainer:
         self.steps = settings.steps(sequence_length)
         self.layers = tuple(pupil.layers) if settings.hidden_loss_weight else ()
         if settings.hidden_loss_weight and len(self.layers) != pupil.student.arch.num_layers:
-            raise RecipeError(f"distillation.hidden_loss_weight: the teacher's layers of {len(self.layers)} of the "
+            raise InputError(f"distillation.hidden_loss_weight: the teacher's layers of {len(self.layers)} of the "
                               f"student's {pupil.student.arch.num_layers} are known; it needs all")
         student = pupil.student
         for block in student.blocks:
@@ -210,7 +210,7 @@ class Trainer:
             return
         path, about = found
         if different := changes(about["settings"], self.settings.resumable()):
-            raise RecipeError(f"{path} was trained with other settings ({'; '.join(different)}); go on with those, or "
+            raise InputError(f"{path} was trained with other settings ({'; '.join(different)}); go on with those, or "
                               "delete it to train again from the start")
         moments = self._moments()
         state.load(path, self._weights() | moments, self.ranks)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.data.tokenizer import load_tokenizer, stock_errors
 
 
@@ -62,15 +62,15 @@ def _now(device: str) -> float:
 
 
 def check_tasks(names: list[str]) -> None:
-    """Raise RecipeError if lm-eval is not installed, or has no such task."""
+    """Raise InputError if lm-eval is not installed, or has no such task."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise RecipeError("--tasks needs lm-eval: pip install 'minipuzzle[eval]'") from None
+        raise InputError("--tasks needs lm-eval: pip install 'minipuzzle[eval]'") from None
     known = TaskManager().all_tasks
     unknown = [name for name in names if name not in known and not Path(name).is_file()]
     if unknown:
-        raise RecipeError(f"lm-eval has no task {', '.join(unknown)}; 'lm-eval ls tasks' lists them")
+        raise InputError(f"lm-eval has no task {', '.join(unknown)}; 'lm-eval ls tasks' lists them")
 
 
 def tasks(path: Path, names: list[str], device: str, limit: int | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import HIDDEN, Family, Sizes, terms
@@ -63,7 +63,7 @@ def select(parent: Architecture, target: Architecture, kept_layers: tuple[int, .
     """The highest-scored channels for every width that `target` cuts.
 
     Raises:
-        RecipeError: a width is cut and there are no width scores.
+        InputError: a width is cut and there are no width scores.
     """
     stream: dict[str, np.ndarray] = {}
     layers: dict[int, dict[str, np.ndarray]] = {}
@@ -81,7 +81,7 @@ def select(parent: Architecture, target: Architecture, kept_layers: tuple[int, .
                 layers.setdefault(old, {}).update(zip(axes, kept, strict=True))
     if cut and scores is None:
         names = [name for name in parent.family.axes if name in cut]
-        raise RecipeError(f"cutting {', '.join(names)} needs width scores; make them with 'minipuzzle score'")
+        raise InputError(f"cutting {', '.join(names)} needs width scores; make them with 'minipuzzle score'")
     return Selection(kept_layers, stream, layers)
 
 

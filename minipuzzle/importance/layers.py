@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.core.partial import Arrays
 from minipuzzle.core.scores import COLUMNS, LayerScores, WidthScores
 from minipuzzle.importance.racing import FIRST_LOOK, Race, looks, means, toss_ups, typical, undecided
@@ -160,7 +160,7 @@ def score_iteratively(run: Pass, race: Race, memo_bytes: int = MEMO_BYTES) -> Sc
 def _refuse_units(run: Pass) -> None:
     """Both count layers of a kind, not what goes together with them."""
     if run.source.family.units:
-        raise RecipeError(f"a {run.source.arch.model_type} model has layers that go together: set scores.racing and "
+        raise InputError(f"a {run.source.arch.model_type} model has layers that go together: set scores.racing and "
                           "scores.iterative to false")
 
 

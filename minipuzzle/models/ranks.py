@@ -98,7 +98,7 @@ def open_ranks(device: torch.device) -> Ranks:
     """Join the processes that torchrun started (gloo on CPU, nccl on GPU); alone without torchrun.
 
     Raises:
-        RecipeError: the environment's numbers are none. ResourceError: more processes on this machine than it has GPUs.
+        InputError: the environment's numbers are none. ResourceError: more processes on this machine than it has GPUs.
     """
     environment.check_group()
     size = environment.world_size()

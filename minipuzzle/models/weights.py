@@ -147,7 +147,7 @@ def open_model(path: Path) -> ModelFolder:
     """Open a model folder and check every weight's name and shape against its config; reads headers only.
 
     Raises:
-        RecipeError, UnsupportedModel, CorruptArtifact: as the parts do.
+        InputError, UnsupportedModel, CorruptArtifact: as the parts do.
     """
     config = read_config(path)
     arch = Architecture.from_config(config)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minipuzzle.core.errors import MinipuzzleError, RecipeError
+from minipuzzle.core.errors import InputError, MinipuzzleError
 from minipuzzle.core.files import read_json, reading, replace_folder, restore_folder, write_atomic
 from minipuzzle.core.rundir import digest
 from minipuzzle.data.blocks import Blocks
@@ -56,7 +56,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
     settings are others.
 
     Raises:
-        RecipeError: no tokens, different vocabularies, settings that do not go together.
+        InputError: no tokens, different vocabularies, settings that do not go together.
     """
     small, big = open_model(find_model(student)), open_model(find_model(teacher))
     layers = _layer_map(small, big)
@@ -116,7 +116,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
                      "exported": exported, "alerts": report["alerts"], "warnings": report["warnings"],
                      "skipped": done.skipped, "processes": ranks.size}
         return dict(ranks.broadcast(found))
-    except RecipeError:
+    except InputError:
         run.discard_unused()
         raise
     finally:
@@ -125,21 +125,21 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
 
 
 def _check(recipe: Recipe, small: ModelFolder, big: ModelFolder, layers: tuple[int, ...], cached: bool) -> None:
-    """Raise RecipeError where there is nothing to train, or the two and the recipe do not go together."""
+    """Raise InputError where there is nothing to train, or the two and the recipe do not go together."""
     d = recipe.distillation
     if d.tokens == 0:
-        raise RecipeError("distillation.tokens is 0: nothing to do; set it with --set distillation.tokens=10M")
+        raise InputError("distillation.tokens is 0: nothing to do; set it with --set distillation.tokens=10M")
     if small.arch.vocab_size != big.arch.vocab_size:
-        raise RecipeError(f"vocabularies differ: student {small.arch.vocab_size}, teacher {big.arch.vocab_size}")
+        raise InputError(f"vocabularies differ: student {small.arch.vocab_size}, teacher {big.arch.vocab_size}")
     if cached and d.top_k == 0:
-        raise RecipeError("--cache-teacher keeps the teacher's top words; say how many: --set distillation.top_k=64")
+        raise InputError("--cache-teacher keeps the teacher's top words; say how many: --set distillation.top_k=64")
     if d.hidden_loss_weight and (cached or not layers or small.arch.hidden_size != big.arch.hidden_size):
-        raise RecipeError("distillation.hidden_loss_weight needs a teacher in memory, a student of the same hidden "
+        raise InputError("distillation.hidden_loss_weight needs a teacher in memory, a student of the same hidden "
                           "size, and its minipuzzle.json, which names the layers it kept")
 
 
 def _check_alone(recipe: Recipe, big: ModelFolder, reads: tuple[str, ...]) -> None:
-    """Raise RecipeError for what `prune` would refuse of the sections that are read."""
+    """Raise InputError for what `prune` would refuse of the sections that are read."""
     make_plan(big.arch, recipe, need_budget=False, reads=reads)
 
 
@@ -157,7 +157,7 @@ def _begin(runner: Runner, inputs: dict[str, Any], cached: bool, redo: bool) -> 
     """run.json and the tokens. With `redo` what is damaged is forgotten, and another training.
 
     Raises:
-        RecipeError: the folder has another training.
+        InputError: the folder has another training.
     """
     run, reporter = runner.run, runner.reporter
     if runner.ranks.main:
@@ -168,7 +168,7 @@ def _begin(runner: Runner, inputs: dict[str, Any], cached: bool, redo: bool) -> 
                                     run.path / "distillation" / digest(inputs))
         if different := run.differences("distill", inputs):
             if not redo:
-                raise RecipeError(f"{run.path} distils with other settings ({'; '.join(different)}); with those "
+                raise InputError(f"{run.path} distils with other settings ({'; '.join(different)}); with those "
                                   "the same command continues, with another -o, or --redo, it starts anew")
             run.drop("distill")
         write_about(runner, student=inputs["student"])

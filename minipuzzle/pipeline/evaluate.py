@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minipuzzle.core.environment import world_size
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.core.rundir import RunDir
 from minipuzzle.data.corpus import check_sources
 from minipuzzle.evaluate.quality import Reference, measure
@@ -34,13 +34,13 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
     With `speed` also latency, at the recipe's context and batch; with `task_names` also lm-eval's results.
     """
     if world_size() > 1:
-        raise RecipeError("evaluate runs in one process; start it without torchrun")
+        raise InputError("evaluate runs in one process; start it without torchrun")
     if task_names:
         check_tasks(list(task_names))
     folder = open_model(find_model(model))
     other = open_model(find_model(teacher)) if teacher is not None else folder
     if other.arch.vocab_size != folder.arch.vocab_size:
-        raise RecipeError(f"vocabularies differ: {folder.arch.vocab_size} and the teacher's {other.arch.vocab_size}")
+        raise InputError(f"vocabularies differ: {folder.arch.vocab_size} and the teacher's {other.arch.vocab_size}")
     data = (recipe.evaluation.samples, recipe.calibration.sequence_length)
     check_sources(recipe.evaluation.data)
     ranks = Ranks(find_device(device))

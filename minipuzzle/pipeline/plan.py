@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from minipuzzle.core.budget import Budget, Workload, human_budget, human_bytes, human_count
-from minipuzzle.core.errors import RecipeError, ResourceError
+from minipuzzle.core.errors import InputError, ResourceError
 from minipuzzle.data.corpus import check_sources, has_end, parse_blend
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import Cost, cost, layer_parameters
@@ -215,22 +215,22 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
     used, the machine's if left out. `reads`: the sections whose data are read.
 
     Raises:
-        RecipeError: a setting that is wrong, does not fit the parent, or is not built yet.
+        InputError: a setting that is wrong, does not fit the parent, or is not built yet.
         Infeasible: nothing in the space meets the budget.
     """
     values = recipe.model_dump()
     for path, only in _NOT_YET:
         section, key = path.split(".")
         if values[section][key] != only:
-            raise RecipeError(f"{path} = {values[section][key]!r} is not built yet; the only value is {only!r}")
+            raise InputError(f"{path} = {values[section][key]!r} is not built yet; the only value is {only!r}")
     if recipe.scores.racing and recipe.scores.iterative:
-        raise RecipeError("scores.racing and scores.iterative exclude each other: a race ends with the first round")
+        raise InputError("scores.racing and scores.iterative exclude each other: a race ends with the first round")
     d = recipe.distillation
     if d.batch_tokens < d.sequence_length:
-        raise RecipeError(f"distillation.batch_tokens {d.batch_tokens} is less than one sequence of "
+        raise InputError(f"distillation.batch_tokens {d.batch_tokens} is less than one sequence of "
                           f"{d.sequence_length} tokens; raise it or lower distillation.sequence_length")
     if d.top_k > parent.vocab_size:
-        raise RecipeError(f"distillation.top_k {d.top_k} is more than the model's {parent.vocab_size} words; 0 takes "
+        raise InputError(f"distillation.top_k {d.top_k} is more than the model's {parent.vocab_size} words; 0 takes "
                           "all")
     for name in dict.fromkeys(values[section]["data"] for section in reads):
         check_sources(name)
@@ -239,7 +239,7 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
     budget = Budget.parse(recipe.budget, parent_cost.to_json())
     space = resolve_space(recipe.space.model_dump(), parent)
     if d.hidden_loss_weight and space.widths["hidden_size"] != (parent.hidden_size,) and need_budget:
-        raise RecipeError("distillation.hidden_loss_weight compares streams of the same size: keep the parent's with "
+        raise InputError("distillation.hidden_loss_weight compares streams of the same size: keep the parent's with "
                           f"space.hidden_size = {parent.hidden_size}, or set it to 0")
     memory = machine_memory() if memory_bytes is None else memory_bytes
     if not need_budget:
@@ -270,12 +270,12 @@ def find_device(name: str) -> torch.device:
     """The device of that name.
 
     Raises:
-        RecipeError: no such name. ResourceError: this machine has none.
+        InputError: no such name. ResourceError: this machine has none.
     """
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RecipeError(f"device {name!r} is not a device; cpu, cuda, cuda:1, ...") from None
+        raise InputError(f"device {name!r} is not a device; cpu, cuda, cuda:1, ...") from None
     if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_available()
                                      and (device.index or 0) < torch.cuda.device_count()):
         raise ResourceError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; "

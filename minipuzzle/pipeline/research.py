@@ -20,7 +20,7 @@ import pandas as pd
 
 from minipuzzle._version import __version__
 from minipuzzle.core.budget import Budget, Workload, split_sweep
-from minipuzzle.core.errors import Infeasible, RecipeError, ResourceError
+from minipuzzle.core.errors import Infeasible, InputError, ResourceError
 from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading, write_atomic, write_json
 from minipuzzle.core.published import find_config, read_config
 from minipuzzle.core.rundir import digest, read_about
@@ -72,11 +72,11 @@ def research(recipe: Recipe, run: Path | None, config: Path | None, scores: Path
     a row per budget with its best candidate.
 
     Raises:
-        RecipeError: neither or both of run and config, a folder that is not ours, a setting that does not fit.
+        InputError: neither or both of run and config, a folder that is not ours, a setting that does not fit.
         Infeasible: no architecture meets the budget (of a sweep: none of them).
     """
     if (run is None) == (config is None):
-        raise RecipeError("search needs a run, or --model CONFIG" + (", not both" if run is not None else ""))
+        raise InputError("search needs a run, or --model CONFIG" + (", not both" if run is not None else ""))
     if run is not None:
         name, parent = parent_of_run(run)
         scores = run if scores is None else scores
@@ -119,7 +119,7 @@ def parent_of_run(run: Path) -> tuple[str, Architecture]:
     """(name, architecture) of a run's parent: from its model folder, or if that is gone from the run's candidates.
 
     Raises:
-        RecipeError: not a run, or nothing tells its architecture any more.
+        InputError: not a run, or nothing tells its architecture any more.
         CorruptArtifact: a damaged file.
     """
     model = Path(str(_about_run(run).get("model", "")))
@@ -151,24 +151,24 @@ def sweep(budget: Mapping[str, str]) -> list[dict[str, str]]:
     """One budget for each value of the key that lists several: memory=0.5x,0.6x.
 
     Raises:
-        RecipeError: two keys list several.
+        InputError: two keys list several.
     """
     several = [key for key, text in budget.items() if len(split_sweep(text)) > 1]
     if len(several) > 1:
-        raise RecipeError(f"budgets {' and '.join(several)} list several values each; sweep one at a time")
+        raise InputError(f"budgets {' and '.join(several)} list several values each; sweep one at a time")
     single = {key: split_sweep(text)[0] for key, text in budget.items()}
     return [single | {several[0]: value} for value in split_sweep(budget[several[0]])] if several else [single]
 
 
 def _about_run(run: Path) -> dict[str, Any]:
     if not (run / "run.json").is_file():
-        raise RecipeError(f"{run} is not a run of minipuzzle")
+        raise InputError(f"{run} is not a run of minipuzzle")
     return read_about(run)
 
 
 def _read(path: Path, missing: str) -> dict[str, Any]:
     if not path.is_file():
-        raise RecipeError(missing)
+        raise InputError(missing)
     return dict(read_json(path, limit=CANDIDATES_BYTES))
 
 
@@ -183,18 +183,18 @@ def find_candidates(recipe: Recipe, parent: Architecture, space: Space, budget: 
     and do not count the feasible (null).
 
     Raises:
-        RecipeError: settings that exclude each other or are not built; as search_architectures.
+        InputError: settings that exclude each other or are not built; as search_architectures.
         Infeasible: no architecture meets the budget.
     """
     search, metric = recipe.search, recipe.scores.layer_metric
     if search.strategy == "milp":
         if search.damage == "quadratic":
-            raise RecipeError("search.damage quadratic needs search.strategy grid; integer programs add damages up")
+            raise InputError("search.damage quadratic needs search.strategy grid; integer programs add damages up")
         solved = solve_architectures(parent, space, budget, workload, scores, curves, metric,
                                      min(search.measure, search.keep), search.export == "per_layer")
         return solved.candidates, solved.points, None
     if search.export == "per_layer":
-        raise RecipeError("search.export per_layer needs search.strategy milp; the grid has one FFN width for all")
+        raise InputError("search.export per_layer needs search.strategy milp; the grid has one FFN width for all")
     found = search_architectures(parent, space, budget, workload, scores, curves, metric, search.keep,
                                  search.damage)
     return found.candidates, found.points, found.feasible
@@ -244,11 +244,11 @@ def _open(folder: Path) -> None:
     """Make the folder, or empty it of an earlier search.
 
     Raises:
-        RecipeError: it has something else in it.
+        InputError: it has something else in it.
         ResourceError: it cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).is_file())):
-        raise RecipeError(f"{folder} is not empty and not a search of minipuzzle; choose another output folder with -o")
+        raise InputError(f"{folder} is not empty and not a search of minipuzzle; choose another output folder with -o")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MARKER).is_file():

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading
 from minipuzzle.report import curves, plots
 from minipuzzle.report.svg import Draw, styled
@@ -41,14 +41,14 @@ class Run:
         """The run in a folder.
 
         Raises:
-            RecipeError: it is not a finished one.
+            InputError: it is not a finished one.
         """
         path = Path(path)
         hint = "'minipuzzle prune' finishes it"
         if not (path / "report.json").is_file():
-            raise RecipeError(f"{path} is not a finished run; {hint}")
-        report = read_json(path / "report.json", RecipeError, hint, limit=CANDIDATES_BYTES)
-        with reading(path / "candidates.csv", RecipeError, hint):
+            raise InputError(f"{path} is not a finished run; {hint}")
+        report = read_json(path / "report.json", InputError, hint, limit=CANDIDATES_BYTES)
+        with reading(path / "candidates.csv", InputError, hint):
             return cls(path, report, pd.read_csv(path / "candidates.csv"))
 
     plot_tradeoff = _figure(plots.tradeoff)

@@ -11,7 +11,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import write_json
 from minipuzzle.data.blocks import load_blocks, tokenize
 from minipuzzle.data.corpus import parse_blend
@@ -49,7 +49,7 @@ def make_tokens(given: Given, sections: tuple[str, ...]) -> list[Path]:
     """Of each source the splits that are read.
 
     Raises:
-        RecipeError: a part of the data is too short, or the tokenizer is not the model's.
+        InputError: a part of the data is too short, or the tokenizer is not the model's.
     """
     settings, files = given.settings, []
     needed = tokens_needed(settings, given.parent.arch, {n: given.source(n) for n in sections})
@@ -68,7 +68,7 @@ def make_tokens(given: Given, sections: tuple[str, ...]) -> list[Path]:
 
 
 def _check_tokens(given: Given, section: str) -> None:
-    """Raise RecipeError if the section's data do not do; what was made of them is removed."""
+    """Raise InputError if the section's data do not do; what was made of them is removed."""
     settings, arch = given.settings, given.parent.arch
     length = (settings.distillation if section == "distillation" else settings.calibration).sequence_length
     split = "held_out" if section == "evaluation" else "train"
@@ -80,9 +80,9 @@ def _check_tokens(given: Given, section: str) -> None:
                 two_parts(blocks, 1)
             largest = int(blocks.tokens.max())
             if largest >= arch.vocab_size:
-                raise RecipeError(f"the tokenizer of {given.parent.folder.path} makes token {largest}, the model has "
+                raise InputError(f"the tokenizer of {given.parent.folder.path} makes token {largest}, the model has "
                                   f"{arch.vocab_size}; put the model's own tokenizer there")
-        except RecipeError:
+        except InputError:
             shutil.rmtree(folder)
             raise
     if section == "calibration" and settings.surgery.refit == "ridge":

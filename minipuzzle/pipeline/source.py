@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from minipuzzle.core.errors import MinipuzzleError, RecipeError
+from minipuzzle.core.errors import InputError, MinipuzzleError
 from minipuzzle.core.files import parse_yaml, read_text
 from minipuzzle.core.published import find_config, read_config
 from minipuzzle.core.rundir import digest, read_about
@@ -31,13 +31,13 @@ def find_model(model: str | Path) -> Path:
     """A folder as it is; a Hub id (owner/name) downloaded to the Hub's own cache.
 
     Raises:
-        RecipeError: neither.
+        InputError: neither.
     """
     path = Path(model)
     if os.path.isdir(path):
         return path
     if os.path.lexists(path) or not HUB_ID.fullmatch(str(model)):
-        raise RecipeError(f"{model}: no such model folder, and not a Hub id (owner/name)")
+        raise InputError(f"{model}: no such model folder, and not a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     with _hub(str(model), "it"):  # no file that is code
@@ -49,7 +49,7 @@ def config_of(model: str) -> dict[str, Any]:
     """The configuration of a folder, a config.json, a published name or a Hub id, of which nothing else is fetched.
 
     Raises:
-        RecipeError: none of them.
+        InputError: none of them.
     """
     if os.path.lexists(model) or not HUB_ID.fullmatch(model):
         return find_config(model)
@@ -62,14 +62,14 @@ def config_of(model: str) -> dict[str, Any]:
 
 @contextmanager
 def _hub(model: str, what: str) -> Iterator[None]:
-    """Errors of the Hub and of the network as a RecipeError."""
+    """Errors of the Hub and of the network as a InputError."""
     try:
         yield
     except MinipuzzleError:
         raise
     except Exception as error:  # of the HTTP library, which is another in each release of huggingface_hub
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RecipeError(f"{model}: no such folder, and the Hub did not give {what} ({reason})") from None
+        raise InputError(f"{model}: no such folder, and the Hub did not give {what} ({reason})") from None
 
 
 def licence_of(folder: Path) -> dict[str, str]:
@@ -94,20 +94,20 @@ def reopen(run: str | Path | None, given: list[str]) -> tuple[str, Recipe, Path,
     """(model, recipe, folder, seed) of a run, to go on with another candidate.
 
     Raises:
-        RecipeError: not a run, or options beside it, which the run has settled.
+        InputError: not a run, or options beside it, which the run has settled.
         CorruptArtifact: run.json is damaged.
     """
     path = Path(run or "")
-    none = RecipeError(f"--candidate needs a run directory as MODEL, {run} is none")
+    none = InputError(f"--candidate needs a run directory as MODEL, {run} is none")
     if not (path / "run.json").is_file():
         raise none
     about = read_about(path)
     try:
         recipe = Recipe.from_json(about.get("recipe"), str(path / "run.json"))
         model, seed = about["model"], about["seed"]
-    except (RecipeError, KeyError) as error:
-        raise RecipeError(f"{none} ({error})") from None
+    except (InputError, KeyError) as error:
+        raise InputError(f"{none} ({error})") from None
     if given:
-        raise RecipeError(f"--candidate goes on with the recipe of {run}; leave out the options for "
+        raise InputError(f"--candidate goes on with the recipe of {run}; leave out the options for "
                           f"{', '.join(given)}, or prune into another folder")
     return str(model), recipe, path, seed if type(seed) is int and seed >= 0 else 0

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from minipuzzle.core import interrupt
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.partial import Partial
 from minipuzzle.core.rundir import RunDir, digest
 from minipuzzle.data.blocks import Blocks
@@ -307,7 +307,7 @@ class Runner:
         """Compare the recipe with the finished stages; with `redo` forget those, and damaged ones.
 
         Raises:
-            RecipeError: some were made with other settings, and `redo` is false. `fresh`: how to
+            InputError: some were made with other settings, and `redo` is false. `fresh`: how to
                 begin all anew.
             CorruptArtifact: a manifest is damaged, and `redo` is false.
         """
@@ -319,7 +319,7 @@ class Runner:
         if changed and not redo:
             lines = dict.fromkeys(line for found in changed.values() for line in found
                                   if not line.startswith("after."))
-            raise RecipeError(f"{self.run.path} was made with other settings ({'; '.join(lines)}); "
+            raise InputError(f"{self.run.path} was made with other settings ({'; '.join(lines)}); "
                               f"stages to make again: {', '.join(changed)}. Use --redo for these, "
                               f"{fresh}or another -o")
         for name in changed:

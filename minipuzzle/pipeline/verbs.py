@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from minipuzzle.core.environment import world_size
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import machine_errors, read_json, restore_folder, write_atomic, write_json, write_sealed
 from minipuzzle.core.rundir import RunDir
 from minipuzzle.core.scores import LayerScores
@@ -51,13 +51,13 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
     """
     if candidate is not None:
         if fresh:
-            raise RecipeError("--fresh deletes the run that --candidate goes on with; leave one out")
+            raise InputError("--fresh deletes the run that --candidate goes on with; leave one out")
         if output_dir is None:
             model, recipe, output_dir, seed = reopen(model, [])
     recipe = recipe or Recipe()
     where = find_device(device)
     if world_size() > 1:
-        raise RecipeError("prune runs in one process; score and distill are the verbs for torchrun")
+        raise InputError("prune runs in one process; score and distill are the verbs for torchrun")
     folder, plan = prepare(model, recipe, memory_to_use(memory_bytes, where))
     path = Path(output_dir) if output_dir else default_output(folder, recipe, seed)
     check_disk(plan, path)
@@ -77,7 +77,7 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
             runner.reporter.start(plan.estimates())
             runner.make(lambda: write_about(runner))
             return report(runner)
-    except RecipeError:
+    except InputError:
         run.discard_unused()
         raise
     finally:
@@ -88,14 +88,14 @@ def _open_candidate(run: RunDir, name: str) -> RunDir:
     """The candidate's folder.
 
     Raises:
-        RecipeError: the run has no such candidate.
+        InputError: the run has no such candidate.
     """
     manifest = run.manifest("search")
     if manifest is None or run.manifest("tournament") is None:
-        raise RecipeError(f"{run.path} has not come to its candidates yet; run it without --candidate first")
+        raise InputError(f"{run.path} has not come to its candidates yet; run it without --candidate first")
     known = [c.name for c in read_candidates({file: run.path / file for file in manifest["files"]})]
     if name not in known:
-        raise RecipeError(f"{run.path} has no candidate {name!r}; candidates.csv lists {len(known)}, {known[0]} first")
+        raise InputError(f"{run.path} has no candidate {name!r}; candidates.csv lists {len(known)}, {known[0]} first")
     path = run.path / "candidates" / name
     (path / "stages").mkdir(parents=True, exist_ok=True)
     return RunDir(path, hold=False)
@@ -149,7 +149,7 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
             runner.reporter.start({name: estimates[name] for name in runner.stages})
             runner.reporter.say(plan.passes())
             runner.make(lambda: write_about(runner))
-    except RecipeError:
+    except InputError:
         run.discard_unused()
         raise
     finally:

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from minipuzzle.core.budget import BUDGET_KEYS, MOST_SERVED, Budget, Workload, parse_quantity, split_sweep
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import YAML_BYTES, parse_yaml, read_text
 from minipuzzle.data.corpus import absolute
 from minipuzzle.search.space import check_range
@@ -37,7 +37,7 @@ _SAMPLES, _LENGTH, _TOKENS = 10**7, 2**24, 10**15
 def _quantity(value: Any, units: str) -> int:
     try:
         return parse_quantity(value, units)
-    except RecipeError as error:
+    except InputError as error:
         raise ValueError(str(error)) from None  # pydantic adds the key, `_explain` the line
 
 
@@ -154,7 +154,7 @@ class Recipe(_Section):
         """A shipped recipe by name, or a YAML file. `overrides`: see `with_overrides`.
 
         Raises:
-            RecipeError: no such recipe, not YAML, a key that does not exist, or a value that does not fit.
+            InputError: no such recipe, not YAML, a key that does not exist, or a value that does not fit.
         """
         text, origin = recipe_text(str(name_or_file))
         return cls.parse(text, origin).with_overrides(**overrides) if overrides else cls.parse(text, origin)
@@ -167,11 +167,11 @@ class Recipe(_Section):
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = f", line {mark.line + 1}" if mark else ""
-            raise RecipeError(f"{origin}{where}: not YAML ({getattr(error, 'problem', error)})") from None
+            raise InputError(f"{origin}{where}: not YAML ({getattr(error, 'problem', error)})") from None
         if not isinstance(data, dict):
-            raise RecipeError(f"{origin}: a recipe is a YAML mapping that starts with 'recipe: 1'")
+            raise InputError(f"{origin}: a recipe is a YAML mapping that starts with 'recipe: 1'")
         if "recipe" not in data:
-            raise RecipeError(f"{origin}: the first line must be 'recipe: 1'")
+            raise InputError(f"{origin}: the first line must be 'recipe: 1'")
         return _validate(data, origin, lines)
 
     @classmethod
@@ -179,10 +179,10 @@ class Recipe(_Section):
         """What `model_dump` gave, from a file.
 
         Raises:
-            RecipeError: it was not.
+            InputError: it was not.
         """
         if not isinstance(data, dict):
-            raise RecipeError(f"{origin} holds no recipe")
+            raise InputError(f"{origin} holds no recipe")
         return _validate(data, origin, {})
 
     def with_overrides(self, budget: Mapping[str, str] | None = None, data: str | None = None,
@@ -199,7 +199,7 @@ class Recipe(_Section):
             target = values.get(section)
             if not key or not isinstance(target, dict) or (section != "budget" and key not in target):
                 names = [f"{s}.{k}" for s, v in values.items() if isinstance(v, dict) for k in v]
-                raise RecipeError(f"--set {path}: no such key{_suggest(path, names)}")
+                raise InputError(f"--set {path}: no such key{_suggest(path, names)}")
             target[key] = value
         return _validate(values, "settings", {})
 
@@ -224,10 +224,10 @@ def json_schema() -> dict[str, Any]:
 def recipe_text(name: str) -> tuple[str, str]:
     """(text, where it is from) of a shipped recipe or of a file."""
     if name.endswith((".yaml", ".yml")) or os.path.isfile(name):
-        return read_text(Path(name), RecipeError, limit=YAML_BYTES), name
+        return read_text(Path(name), InputError, limit=YAML_BYTES), name
     shipped = {file.name.removesuffix(".yaml"): file for file in shipped_recipes()}
     if name not in shipped:
-        raise RecipeError(f"no recipe {name!r}{_suggest(name, list(shipped))}; shipped: {', '.join(sorted(shipped))}")
+        raise InputError(f"no recipe {name!r}{_suggest(name, list(shipped))}; shipped: {', '.join(sorted(shipped))}")
     return shipped[name].read_text(encoding="utf-8"), f"recipe {name}"
 
 
@@ -241,10 +241,10 @@ def _validate(data: dict[str, Any], origin: str, lines: dict[tuple[Any, ...], in
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(_explain(error, origin, lines)) from None
+        raise InputError(_explain(error, origin, lines)) from None
     unknown = [key for key in recipe.budget if key not in BUDGET_KEYS]
     if unknown:
-        raise RecipeError(f"{_where(origin, lines, ('budget', unknown[0]))}: unknown budget {unknown[0]!r}"
+        raise InputError(f"{_where(origin, lines, ('budget', unknown[0]))}: unknown budget {unknown[0]!r}"
                           f"{_suggest(unknown[0], list(BUDGET_KEYS))}; known: {', '.join(BUDGET_KEYS)}")
     # what is wrong for every parent
     path: tuple[str, ...] = ("workload", "keep_16bit")
@@ -257,8 +257,8 @@ def _validate(data: dict[str, Any], origin: str, lines: dict[tuple[Any, ...], in
             path = ("budget", key)
             for value in split_sweep(text):
                 Budget.parse({key: value}, dict.fromkeys((cost for cost, _ in BUDGET_KEYS.values()), 1))
-    except RecipeError as error:
-        raise RecipeError(f"{_where(origin, lines, path)}: {error}") from None
+    except InputError as error:
+        raise InputError(f"{_where(origin, lines, path)}: {error}") from None
     return recipe
 
 

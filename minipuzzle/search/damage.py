@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minipuzzle.core.errors import CorruptArtifact, RecipeError
+from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.scores import LAYER_METRICS, LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.search.space import Space
@@ -110,13 +110,13 @@ def predict(parent: Architecture, space: Space, scores: LayerScores | None, curv
     what each removal added where layers were scored iteratively, else quadratic where interactions were measured.
 
     Raises:
-        RecipeError: scores of another model, no such metric, an axis that was not measured.
+        InputError: scores of another model, no such metric, an axis that was not measured.
         CorruptArtifact: values that are not finite.
     """
     values_L = stderr_L = axes = axes_stderr = pairs_LL = order_L = values_NL = pairs_NLL = None
     if scores is not None:
         if scores.pattern != parent.pattern:
-            raise RecipeError(f"scores {scores.source or 'given'} are of another model: {len(scores.pattern)} layers "
+            raise InputError(f"scores {scores.source or 'given'} are of another model: {len(scores.pattern)} layers "
                               f"{scores.pattern}, the parent has {parent.num_layers} {parent.pattern}")
         values_L, stderr_L = scores.metric(metric), scores.stderr(metric)
         _check_finite(values_L, f"scores {scores.source or 'given'}", metric)
@@ -138,7 +138,7 @@ def predict(parent: Architecture, space: Space, scores: LayerScores | None, curv
     if curves is not None:
         if metric not in curves.table.columns:
             have = [c for c in curves.table.columns if c in LAYER_METRICS]
-            raise RecipeError(f"width curves have no column {metric!r}; they have {', '.join(have) or 'no metric'}")
+            raise InputError(f"width curves have no column {metric!r}; they have {', '.join(have) or 'no metric'}")
         axes = tuple(_curve(parent, curves, axis, metric, values)
                      for axis, values in space.widths.items())
         if f"{metric}_stderr" in curves.table.columns:
@@ -164,7 +164,7 @@ def _interactions(scores: LayerScores | None, metric: str, asked: bool) -> np.nd
     """[L, L] with a zero diagonal, or None where they were not measured and not `asked` for."""
     if scores is None or metric not in scores.interactions:
         if asked:
-            raise RecipeError(f"search.damage quadratic needs interactions of the metric {metric!r}; minipuzzle score "
+            raise InputError(f"search.damage quadratic needs interactions of the metric {metric!r}; minipuzzle score "
                               "measures those of kl and mse, or use search.damage additive")
         return None
     pairs_LL = np.array(scores.interactions[metric], float)
@@ -220,7 +220,7 @@ def _curve(parent: Architecture, curves: WidthCurves, axis: str, metric: str, wi
     """Damage at each width of an axis."""
     whole = _whole(parent, axis, widths)
     if widths != (whole,) and axis not in set(curves.table["axis"]):
-        raise RecipeError(f"width curves have nothing about {axis}, which the space cuts to {widths[0]}; "
+        raise InputError(f"width curves have nothing about {axis}, which the space cuts to {widths[0]}; "
                           "measure it, or leave the axis at the parent's width")
     damage = curves.damage(axis, metric, np.array(widths), whole)
     _check_finite(damage, f"width curve {axis}", metric)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from minipuzzle.core.budget import Budget, Workload
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
@@ -69,14 +69,14 @@ def search_architectures(parent: Architecture, space: Space, budget: Budget, wor
 
     Raises:
         Infeasible: no point meets the budget.
-        RecipeError: scores of another model, no such metric, a space that is too large, costs beyond int64.
+        InputError: scores of another model, no such metric, a space that is too large, costs beyond int64.
         CorruptArtifact: scores that are not finite.
     """
     if space.num_points > MAX_POINTS:
-        raise RecipeError(f"the space has {space.num_points:.3g} points, at most {MAX_POINTS:.0e} can be searched; "
+        raise InputError(f"the space has {space.num_points:.3g} points, at most {MAX_POINTS:.0e} can be searched; "
                           "give its ranges larger steps")
     if keep < 1:
-        raise RecipeError(f"search.keep {keep} must be at least 1")
+        raise InputError(f"search.keep {keep} must be at least 1")
     counts_CK = kept_counts(parent, space)
     refuse_infeasible(parent, space, budget, workload)
     check_range(parent, workload)

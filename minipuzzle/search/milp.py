@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 
 from minipuzzle.core.budget import Budget, Workload
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
@@ -114,18 +114,18 @@ def solve_architectures(parent: Architecture, space: Space, budget: Budget, work
 
     Raises:
         Infeasible: no architecture meets the budget.
-        RecipeError: no scores, or of another model; per_layer without curves; costs beyond int64.
+        InputError: no scores, or of another model; per_layer without curves; costs beyond int64.
         CorruptArtifact: scores that are not finite.
         ResourceError: the solver gave up.
     """
     if scores is None:
-        raise RecipeError("search.strategy milp needs scores: give --scores, or use strategy grid")
+        raise InputError("search.strategy milp needs scores: give --scores, or use strategy grid")
     _, ffn_axis = per_layer_width(parent)
     if per_layer and curves is None and len(space.widths[ffn_axis]) > 1:
-        raise RecipeError("search.export per_layer needs width curves, which a run's scores folder has: without them "
+        raise InputError("search.export per_layer needs width curves, which a run's scores folder has: without them "
                           "every width would be as good as any other")
     if keep < 1:
-        raise RecipeError(f"search.keep {keep} must be at least 1")
+        raise InputError(f"search.keep {keep} must be at least 1")
     refuse_infeasible(parent, space, budget, workload)
     check_range(parent, workload)
     found, programs = _best_first(_problem(parent, space, budget, workload,
@@ -152,13 +152,13 @@ def per_layer_width(parent: Architecture) -> tuple[str, str]:
     """(the kind of layer whose width may differ from layer to layer, that axis).
 
     Raises:
-        RecipeError: the family has none, or layers that go together.
+        InputError: the family has none, or layers that go together.
     """
     family = parent.family
     found = [(letter, name) for name, axis in family.widths.items() if axis.per_layer
              for letter in family.drops.values() if name in family.kinds[letter[0]].axes]
     if family.units or len(found) != 1:
-        raise RecipeError(f"search.strategy milp cannot search a {family.model_type} model; use search.strategy grid")
+        raise InputError(f"search.strategy milp cannot search a {family.model_type} model; use search.strategy grid")
     return found[0]
 
 

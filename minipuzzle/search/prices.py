@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from minipuzzle.core.budget import Workload
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import Amounts, cost, of_layer, of_top
 
@@ -85,8 +85,8 @@ def fits(lines: Mapping[str, Line], limits: tuple[tuple[str, int], ...], counts_
 
 
 def check_range(parent: Architecture, workload: Workload) -> None:
-    """Raises RecipeError if a cost of the parent, the largest of every space, comes near the end of int64."""
+    """Raises InputError if a cost of the parent, the largest of every space, comes near the end of int64."""
     most = max(cost(parent, workload).to_json().values())
     if most * 32 >= 2**63:
-        raise RecipeError(f"a cost of {most:.3g} at context {workload.context} and batch {workload.batch} is above "
+        raise InputError(f"a cost of {most:.3g} at context {workload.context} and batch {workload.batch} is above "
                           f"{2**63 // 32:.3g}, the most the search can count; lower context or batch")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from minipuzzle.core.errors import RecipeError, UnsupportedModel
+from minipuzzle.core.errors import InputError, UnsupportedModel
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.registry import FAMILIES
 
@@ -71,7 +71,7 @@ def bounds_of(parent: Architecture) -> dict[str, Bounds]:
     kind that it has most of.
 
     Raises:
-        RecipeError: the parent's layers differ in a width.
+        InputError: the parent's layers differ in a width.
         UnsupportedModel: the parent cannot be pruned.
     """
     if parent.refusal:
@@ -84,7 +84,7 @@ def bounds_of(parent: Architecture) -> dict[str, Bounds]:
     for name, axis in family.widths.items():
         whole = sizes[name]
         if isinstance(whole, tuple):
-            raise RecipeError(f"the parent's {axis.label} is {min(whole)} to {max(whole)}; the search needs a parent "
+            raise InputError(f"the parent's {axis.label} is {min(whole)} to {max(whole)}; the search needs a parent "
                               f"with the same {axis.label} in every layer")
         divisor = sizes[axis.groups] if axis.groups else 1
         out[name] = Bounds(name, whole, divisor * axis.per_group, whole, divisor, axis.groups,
@@ -101,14 +101,14 @@ def resolve_space(spec: Mapping[str, Sequence[int | str] | int | str | None], pa
     other families.
 
     Raises:
-        RecipeError: an unknown axis, something that is not a range, an empty range, more drops than layers,
+        InputError: an unknown axis, something that is not a range, an empty range, more drops than layers,
             widths above the parent's, heads that do not divide by the groups.
     """
     family, bounds = parent.family, bounds_of(parent)
     known = {name for other in FAMILIES.values() if other.write for name in (*other.drops, *other.widths)}
     unknown = sorted(set(spec) - known)
     if unknown:
-        raise RecipeError(f"unknown axis {', '.join(unknown)} in space; known: {', '.join(bounds)}")
+        raise InputError(f"unknown axis {', '.join(unknown)} in space; known: {', '.join(bounds)}")
     used = frozenset[str]().union(*(family.kinds[kind].axes for kind in parent.pattern))
     points = {name: _points(axis, spec.get(name) if axis.is_drop or name in used else None)
               for name, axis in bounds.items()}
@@ -119,19 +119,19 @@ def check_range(name: str, value: Any) -> list[int | Fraction]:
     """[low, high] or [low, high, step] of a range as a recipe writes it: integers, and Fractions of the parent.
 
     Raises:
-        RecipeError: something that is no range of any parent.
+        InputError: something that is no range of any parent.
     """
     entries = list(value) if isinstance(value, list | tuple) else [value, value]
     if len(entries) not in (2, 3):
-        raise RecipeError(f"space.{name} {value!r}: write a number, [low, high] or [low, high, step]")
+        raise InputError(f"space.{name} {value!r}: write a number, [low, high] or [low, high, step]")
     found = [_entry(name, entry) for entry in entries]
     low, high = found[:2]
     if type(low) is type(high) and low > high:
-        raise RecipeError(f"space.{name} {value!r}: low {entries[0]} is above high {entries[1]}")
+        raise InputError(f"space.{name} {value!r}: low {entries[0]} is above high {entries[1]}")
     if min(low, high) < 0:
-        raise RecipeError(f"space.{name} {value!r}: {min(low, high)} is below the least, 0")
+        raise InputError(f"space.{name} {value!r}: {min(low, high)} is below the least, 0")
     if len(found) == 3 and found[2] <= 0:
-        raise RecipeError(f"space.{name} {value!r}: the step {entries[2]} must be at least 1")
+        raise InputError(f"space.{name} {value!r}: the step {entries[2]} must be at least 1")
     return found
 
 
@@ -142,14 +142,14 @@ def _points(axis: Bounds, value: Any) -> tuple[int, ...]:
     found = check_range(axis.name, value)
     low, high, *steps = (axis.relative(entry) if isinstance(entry, Fraction) else entry for entry in found)
     if low > high:
-        raise RecipeError(f"space.{axis.name} {value!r}: low {low} is above high {high}")
+        raise InputError(f"space.{axis.name} {value!r}: low {low} is above high {high}")
     # "0.1x" of 4 layers is a step of one, not of none
     step = max(1, *steps) if steps else 1 if axis.is_drop else axis.relative(Fraction(1, 8))
     high = _within(axis, low, high)
     points = sorted({*range(low, high + 1, step), high})
     wrong = [point for point in points if point % axis.divisor]
     if wrong:
-        raise RecipeError(f"space.{axis.name} {value!r}: {wrong[0]} is not a multiple of {axis.groups} {axis.divisor}; "
+        raise InputError(f"space.{axis.name} {value!r}: {wrong[0]} is not a multiple of {axis.groups} {axis.divisor}; "
                           f"write ends and step as multiples of {axis.divisor}")
     return tuple(points)
 
@@ -157,14 +157,14 @@ def _points(axis: Bounds, value: Any) -> tuple[int, ...]:
 def _within(axis: Bounds, low: int, high: int) -> int:
     """The upper end as far as the parent goes."""
     if low < axis.least:
-        raise RecipeError(f"space.{axis.name}: {low} is below the least, {axis.least}")
+        raise InputError(f"space.{axis.name}: {low} is below the least, {axis.least}")
     if not axis.is_drop:
         if high > axis.most:
-            raise RecipeError(f"space.{axis.name}: {high} is above the parent's {axis.most}")
+            raise InputError(f"space.{axis.name}: {high} is above the parent's {axis.most}")
         return high
     if low > axis.most:
         name = axis.name.removeprefix("drop_")
-        raise RecipeError(f"space.{axis.name}: cannot drop {low}, at most {axis.most} of the parent's {axis.whole} "
+        raise InputError(f"space.{axis.name}: cannot drop {low}, at most {axis.most} of the parent's {axis.whole} "
                           f"{name} layers may go" + (" (one stays)" if axis.most < axis.whole else ""))
     return min(high, axis.most)
 
@@ -179,5 +179,5 @@ def _entry(name: str, entry: Any) -> int | Fraction:
             raise ValueError
         return int(entry)
     except (TypeError, ValueError):
-        raise RecipeError(f"space.{name}: {entry!r} is neither an integer nor a part of the parent "
+        raise InputError(f"space.{name}: {entry!r} is neither an integer nor a part of the parent "
                           "such as 0.5x") from None

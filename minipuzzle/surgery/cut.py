@@ -60,7 +60,7 @@ class Cutter:
         """The cut with its writers refitted on N samples of T tokens, and what was found for each block.
 
         Raises:
-            RecipeError: too few tokens.
+            InputError: too few tokens.
         """
         return refit(self.source, self.cut(target, kept_layers), kept_layers, partial(self.keep, target.hidden_size),
                      ids_NT)

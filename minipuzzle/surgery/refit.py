@@ -34,7 +34,7 @@ import scipy.linalg
 import torch
 from safetensors.torch import save_file
 
-from minipuzzle.core.errors import RecipeError
+from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import open_tensors, replacing
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Family
@@ -72,10 +72,10 @@ def samples_needed(arch: Architecture, sequence_length: int) -> int:
 
 
 def check_samples(arch: Architecture, count: int, sequence_length: int) -> None:
-    """Raise RecipeError if `count` samples are too few for the widest writer."""
+    """Raise InputError if `count` samples are too few for the widest writer."""
     needed = samples_needed(arch, sequence_length)
     if count < needed:
-        raise RecipeError(f"surgery.refit: a writer of {writer_inputs(arch)} inputs needs {needed} samples of "
+        raise InputError(f"surgery.refit: a writer of {writer_inputs(arch)} inputs needs {needed} samples of "
                           f"{sequence_length} tokens, there are {count}; give more calibration data, or set "
                           "surgery.refit=none")
 
@@ -95,7 +95,7 @@ def refit(parent: Source, small: Model, kept_layers: tuple[int, ...], keep: Call
     used once, one after another.
 
     Raises:
-        RecipeError: too few tokens for the widest writer.
+        InputError: too few tokens for the widest writer.
     """
     family, arch, (count, length) = small.family, parent.arch, ids_NT.shape
     check_samples(small.arch, count, length)
