@@ -7,6 +7,7 @@ small ones: parameters by kind, bytes by summing over its named parameters, FLOP
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from fractions import Fraction
 
@@ -19,8 +20,8 @@ from meta import build, counts, kind_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from minipuzzle.cli import main
-from minipuzzle.core.budget import Workload
-from minipuzzle.core.errors import UnsupportedModel
+from minipuzzle.core.budget import Budget, Workload
+from minipuzzle.core.errors import InputError, UnsupportedModel
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import (
     Cost,
@@ -28,6 +29,9 @@ from minipuzzle.families.cost import (
     parameters_by_kind,
     workspace_bytes,
 )
+from minipuzzle.families.nemotron_h import NEMOTRON_H
+from minipuzzle.families.registry import FAMILIES
+from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.space import resolve_space
 
 SMALL = {"model_type": "nemotron_h", "hybrid_override_pattern": "ME*-E", "vocab_size": 50, "hidden_size": 32,
@@ -302,3 +306,31 @@ def test_fewer_experts_for_a_token_are_fewer_active_parameters():
     expert = 2 * 32 * 24
     assert cost(arch, Workload()).active_parameters - cost(one, Workload()).active_parameters == 2 * expert
     assert cost(arch, Workload()).parameters == cost(one, Workload()).parameters
+
+
+# the seam: nothing but the table refuses a kind of layer -------------------------------------------------------------
+
+
+def test_layers_of_a_kind_that_is_no_longer_refused_are_searched_and_priced(monkeypatch):
+    """MoE with its axes, as soon as its table says so: space, budgets on all and on active parameters, every price."""
+    kinds = {k: dataclasses.replace(kind, refuse="") for k, kind in NEMOTRON_H.kinds.items()}
+    monkeypatch.setitem(FAMILIES, "nemotron_h", dataclasses.replace(NEMOTRON_H, kinds=kinds))
+    parent, workload = arch_of(SMALL, moe_latent_size=8), Workload(precision="nvfp4", kv_precision="fp8", context=77)
+    wanted = {"drop_moe": [0, 2], "num_experts": [2, 4, 2], "moe_ffn_size": [8, 24, 16], "shared_ffn_size": [0, 40, 40],
+              "moe_latent_size": [4, 8, 4], "hidden_size": [16, 32, 16]}
+    with pytest.raises(InputError, match="shared_ffn_size: 0 is below the least, 1"):
+        resolve_space(wanted, parent)
+    space = resolve_space(wanted | {"shared_ffn_size": [20, 40, 20]}, parent)
+    assert list(space.drops) == ["drop_mamba", "drop_ffn", "drop_moe", "drop_attention"]
+    priced = cost(parent, workload)
+    limits = Budget.parse({"memory": "0.9x", "params": "0.8x", "active_params": "0.9x"}, priced.to_json())
+    found = search_architectures(parent, space, limits, workload)
+    every = [cost(dataclasses.replace(parent.keep(kept), **dict(zip(space.widths, widths, strict=True))), workload)
+             for kept in ((0, 1, 2, 3, 4), (0, 2, 3, 4), (0, 2, 3))
+             for widths in itertools.product(*space.widths.values())]
+    fits = [c for c in every if not limits.exceeded(c.to_json())]
+    assert (found.points, found.feasible) == (len(every), len(fits))
+    assert 0 < found.feasible < found.points == 96
+    assert max(c.parameters for c in fits) == found.candidates[0].cost.parameters
+    gone = next(c for c in found.candidates if len(c.kept_layers) == 3).architecture
+    assert (gone.pattern, gone.num_experts, gone.moe_latent_size) == ("M*-", 0, None)

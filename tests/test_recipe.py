@@ -17,8 +17,9 @@ from click.testing import CliRunner, Result
 from minipuzzle import Recipe
 from minipuzzle.cli import main
 from minipuzzle.core.errors import InputError, ResourceError
+from minipuzzle.families.registry import FAMILIES
 from minipuzzle.pipeline.plan import check_memory, make_plan
-from minipuzzle.recipes.schema import json_schema, recipe_text, shipped_recipes
+from minipuzzle.recipes.schema import SpaceSection, json_schema, recipe_text, shipped_recipes
 
 CONTRACT = {
     "budget": {"memory"},
@@ -295,3 +296,9 @@ def test_shipped_recipes_say_what_they_need() -> None:
         for part in ("minipuzzle ", "# Needs: ", "# Source: "):
             assert part in head, file.name
         assert 10 <= sum(not line.startswith("#") for line in lines) <= 25, file.name
+
+
+def test_the_space_has_the_keys_of_the_families_that_can_be_pruned() -> None:
+    """Neither a key that no family reads, nor an axis that no recipe can ask for."""
+    keys = [key for family in FAMILIES.values() if family.write for key in (*family.drops, *family.widths)]
+    assert sorted(SpaceSection.model_fields) == sorted(set(keys))

@@ -189,7 +189,7 @@ def _candidates(parent: Architecture, space: Space, budget: Budget, workload: Wo
             gone = parent.together(gone)
             kept_of[c] = tuple(layer for layer in range(parent.num_layers) if layer not in gone)
         changes: dict[str, Any] = dict(zip(space.widths, widths, strict=True))
-        arch = dataclasses.replace(parent.keep(kept_of[c]), **changes)
+        arch = dataclasses.replace(parent, **changes).keep(kept_of[c])
         exact = cost(arch, workload)
         assert exact.parameters == points.parameters_P[i], (exact, points.parameters_P[i])
         assert not budget.exceeded(exact.to_json()), (exact, budget)
