@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,14 @@ def chosen_one(files: Mapping[str, Path], chosen: str | None) -> Candidate:
 
 
 def _read(path: Path) -> list[Candidate]:
+    with reading(path, hint=AGAIN):
+        about = path.stat()
+    return list(_parsed(path, about.st_mtime_ns, about.st_size))
+
+
+@lru_cache(maxsize=4)
+def _parsed(path: Path, mtime_ns: int, size: int) -> tuple[Candidate, ...]:
+    """Of a file in this state: every stage asks, and thousands of candidates take a second to read."""
     found = read_json(path, hint=AGAIN, top=list, limit=CANDIDATES_BYTES)
     with reading(path, hint=AGAIN):
-        return [Candidate.from_json(c) for c in found]
+        return tuple(Candidate.from_json(c) for c in found)

@@ -20,6 +20,7 @@ from minipuzzle.distill.loop import distill_model
 from minipuzzle.distill.trained import load_best
 from minipuzzle.evaluate.quality import measure
 from minipuzzle.evaluate.sample import greedy
+from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.pipeline.candidates import chosen_one, read_tournament
@@ -81,7 +82,7 @@ def export(given: Given) -> list[Path]:
     candidate, key = chosen_one(given.files, given.candidate), read_tournament(given.files)["key"]
     reference = parent.reference(ids)
     before, fits = pruned(given, candidate, key)
-    student = student_of(given, candidate, key)
+    student = HybridLM(parent.folder.family, candidate.architecture, before.by_name())
     dtypes = parent.folder.dtypes(candidate.kept_layers)
     plain = cutter_of(given, plain=True).cut(candidate.architecture, candidate.kept_layers)
     result: dict[str, Any] = {
