@@ -180,7 +180,7 @@ def test_hovering_a_point_and_a_layer(browser: Any, page: Path, report: dict[str
     stars = [e for e in browser.find_elements(By.CSS_SELECTOR, "#tradeoff .large [data-tip]")
              if e.get_attribute("data-tip").startswith(f"{win} after distillation")]
     assert len(stars) == 1
-    assert move(browser, stars[0]) == f"{win} after distillation: kl 0.1612"
+    assert move(browser, stars[0]) == f"{win} after distillation: kl {report['result']['exported']['kl']:.4g}"
     marks = browser.find_elements(By.CSS_SELECTOR, "#layers .figures > figure [data-tip]")
     assert len(marks) == 22
     row = report["scores"]["layers"][5]
