@@ -24,7 +24,7 @@ from minipuzzle.data.blocks import load_blocks, tokenize
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.registry import family_of
 from minipuzzle.importance.layers import score
-from minipuzzle.importance.racing import Race
+from minipuzzle.importance.racing import Race, toss_ups
 from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.passes import Pass
@@ -95,7 +95,8 @@ def racing(model: Model, ids: torch.Tensor) -> list[dict[str, Any]]:
     loop_forwards = len(ids) * (layers + 1) * layers
     for drops in ({"M": (3, 3), "-": (3, 3), "*": (0, 0)}, {"M": (4, 4), "-": (5, 5), "*": (1, 1)},
                   {"M": (0, 5), "-": (0, 8), "*": (0, 1)}):
-        found = score(Pass(model, ids), Race(drops, 0.95, "kl"))
+        race = Race(drops, 0.95, "kl")
+        found = score(Pass(model, ids), race)
         same = []
         for kind, (low, high) in drops.items():
             tables = [s.layers.table[s.layers.table["kind"] == kind] for s in (without, found)]
@@ -104,7 +105,7 @@ def racing(model: Model, ids: torch.Tensor) -> list[dict[str, Any]]:
         row = {"drops": {k: list(v) for k, v in drops.items()}, "samples": found.samples, "forwards": found.forwards,
                "fewer than the loop": loop_forwards / found.forwards,
                "fewer than the wavefront": without.forwards / found.forwards, "sets": len(same),
-               "sets equal": sum(same), "toss-ups": found.toss_ups}
+               "sets equal": sum(same), "toss-ups": toss_ups(found.layers.samples["kl"].T, pattern, race)}
         print(pattern, row, flush=True)
         out.append(row)
     return out

@@ -21,7 +21,7 @@ Shapes: L layers, N samples, B samples of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.partial import Arrays
 from minipuzzle.core.scores import COLUMNS, LayerScores, WidthScores
-from minipuzzle.importance.racing import FIRST_LOOK, Race, looks, means, toss_ups, typical, undecided
+from minipuzzle.importance.racing import FIRST_LOOK, Race, looks, means, typical, undecided
 from minipuzzle.importance.widths import gather_widths, width_scores
 from minipuzzle.models.logits import compare
 from minipuzzle.models.passes import Pass
@@ -45,24 +45,17 @@ MEMO_BYTES = 2**31
 
 @dataclass(frozen=True)
 class Scored:
-    """What a pass found out. `samples` were spent of `available`; `forwards` layers were applied, counted in samples.
-
-    `toss_ups`: cuts at which noise decides (importance/racing.py).
-    """
+    """What a pass found out. `samples` were spent of `available`; `forwards` layers were applied, counted in samples."""
 
     layers: LayerScores
     widths: WidthScores
     samples: int
     available: int
     forwards: int
-    toss_ups: list[dict[str, object]] = field(default_factory=list)
 
 
-def score(run: Pass, race: Race | None = None, confidence: Race | None = None) -> Scored:
-    """Score all layers and widths, one-shot. With a `race`, layers whose place is certain are not ablated further.
-
-    `confidence`: which cuts to report on when there is no race.
-    """
+def score(run: Pass, race: Race | None = None) -> Scored:
+    """Score all layers and widths, one-shot. With a `race`, layers whose place is certain are not ablated further."""
     if race:
         _refuse_units(run)
     arch, total = run.source.arch, len(run.ids_NT)
@@ -88,13 +81,11 @@ def score(run: Pass, race: Race | None = None, confidence: Race | None = None) -
                 break
     run.progress(total)
     values = np.concatenate([p["values"] for p in parts], -1)
-    asked = race or confidence
     pairs, samples = _interactions(parts, values)
     samples |= {metric: row.T for metric, row in zip(METRICS, values, strict=True)}
     return Scored(
         replace(layer_table(arch.pattern, values), interactions=pairs, samples=samples),
-        width_scores(arch, parts, spent), spent, total, forwards,
-        toss_ups(values[METRICS.index(asked.metric)], arch.pattern, asked) if asked else [])
+        width_scores(arch, parts, spent), spent, total, forwards)
 
 
 def _interactions(parts: Sequence[Arrays], values: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -117,7 +108,7 @@ def score_iteratively(run: Pass, race: Race, memo_bytes: int = MEMO_BYTES) -> Sc
     that went last, with the streams that came to it, if those of all variants fit into `memo_bytes`.
     """
     _refuse_units(run)
-    scored, arch = score(run, confidence=race), run.source.arch
+    scored, arch = score(run), run.source.arch
     whole, size = Whole(run.source), run.size(arch.num_layers + 1)
     total, seq = run.ids_NT.shape
     memos: dict[int, dict[int, dict[Prefix, torch.Tensor]]] = {}

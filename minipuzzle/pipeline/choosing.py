@@ -97,12 +97,13 @@ def tournament(given: Given) -> list[Path]:
     if share == 0 or len(finalists) == 1:
         finalists = []
     found: Qualities = {}
-    reference, together = parent.reference(given.selection_ids()), parent.memory.students
+    together = parent.memory.students
     for c in finalists:
         forget_damaged_training(given, state_folder(given, c, given.key), steps)
     for i in range(0, len(finalists), together):
         # in lock-step: the teacher reads each batch once for all of them
         group, before = finalists[i : i + together], i / len(finalists)
+        reference = parent.reference(given.selection_ids())
         pupils = [Pupil(student_of(given, c, given.key), state_folder(given, c, given.key), c.kept_layers,
                         partial(look, given, c, reference)) for c in group]
         with contextlib.suppress(Diverged):  # all of them: each says so
