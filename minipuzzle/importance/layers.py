@@ -45,7 +45,7 @@ MEMO_BYTES = 2**31
 
 @dataclass(frozen=True)
 class Scored:
-    """What a pass found out. `samples` were spent of `available`; `forwards` layers were applied, counted in samples."""
+    """What a pass found. `samples` were spent of `available`; `forwards` layers were applied, counted in samples."""
 
     layers: LayerScores
     widths: WidthScores
