@@ -57,7 +57,7 @@ def main():
     folder = open_model(bundled_model())
     teacher = Model.load(folder)
     reference = Reference(teacher, held)
-    found = [Candidate.from_json(c) for c in json.loads((args.run / "search" / "tournament.json").read_text())]
+    found = [Candidate.from_json(c) for c in json.loads((args.run / "candidates.json").read_text())["candidates"]]
     finalists = sorted((c for c in found if c.after_distillation), key=lambda c: not c.chosen)
     scores = args.run / "scores"
     cutter = Cutter(teacher, WidthScores.read(scores / "widths.safetensors"),

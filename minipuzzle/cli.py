@@ -1,4 +1,4 @@
-"""The command line: parse, call minipuzzle.recipes, print. No algorithm, and no torch until a verb needs it."""
+"""The command line: parse, call minipuzzle.pipeline, print. No algorithm, and no torch until a verb needs it."""
 
 from __future__ import annotations
 
@@ -286,7 +286,8 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
         f"parameters  {human_count(parent['parameters'])} -> {human_count(result['parameters'])}",
         f"memory      {human_bytes(parent['memory_bytes'])} -> {human_bytes(result['memory_bytes'])}",
         f"loss        {parent['loss']:.3f} parent, {result['loss_sliced']:.3f} sliced, "
-        f"{result['loss_distilled']:.3f} distilled{recovered}",
+        f"{result['loss_distilled']:.3f} {'distilled' if run.report['distillation']['tokens'] else 'not trained'}"
+        f"{recovered}",
         f"            {paired['loss_minus_parent']:+.3f} against the parent"
         + ("" if paired["stderr"] is None else f", standard error {paired['stderr']:.3f} (paired)"),
         f"model       {run.model_path}",
@@ -459,7 +460,8 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
                               track, redo)
     if environment.rank() == 0:
         than = "" if data["loss_teacher"] is None else f" (teacher {data['loss_teacher']:.3f})"
-        _print(data, as_json, [f"loss        {data['loss_before']:.3f} -> {data['loss']:.3f}{than}",
+        compared = [] if data["kl"] is None else [f"KL          {data['kl_before']:.3f} -> {data['kl']:.3f}"]
+        _print(data, as_json, [f"loss        {data['loss_before']:.3f} -> {data['loss']:.3f}{than}", *compared,
                                f"model       {data['path']}", *_warnings(data)])
 
 

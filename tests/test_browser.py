@@ -180,12 +180,12 @@ def test_hovering_a_point_and_a_layer(browser: Any, page: Path, report: dict[str
     stars = [e for e in browser.find_elements(By.CSS_SELECTOR, "#tradeoff .large [data-tip]")
              if e.get_attribute("data-tip").startswith(f"{win} after distillation")]
     assert len(stars) == 1
-    assert move(browser, stars[0]) == f"{win} after distillation: kl {report['result']['exported']['kl']:.4g}"
+    assert move(browser, stars[0]) == f"{win} after distillation: KL {report['result']['exported']['kl']:.4g}"
     marks = browser.find_elements(By.CSS_SELECTOR, "#layers .figures > figure [data-tip]")
     assert len(marks) == 22
     row = report["scores"]["layers"][5]
     mark = next(m for m in marks if m.get_attribute("data-tip").startswith("layer 5 "))
-    assert move(browser, mark).startswith(f"layer 5 (attention (*)): mse {row['mse']:.4g}")
+    assert move(browser, mark).startswith(f"layer 5 (attention (*)): MSE {row['mse']:.4g}")
     assert "layer 5, attention" in move(browser, browser.find_elements(By.CSS_SELECTOR, ".strip i")[5])
     browser.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": 2, "y": 2})
     assert browser.execute_script("return document.querySelector('#tip').hidden")

@@ -218,13 +218,13 @@ def test_progress_line_by_line_without_a_terminal(monkeypatch: pytest.MonkeyPatc
     quick = spoken(monkeypatch, False, 1)
     assert len(quick) == 1
     assert quick[0].startswith("[1/2] score: done in ")
-    assert quick[0].endswith("s layer 10")
+    assert quick[0].endswith("s, layer 10")
     slow = spoken(monkeypatch, False, 30)
     assert len(slow) == 6
-    assert slow[0].startswith("[1/2] score: 20% after 60 s layer 2")
+    assert slow[0].startswith("[1/2] score: 20% after 60 s, layer 2")
     # the first update came after 30 s; 1/10 takes 30 s
     assert slow[0].endswith("ETA 240 s")
-    assert slow[3].endswith("after 240 s layer 8, ETA 60 s")
+    assert slow[3].endswith("after 240 s, layer 8, ETA 60 s")
     assert slow[5].startswith("[1/2] score: done in ")  # nothing ends at 80 %
     assert len(spoken(monkeypatch, True, 3)) == 6
 

@@ -98,7 +98,10 @@ def test_every_command_of_the_documents_runs(place: Path) -> None:
                     if reason:
                         left.append(words)
                     else:
-                        assert run(arguments, place).strip(), words
+                        said = run(arguments, place)
+                        assert said.strip(), words
+                        if arguments[0] == "distill":  # what it minimises
+                            assert re.search(r"^KL +\d+\.\d+ -> \d+\.\d+$", said, re.MULTILINE)
                         ran.append(words)
         for text, _ in blocks(page, "python"):
             exec(compile(text.replace("mine.yaml", "small.yaml"), page.name, "exec"), {})

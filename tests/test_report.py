@@ -208,11 +208,35 @@ def test_any_part_may_be_missing(paths: list[tuple[Any, ...]], null: bool) -> No
     model_card(partial)
 
 
+def test_what_was_not_trained_is_not_called_distilled() -> None:
+    """`distillation.tokens: 0` only prunes; `loss_distilled` is then of the folder that was written, untrained."""
+    untrained = build(count=12, measure=4)
+    untrained["distillation"] = {"tokens": 0, "seconds": 0.0, "curve": [], "tournament": []}
+    untrained["result"]["exported"] = None
+    card, page = model_card(untrained), render_html(untrained)
+    assert "was not trained afterwards" in card
+    assert "distilled" not in yaml.safe_load(card.split("---")[1])["tags"]
+    for text in (card, page):
+        assert "(pruned) nats per token" in text
+        assert "(distilled)" not in text
+        assert "Distillation recovered" not in text
+    assert "Pruned and distilled" not in page
+
+
 def test_few_measured_shows_predictions() -> None:
     few = build(count=30, measure=4)
-    assert "predicted damage (mse)" in render_html(few)
+    assert "predicted damage (MSE)" in render_html(few)
     none = build(count=30, measure=0)
     assert 'id="tradeoff"' in render_html(none)
+
+
+def test_an_integer_program_counts_no_feasible_architectures() -> None:
+    solved = build(count=12, measure=4)
+    solved["search"] = {"points": 122149566, "feasible": None, "measured": 4}
+    solved |= {"controls": [], "rank_correlation": {"measured": 0.8, "controls": None}}
+    page = render_html(solved)
+    assert "chose its candidates from 122,149,566 architectures; 4 of them were measured." in page
+    assert "drawn at random from all" not in page
 
 
 def test_budget_other_than_memory(report: dict[str, Any]) -> None:

@@ -26,8 +26,8 @@ def read_metrics(folder: Path) -> list[Row]:
 
 
 def say(row: Row) -> str:
-    """A step's metrics in words."""
-    return ", ".join(f"{name} {row[key]:.3f}" for key, name in (("kl", "KL"), ("loss", "loss"))
+    """A step's metrics in words; they are of the training batch."""
+    return ", ".join(f"{name} {row[key]:.3f}" for key, name in (("kl", "training KL"), ("loss", "training loss"))
                      if row.get(key) is not None)
 
 

@@ -172,7 +172,7 @@ def _begin(runner: Runner, inputs: dict[str, Any], cached: bool, redo: bool) -> 
                                   "the same command continues, with another -o, or --redo, it starts anew")
             run.drop("distill")
         write_about(runner, student=inputs["student"])
-    reporter.start({"tokenize": 5.0, "cache": 30.0 if cached else 0.0, "distill": 100.0})
+    reporter.start({"tokenize": 5.0} | ({"cache": 30.0} if cached else {}) | {"distill": 100.0})
     runner.make_one("tokenize")
     for note in training_notes(runner.recipe, runner.ranks.device):
         reporter.say(note)

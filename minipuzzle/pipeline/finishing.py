@@ -87,8 +87,8 @@ def export(given: Given) -> list[Path]:
     plain = cutter_of(given, plain=True).cut(candidate.architecture, candidate.kept_layers)
     result: dict[str, Any] = {
         "candidate": candidate.name, "parent": reference.quality(), "sliced": measure(plain, reference),
-              "pruned": measure(as_written(student, dtypes), reference), "exported": None,
-              "refit": [fit.to_json() for fit in fits] or None}
+        "pruned": measure(as_written(student, dtypes), reference), "exported": None,
+        "refit": [fit.to_json() for fit in fits] or None}
     if given.settings.distillation.tokens:
         result["exported"] = load_best(state_folder(given, candidate, key), student)
     unchecked, final = given.folder / "model-unchecked", given.folder / "model"
@@ -114,7 +114,7 @@ def export(given: Given) -> list[Path]:
     write_json(path, result)
     for name, text in model_card_files(make_report(given, result)).items():
         write_atomic(unchecked / name, text)
-    given.update(0.95, "in its place")  # the last moment to stop: from here on the result is finished
+    given.update(0.95, "written, reloaded and measured")  # the last moment to stop: from here on the result is finished
     replace_folder(unchecked, final)
     return [path, *sorted(p for p in final.rglob("*") if p.is_file())]
 

@@ -95,6 +95,9 @@ class Terminal(Reporter):
         with bars:
             task = bars.add_task(f"{place} {name}".replace("[", r"\["), total=total, note="")
 
+            def told() -> str:
+                return f", {note}" if note else ""
+
             def update(done: float, text: str = "") -> None:
                 nonlocal note, said, since
                 interrupt.check()
@@ -105,8 +108,8 @@ class Terminal(Reporter):
                     said = now
                     pace = (now - since[1]) / (done - since[0]) if done > since[0] else 0.0
                     eta = f", ETA {max(0.0, total - done) * pace:.0f} s" if pace else ""
-                    self.say(f"{place} {name}: {done / total:.0%} after {now - begin:.0f} s {note}".rstrip() + eta)
+                    self.say(f"{place} {name}: {done / total:.0%} after {now - begin:.0f} s{told()}{eta}")
 
             yield update
             bars.update(task, completed=total)
-        self.say(f"{place} {name}: done in {time.perf_counter() - begin:.1f} s {note}".rstrip())
+        self.say(f"{place} {name}: done in {time.perf_counter() - begin:.1f} s{told()}")

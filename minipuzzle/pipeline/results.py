@@ -242,7 +242,9 @@ def _warnings(given: Given, gap: float) -> list[str]:
         out.append(f"scores.racing: {scoring['samples']} of {scoring['available']} samples were enough")
     if scoring["toss_ups"]:
         cuts = ", ".join(f"{t['kind']} {t['drop']} (layer {t['goes']} or {t['stays']})" for t in scoring["toss_ups"])
-        out.append(f"noise decides which layers go, at {scoring['confidence']:.0%} confidence, where of a kind so many "
+        # the search follows the iterative order, which has no such test
+        which = "the one-shot order of layers" if recipe.scores.iterative else "which layers go"
+        out.append(f"noise decides {which}, at {scoring['confidence']:.0%} confidence, where of a kind so many "
                    f"go: {cuts}; more calibration.samples decide")
     refits = recipe.surgery.refit == "ridge"
     if refits and (samples := refit_samples(recipe, given.parent.arch)) > asked:

@@ -56,7 +56,8 @@ def _front_matter(report: dict[str, Any]) -> str:
     data = [source for source in _sources(report) if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)]
     if data:
         front["datasets"] = data
-    front["tags"] = [tag for tag in (model_type, "minipuzzle", "pruned", "distilled") if tag]
+    trained = "distilled" if facts.trained(report) else ""
+    front["tags"] = [tag for tag in (model_type, "minipuzzle", "pruned", trained) if tag]
     return "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---"
 
 
@@ -100,10 +101,11 @@ def _numbers(report: dict[str, Any]) -> str:
 
 def _made(report: dict[str, Any]) -> str:
     evaluation, training = at(report, "evaluation") or {}, at(report, "distillation") or {}
-    text = "Layers and channels were removed, then the model was distilled from its parent (forward KL on the logits)"
-    if training.get("tokens") is not None:
-        text += f" on {facts.count(training['tokens'])} tokens"
-    text += "."
+    text = "Layers and channels were removed; the model was not trained afterwards."
+    if facts.trained(report):
+        tokens = "" if training.get("tokens") is None else f" on {facts.count(training['tokens'])} tokens"
+        text = f"Layers and channels were removed, then the model was distilled from its parent{tokens} (forward KL " \
+               "on the logits)."
     text += f" {facts.exported(report)}" if facts.exported(report) else ""
     if evaluation.get("tokens") is not None:
         text += (f" Held-out numbers: {evaluation['tokens']:,} tokens of {_plain(evaluation.get('source') or 'text')}"

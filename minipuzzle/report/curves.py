@@ -79,7 +79,7 @@ def _damage_panel(panel: Axes, rows: list[dict[str, Any]], metric: str, words: s
     error = [r.get(f"{metric}_stderr") or 0.0 for r in rows]
     panel.errorbar(x, y, yerr=error, color=INK, lw=1.2, capsize=2)
     hover(panel.scatter(x, y, s=18, c=INK, linewidths=0, zorder=3),
-          [f"{words} {a}: {metric} {b:.4g}" for a, b in zip(x, y, strict=True)])
+          [f"{words} {a}: {facts.METRICS.get(metric, metric)} {b:.4g}" for a, b in zip(x, y, strict=True)])
 
 
 def cuts(report: dict[str, Any]) -> Figure | None:

@@ -16,6 +16,7 @@ KINDS = registry.kinds()
 WIDTHS = registry.widths()
 TABLE_ROWS = 100
 ABSENT = "-"  # what stands for a number that was not measured
+METRICS = {"kl": "KL", "mse": "MSE", "nmse": "relative MSE", "loss_delta": "change of loss", "cosine": "1 - cosine"}
 
 
 def at(data: Any, *keys: str) -> Any:
@@ -236,7 +237,7 @@ def verdict(report: dict[str, Any]) -> str:
         text += f" by removing {gone}"
     steps = [f"{number(value)} ({name})" for value, name in
              ((parent.get("loss"), "parent"), (result.get("loss_pruned"), "pruned"),
-              (result.get("loss_distilled"), "distilled")) if value is not None]
+              (result.get("loss_distilled") if trained(report) else None, "distilled")) if value is not None]
     if steps:
         text += ("; held-out loss" if text else "Held-out loss")
         text += f" went from {' to '.join(steps)}" if len(steps) > 1 else f" is {steps[0]}"
@@ -252,13 +253,19 @@ def choice(report: dict[str, Any]) -> str:
             "another.")
 
 
+def trained(report: dict[str, Any]) -> bool:
+    """Whether the result was distilled at all: a run may only prune."""
+    return bool(at(report, "distillation", "tokens") != 0)
+
+
 def recovery(report: dict[str, Any]) -> str:
     """What distillation gave back of what plain slicing took."""
     result = at(report, "result") or {}
     if result.get("recovery") is None:
         return ""
     left = result.get("gap_left")
-    return (f"Distillation recovered {percent(result['recovery'])} of the gap that slicing opened (loss "
+    by = "Distillation" if trained(report) else "Without any training, the way of cutting"
+    return (f"{by} recovered {percent(result['recovery'])} of the gap that slicing opened (loss "
             f"{number(result.get('loss_sliced'))} by plain selection, untrained)"
             + (f" and leaves {number(left)} nats per token." if left is not None else "."))
 
@@ -303,7 +310,7 @@ def strip(report: dict[str, Any]) -> list[dict[str, Any]]:
     scores = {at(r, "layer"): at(r, metric) for r in at(report, "scores", "layers") or []}
     return [{"kind": kind, "name": KINDS[kind].name, "kept": i in kept, "text": f"layer {i}, {KINDS[kind].label}: "
              + ("kept" if i in kept else "removed")
-             + (f"; without it {metric} {scores[i]:.4g}" if scores.get(i) is not None else "")}
+             + (f"; without it {METRICS.get(metric, metric)} {scores[i]:.4g}" if scores.get(i) is not None else "")}
             for i, kind in enumerate(parent.pattern)]
 
 
@@ -327,7 +334,7 @@ def key_figures(report: dict[str, Any]) -> list[dict[str, str]]:
         f"{number(result.get('gap_left'))} nats per token are left")
     agreement = result.get("agreement_distilled")
     add("KL to the parent", result.get("kl_distilled"), number(result.get("kl_distilled")),
-        f"before distillation {number(result.get('kl_pruned'))}"
+        (f"before distillation {number(result.get('kl_pruned'))}" if trained(report) else "not trained")
         + (f"; same next token {percent(agreement)}" if agreement is not None else ""))
     seconds = [s["seconds"] for s in at(report, "stages") or [] if at(s, "seconds") is not None]
     add("time", seconds or None, duration(sum(seconds)), str(at(report, "hardware") or ""))

@@ -75,7 +75,8 @@ def render_html(report: dict[str, Any]) -> str:
         drawn = figures_of(report, heading, figures)
         if drawn:
             sections.append({"name": name, "heading": heading, "figures": drawn, "note": _note(report, name)})
-    samples = [(label, text) for key, label in SAMPLES if (text := facts.at(report, "samples", key)) is not None]
+    samples = [(label, text) for key, label in SAMPLES if (text := facts.at(report, "samples", key)) is not None
+               and (key != "distilled" or facts.trained(report))]
     return environment().get_template("report.html").render(
         report=report, at=facts.at, sections=sections, verdict=unbroken(facts.verdict(report)),
         choice=facts.choice(report), recovery=unbroken(facts.recovery(report)), strip=facts.strip(report),
@@ -106,6 +107,9 @@ def _note(report: dict[str, Any], section: str) -> str:
     search, training = facts.at(report, "search") or {}, facts.at(report, "distillation") or {}
     if section == "tradeoff" and search.get("feasible") is not None:
         return (f"{search['feasible']:,} of {facts.number(search.get('points'), ',')} architectures meet the budget; "
+                f"{facts.number(search.get('measured'), ',')} of them were measured.")
+    if section == "tradeoff" and search.get("points") is not None:
+        return (f"The integer program chose its candidates from {search['points']:,} architectures; "
                 f"{facts.number(search.get('measured'), ',')} of them were measured.")
     if section == "prediction":
         return facts.prediction(report)

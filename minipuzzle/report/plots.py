@@ -73,7 +73,8 @@ def in_units(key: str, largest: float) -> tuple[float, str]:
 
 
 def damage_words(report: dict[str, Any]) -> str:
-    return f"predicted damage ({at(report, 'scores', 'metric') or 'sum of scores'})"
+    metric = at(report, "scores", "metric")
+    return f"predicted damage ({facts.METRICS.get(metric, metric) or 'sum of scores'})"
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -139,7 +140,9 @@ def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric
             marks = axis.scatter([p[1] for p in ended], [p[3] for p in ended], s=look.area, marker=look.marker,
                                  c=look.color, edgecolors=INK, linewidths=0.6, zorder=look.order,
                                  label=f"{look.name}, distilled")
-            hover(marks, [f"{c.get('name', '?')} after distillation: {metric} {end:.4g}" for c, _, _, end in ended])
+            after = "distillation" if group[0][0] is facts.chosen(report) else "the tournament"
+            hover(marks, [f"{c.get('name', '?')} after {after}: {facts.METRICS.get(metric, metric)} {end:.4g}"
+                          for c, _, _, end in ended])
             ends += [p[3] for p in ended]
     front = pareto([(p[1], p[2]) for p in points])
     axis.plot(*zip(*front, strict=True), drawstyle="steps-post", color=INK, lw=1, zorder=1, label="Pareto front")
@@ -287,7 +290,7 @@ def _importance(axis: Axes, rows: list[dict[str, Any]], metric: str, gone: set[i
             axis.errorbar(x, y, yerr=error, fmt="none", ecolor=color, elinewidth=1, capsize=2)
             marks = axis.scatter(x, y, s=26, marker=KIND_MARKERS[kind], c=CARD if removed else color,
                                  edgecolors=color, linewidths=1.2, zorder=3)
-            hover(marks, [f"layer {r['layer']} ({KIND_LABELS[kind]}): {metric} {v:.4g}"
+            hover(marks, [f"layer {r['layer']} ({KIND_LABELS[kind]}): {facts.METRICS.get(metric, metric)} {v:.4g}"
                           + (f" ± {e:.2g}" if e else "") + (", removed" if removed else "")
                           for r, v, e in zip(some, y, error, strict=True)])
     plain_ticks(axis)
