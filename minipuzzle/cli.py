@@ -121,8 +121,8 @@ def main() -> None:
     """Make hybrid language models (Mamba-2 + attention + FFN) smaller.
 
     \b
-    minipuzzle prune                                  the bundled model to half its memory
-    minipuzzle prune FOLDER --budget memory=8GiB      your own
+    minipuzzle prune                                  halve the bundled model's memory
+    minipuzzle prune FOLDER --budget memory=8GiB      fit your own model into 8 GiB
     """
     interrupt.install(keeps=False)
     environment.check()
@@ -155,12 +155,12 @@ def _memory(ctx: click.Context, param: click.Parameter, text: str | None) -> int
     return None if text is None else parse_quantity(text, "bytes")
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 redo_option = click.option("--redo", is_flag=True,
-                           help="Make the stages again that are damaged, or that a changed recipe invalidates.")
+                           help="Make damaged stages again, and those that a changed recipe invalidates.")
 memory_option = click.option("--memory", "memory_bytes", metavar="SIZE", callback=_memory,
-                             help="What may be used, 8GiB; a parent that does not fit is read from the disk layer by "
-                                  "layer. Default: the device's.")
+                             help="Memory to use, for example 8GiB. A parent that does not fit is read from the disk layer by "
+                                  "layer. Default: all of the device's.")
 
 
 def recipe_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -170,7 +170,7 @@ def recipe_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..
     other verbs; a setting that would be ignored is refused.
     """
     budget = click.option("--budget", "budgets", multiple=True, metavar="KEY=VALUE",
-                          help="memory=31.7GiB, params=4.5B, kv_cache=0.5x, ...; in place of the recipe's. Repeatable.")
+                          help="memory=31.7GiB, params=4.5B, kv_cache=0.5x, ...; replaces the recipe's. Repeatable.")
     data = click.option("--data", help="stdlib, a text, JSONL or parquet file or folder, hf:owner/name; or "
                                        "a=0.7,b=0.3.")
 
@@ -178,7 +178,7 @@ def recipe_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..
         @click.option("--recipe", "name", default="default", show_default=True, type=_Path(names=True), metavar="NAME",
                       help="A shipped recipe or a YAML file.")
         @click.option("--set", "settings", multiple=True, metavar="A.B=C",
-                      help="One key of the recipe. Repeatable; of the same key the last counts.")
+                      help="Override one key of the recipe. Repeatable; the last value wins.")
         @functools.wraps(command)
         def wrapped(name: str, settings: tuple[str, ...], budgets: tuple[str, ...] = (), data: str | None = None,
                     **rest: Any) -> Any:
@@ -216,14 +216,14 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return out
 
     for option in (
-        click.option("-q", "--quiet", is_flag=True, help="No progress on stderr, only errors."),
-        click.option("-v", "--verbose", is_flag=True, help="Also what each stage says while it runs."),
+        click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
+        click.option("-v", "--verbose", is_flag=True, help="Also print what each stage reports while it runs."),
         json_option,
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
         click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1),
-                     help="Of all that is drawn by chance."),
+                     help="Seed of everything random."),
         click.option("-o", "--output-dir", type=_Path(),
-                     help="Default: a function of model and recipe."),
+                     help="Default: derived from the model and the recipe."),
     ):
         wrapped = option(wrapped)
     return wrapped
@@ -252,16 +252,16 @@ def _command() -> str:
 @recipe_options()
 @run_options
 @memory_option
-@click.option("--candidate", help="With a run as MODEL: distil this candidate too, into RUN/candidates/NAME/.")
-@click.option("--dry-run", is_flag=True, help="Print the plan; touch no weight.")
+@click.option("--candidate", help="With a run as MODEL: also distil this candidate, into RUN/candidates/NAME/.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are read.")
 @redo_option
-@click.option("--fresh", is_flag=True, help="Forget what the run directory holds.")
+@click.option("--fresh", is_flag=True, help="Delete what the run directory holds and start again.")
 def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool,
           reporter: Reporter, memory_bytes: int | None, candidate: str | None, dry_run: bool, redo: bool,
           fresh: bool) -> None:
-    """The whole pipeline: score, search, measure, distill, export, report.
+    """Make a model smaller: score, search, measure, distill, export and report.
 
-    MODEL is a Hugging Face folder or a Hub id; left out: the bundled model.
+    MODEL is a Hugging Face folder or a Hub id. The default is the bundled model.
 
     \b
     minipuzzle prune
@@ -306,7 +306,7 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
 @json_option
 def inspect(model: str, precision: str, kv_precision: str, state_precision: str, context: str, batch: int,
             as_json: bool) -> None:
-    """Architecture, parameters, memory and FLOPs of a model, from its configuration alone.
+    """Show a model's architecture, parameters, memory and FLOPs, from its configuration alone.
 
     MODEL is a folder, a config.json or a published name: nemotron-h-56b, nemotron-3-nano-30b-a3b, ...
 
@@ -338,7 +338,7 @@ def inspect(model: str, precision: str, kv_precision: str, state_precision: str,
 @redo_option
 def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool,
           reporter: Reporter, memory_bytes: int | None, redo: bool) -> None:
-    """Importance only: layers by ablation, widths by activations -> OUTPUT_DIR/scores/.
+    """Score layers (by ablation) and widths (by activations) -> OUTPUT_DIR/scores/.
 
     \b
     minipuzzle score my-model --data texts/ -o scored
@@ -365,9 +365,10 @@ def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device
 @json_option
 def search(run: Path | None, config: Path | None, scores: Path | None, recipe: Recipe, output_dir: Path | None,
            as_json: bool) -> None:
-    """Candidates from scores and a budget; no weights. RUN: search it again, into RUN/searches/, by its own recipe.
+    """Search for candidates from scores and a budget; reads no weights.
 
-    Several values of one budget are a sweep: a table with the best predicted candidate of each.
+    With RUN, search that run again with its own recipe, into RUN/searches/. Several values of one budget make a
+    sweep: a table with the best predicted candidate for each.
 
     \b
     minipuzzle search --model config.json --scores layers.csv --budget memory=31.7GiB -o found
@@ -393,16 +394,17 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
 @main.command()
 @click.argument("model", type=_Path(names=True))
 @click.option("--teacher", type=_Path(names=True), metavar="MODEL",
-              help="A model folder to compare with: KL and agreement.")
-@click.option("--latency", is_flag=True, help="Also tokens per second at the recipe's workload.context and batch.")
-@click.option("--tasks", help="Also these tasks of lm-eval, comma-separated; needs the eval extra.")
-@click.option("--limit", type=click.IntRange(1), help="Of each task only so many questions.")
+              help="Compare with this model: KL and agreement.")
+@click.option("--latency", is_flag=True,
+              help="Also measure tokens per second at the recipe's workload.context and batch.")
+@click.option("--tasks", help="Also run these lm-eval tasks, comma-separated; needs the eval extra.")
+@click.option("--limit", type=click.IntRange(1), help="Ask only this many questions of each task.")
 @recipe_options("calibration", "evaluation", "workload")
 @click.option("--device", default="cpu", show_default=True)
 @json_option
 def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, limit: int | None, recipe: Recipe,
              device: str, as_json: bool) -> None:
-    """Held-out loss, perplexity and accuracy; with --teacher also KL and agreement.
+    """Measure held-out loss, perplexity and accuracy; with --teacher also KL and agreement.
 
     \b
     minipuzzle evaluate runs/mine/model --teacher my-model --data texts/
@@ -441,15 +443,15 @@ def _scores_of(data: dict[str, Any]) -> list[dict[str, Any]]:
 @run_options
 @redo_option
 @click.option("--cache-teacher", type=_Path(), metavar="DIR",
-              help="Write the teacher's distillation.top_k words to DIR once, and train from there without it.")
+              help="Write the teacher's distillation.top_k tokens to DIR once, and train from there without it.")
 @click.option("--track", help="Also send the metrics to tensorboard or wandb.")
 def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str,
             as_json: bool, reporter: Reporter, cache_teacher: Path | None, track: str | None, redo: bool) -> None:
-    """Distillation alone: STUDENT learns the teacher's logits -> OUTPUT_DIR/model/.
+    """Distil STUDENT from the teacher's logits -> OUTPUT_DIR/model/.
 
     \b
     minipuzzle distill small --teacher big --data texts/ --set distillation.tokens=10M -o distilled
-    torchrun --nproc-per-node 8 -m minipuzzle.cli distill small --teacher big --device cuda -o distilled
+    torchrun --nproc-per-node 8 -m minipuzzle distill small --teacher big --device cuda -o distilled
     """
     from minipuzzle.pipeline.distill import distill as distill_folder
 
@@ -470,7 +472,7 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
 @click.option("-o", "--output", type=_Path(), help="The comparison's file; default comparison.html.")
 @json_option
 def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
-    """report.json -> report.html again; of several runs one page that compares them.
+    """Write report.html again from report.json; with several runs, one page that compares them.
 
     \b
     minipuzzle report runs/mine
@@ -503,10 +505,10 @@ def _report_of(run: Path) -> dict[str, Any]:
 @click.argument("model", required=False, type=_Path(names=True))
 @json_option
 def doctor(model: str | None, as_json: bool) -> None:
-    """Is this installation able and right: versions, devices, memory, disk; causality of the SSM path, run here.
+    """Check this installation: versions, kernels, devices, memory, disk, and the causality of the SSM.
 
-    With MODEL (a folder, a Hub id, a config.json or a published name) also whether it can be pruned here. With a run in
-    its place: is every byte of its stages as it was written; exit code 5 if not.
+    With MODEL (a folder, a Hub id, a config.json or a published name), also check whether that model can be pruned
+    here. With a run instead, compare every byte of its stages with what was written; exit code 5 if one differs.
 
     \b
     minipuzzle doctor
@@ -527,7 +529,7 @@ def doctor(model: str | None, as_json: bool) -> None:
 
 @main.group()
 def recipes() -> None:
-    """The shipped recipes, yours, and their JSON schema.
+    """List, show, copy and check recipes.
 
     \b
     minipuzzle recipes show default
@@ -538,7 +540,7 @@ def recipes() -> None:
 @recipes.command("ls")
 @json_option
 def recipes_ls(as_json: bool) -> None:
-    """Names and first lines. Example: minipuzzle recipes ls"""
+    """List the shipped recipes. Example: minipuzzle recipes ls"""
     from minipuzzle.recipes.schema import shipped_recipes
 
     rows = [{"name": file.name.removesuffix(".yaml"), "about": file.read_text().splitlines()[0].lstrip("# ")}
@@ -550,7 +552,7 @@ def recipes_ls(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def recipes_show(name: str, as_json: bool) -> None:
-    """Print a recipe; with --json every key as it is resolved. Example: minipuzzle recipes show default"""
+    """Print a recipe; with --json, every key as it is resolved. Example: minipuzzle recipes show default"""
     from minipuzzle.recipes.schema import Recipe, recipe_text
 
     _print(Recipe.load(name).model_dump() if as_json else {}, as_json, [recipe_text(name)[0].rstrip()])
@@ -561,7 +563,7 @@ def recipes_show(name: str, as_json: bool) -> None:
 @click.argument("file", type=_Path())
 @json_option
 def recipes_copy(name: str, file: Path, as_json: bool) -> None:
-    """Copy a recipe to a file of yours. Example: minipuzzle recipes copy default mine.yaml"""
+    """Copy a recipe to a file. Example: minipuzzle recipes copy default mine.yaml"""
     from minipuzzle.recipes.schema import recipe_text
 
     text = recipe_text(name)[0]
@@ -579,7 +581,7 @@ def recipes_copy(name: str, file: Path, as_json: bool) -> None:
 @click.argument("names", nargs=-1)
 @json_option
 def recipes_validate(names: tuple[str, ...], as_json: bool) -> None:
-    """Check recipes (all shipped ones if none is named). Example: minipuzzle recipes validate mine.yaml"""
+    """Check recipes; without a name, all shipped ones. Example: minipuzzle recipes validate mine.yaml"""
     from minipuzzle.recipes.schema import Recipe, shipped_recipes
 
     every = names or tuple(f.name.removesuffix(".yaml") for f in shipped_recipes())
