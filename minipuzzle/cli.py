@@ -159,8 +159,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 redo_option = click.option("--redo", is_flag=True,
                            help="Make damaged stages again, and those that a changed recipe invalidates.")
 memory_option = click.option("--memory", "memory_bytes", metavar="SIZE", callback=_memory,
-                             help="Memory to use, for example 8GiB. A parent that does not fit is read from the disk layer by "
-                                  "layer. Default: all of the device's.")
+                             help="Memory to use, for example 8GiB. A parent that does not fit is read from the "
+                                  "disk layer by layer. Default: all of the device's.")
 
 
 def recipe_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
