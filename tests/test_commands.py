@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -244,6 +245,10 @@ def test_quiet_says_nothing_and_json_is_alone(model_folder: Path, texts: Path, t
     refused = invoke(*request, tmp_path / "plain", "--set", "calibration.samples=3", code=2).stderr
     assert refused.endswith("(calibration.samples: 4 -> 3); stages to make again: score, curves. "
                             "Use --redo for these, or another -o\n")
+    many = [word for key in ("hidden_size", "ffn_size", "mamba_num_heads", "mamba_head_dim") for word in ("--set", f"space.{key}=[0.5x,1x]")]
+    refused = invoke(*request, tmp_path / "plain", *many, "--set", "calibration.samples=3", "--set", "scores.racing=true",
+                     "--set", "space.drop_mamba=[0,1]", "--set", "space.drop_ffn=[0,1]", code=2).stderr
+    assert re.search(r"; and \d+ more\); stages to make again: score, curves\. Use --redo", refused)
 
 
 def test_a_run_is_searched_again_from_another_folder(model_folder: Path, texts: Path, tmp_path: Path,

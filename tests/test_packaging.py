@@ -40,8 +40,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("packaging")
     tree, unpacked = folder / "tree", folder / "unpacked"
     shutil.copytree(ROOT / "minipuzzle", tree / "minipuzzle", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, tree)
+    (tree / "tests").mkdir()
+    (tree / "tests" / "test_one.py").touch()
     sdist = build("sdist", tree, folder)
     with tarfile.open(sdist) as archive:
         archive.extractall(unpacked, filter="data")
@@ -55,6 +57,7 @@ def test_sdist_and_wheel_hold_every_module_and_what_it_reads(built: tuple[Path, 
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     assert modules | {*DATA, "LICENSE", "README.md", "pyproject.toml"} <= inside
+    assert [name for name in inside if name.startswith("tests")] == []  # half of them would come, and none would run
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     files = {str(p.relative_to(ROOT)) for p in (ROOT / "minipuzzle").rglob("*") if p.is_file()}

@@ -29,6 +29,7 @@ from minipuzzle.pipeline.world import Parent, World
 from minipuzzle.recipes.schema import Recipe
 
 Keys = tuple[str, ...]
+MOST_TOLD = 8  # settings that differ, in one line
 
 
 @dataclass(frozen=True)
@@ -317,8 +318,10 @@ class Runner:
                    for s in self.recorded}
         changed = {name: lines for name, lines in changed.items() if lines}
         if changed and not redo:
-            lines = dict.fromkeys(line for found in changed.values() for line in found
-                                  if not line.startswith("after."))
+            lines = list(dict.fromkeys(line for found in changed.values() for line in found
+                                       if not line.startswith("after.")))
+            if len(lines) > MOST_TOLD:  # a run of an older version, say: what to do must stay in sight
+                lines[MOST_TOLD:] = [f"and {len(lines) - MOST_TOLD} more"]
             raise InputError(f"{self.run.path} was made with other settings ({'; '.join(lines)}); "
                               f"stages to make again: {', '.join(changed)}. Use --redo for these, "
                               f"{fresh}or another -o")
