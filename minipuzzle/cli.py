@@ -20,7 +20,7 @@ from minipuzzle._version import __version__
 from minipuzzle.core import environment, interrupt
 from minipuzzle.core.budget import MOST_SERVED, human_bytes, human_count, parse_quantity
 from minipuzzle.core.errors import CorruptArtifact, InputError, MinipuzzleError
-from minipuzzle.core.files import CANDIDATES_BYTES, machine_errors, our_error, parse_yaml, read_json
+from minipuzzle.core.files import CANDIDATES_BYTES, machine_errors, our_error, parse_yaml, read_json, reading
 
 if TYPE_CHECKING:
     from minipuzzle.pipeline.progress import Reporter
@@ -269,14 +269,15 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     minipuzzle prune runs/mine --candidate c0012
     """
     from minipuzzle.pipeline import verbs
-    from minipuzzle.pipeline.source import reopen
+    from minipuzzle.pipeline.source import default_output, reopen
 
     if candidate is not None:  # the run has settled the rest
         given = _given("name", "budgets", "data", "settings", "seed", "output_dir")
         model, recipe, output_dir, seed = reopen(model, given)
     if dry_run:
-        _, plan = verbs.prepare(model, recipe, memory_bytes)
+        folder, plan, where = verbs.prepare(model, recipe, device, memory_bytes)
         _print(plan.to_json(), as_json, plan.lines())
+        verbs.check_machine(plan, output_dir or default_output(folder, recipe, seed), where)  # as the run would fail
         return
     run = verbs.prune(model, recipe, output_dir, seed=seed, device=device, redo=redo, fresh=fresh,
                          candidate=candidate, reporter=reporter, command=_command(), memory_bytes=memory_bytes)
@@ -479,18 +480,21 @@ def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     minipuzzle report runs/half runs/third -o comparison.html
     """
     from minipuzzle.report.compare import comparison, write_comparison
-    from minipuzzle.report.html import write_report
+    from minipuzzle.report.html import showing, write_report
 
     found = {str(run): _report_of(run) for run in runs}
     if len(found) < len(runs):
         raise InputError("report: a run is named twice")
     if len(runs) > 1:
-        page = write_comparison(found, output or Path("comparison.html"))
-        _print(comparison(found) | {"path": str(page)}, as_json, [str(page)])
+        with showing("report.json of one of the runs"):
+            page = write_comparison(found, output or Path("comparison.html"))
+            data = comparison(found)
+        _print(data | {"path": str(page)}, as_json, [str(page)])
         return
     if output is not None:
         raise InputError("report writes RUN/report.html; -o is for the comparison of several runs")
-    page = write_report(found[str(runs[0])], runs[0])
+    with showing(str(runs[0] / "report.json")):
+        page = write_report(found[str(runs[0])], runs[0])
     _print({"path": str(page)}, as_json, [str(page)])
 
 
@@ -498,7 +502,9 @@ def _report_of(run: Path) -> dict[str, Any]:
     path = run / "report.json"
     if not path.is_file():
         raise InputError(f"{path} does not exist; the run is not finished: 'minipuzzle prune' continues it")
-    return dict(read_json(path, hint="'minipuzzle prune' writes it again", limit=CANDIDATES_BYTES))
+    hint = "'minipuzzle prune' writes it again"
+    with reading(path, hint=hint):
+        return dict(read_json(path, hint=hint, limit=CANDIDATES_BYTES))
 
 
 @main.command()

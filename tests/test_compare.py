@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,33 @@ def test_the_command(runs: list[Path], tmp_path: Path) -> None:
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 2
         assert message in result.stderr
+
+
+@pytest.mark.parametrize(("keys", "value"), [((), [1]), (("result", "memory_bytes"), "small"), (("stages",), 5)])
+def test_values_of_other_types_are_one_line(runs: list[Path], tmp_path: Path, keys: tuple[str, ...], value: Any) -> None:
+    """In a report.json that was changed by hand."""
+    file = runs[0] / "report.json"
+    data = part = json.loads(file.read_text())
+    for key in keys[:-1]:
+        part = part[key]
+    if keys:
+        part[keys[-1]] = value
+    file.write_text(json.dumps(data if keys else value))
+    for arguments in ([str(runs[0])], [*map(str, runs), "-o", str(tmp_path / "both.html")]):
+        result = CliRunner().invoke(main, ["report", *arguments])
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert result.exit_code == 5
+        assert len(result.stderr.splitlines()) == 1
+        assert "report.json" in result.stderr
+
+
+def test_a_page_never_takes_the_place_of_what_is_no_file(runs: list[Path], tmp_path: Path) -> None:
+    """-o at a device would make a file of it, for root."""
+    os.mkfifo(tmp_path / "pipe")
+    result = CliRunner().invoke(main, ["report", *map(str, runs), "-o", str(tmp_path / "pipe")])
+    assert result.exit_code == 2
+    assert "is a FIFO, not a file" in result.stderr
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_figures_of_a_run(runs: list[Path]) -> None:

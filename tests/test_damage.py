@@ -145,6 +145,25 @@ def test_doctor_reads_every_byte(copy: Path) -> None:
     assert [c["name"] for c in json.loads(result.stdout) if not c["ok"]] == ["stage export"]
 
 
+def test_doctor_and_search_on_json_of_other_types(copy: Path, tmp_path: Path) -> None:
+    """One line, exit code 5."""
+    about = json.loads((copy / "run.json").read_text())
+    del about["sha256"]  # as by hand
+    for key, value in (("stages", {"a": 1}), ("stages", 5), ("hashes", [1])):
+        (copy / "run.json").write_text(json.dumps(about | {key: value}))
+        assert doctor(copy).exit_code == 5
+    (copy / "run.json").write_text(json.dumps(about))
+    (copy / "stages" / "score.json").rename(copy / "score.json")
+    (copy / "stages" / "score.json").mkdir()
+    assert "score.json is not a file" in doctor(copy).stderr
+    folder = tmp_path / "found"
+    folder.mkdir()
+    for text in ('{"files": 5}', '{"files": ["a\\u0000b"]}', "[1]"):
+        (folder / "search.json").write_text(text)
+        result = CliRunner().invoke(main, ["search", str(copy), "-o", str(folder)])
+        assert (result.exit_code, len(result.stderr.splitlines())) in ((5, 1), (2, 1)), result.output
+
+
 def test_export_reads_every_byte(copy: Path, finished: Path, model_folder: Path, recipe: Recipe) -> None:
     """What the earlier stages left is compared before a model is made of it, whatever its time says."""
     file = copy / "scores" / "widths.safetensors"

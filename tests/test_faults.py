@@ -32,6 +32,9 @@ from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, Source
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
 from minipuzzle.pipeline import finishing
+from minipuzzle.pipeline.distill import distill
+from minipuzzle.pipeline.evaluate import evaluate
+from minipuzzle.pipeline.progress import Reporter
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +215,15 @@ def test_weights_that_explode(model_folder: Path, tmp_path: Path, name: str, fac
     source: Source = StreamedModel.open(folder, torch.device("cpu")) if streamed else Model.load(folder)
     with pytest.raises(CorruptArtifact, match=where):
         score_layers(source, tokens(2, 32, vocab=300))
+
+
+def test_a_student_that_explodes(model_folder: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """Beside a teacher that does not: named, not NaN in the output or a training that --redo cannot mend."""
+    student = changed(model_folder, tmp_path / "model", scaled("backbone.layers.1.mixer.up_proj.weight", 1e20)).path
+    with pytest.raises(CorruptArtifact, match=r"model: layer 1 .* its output is not finite"):
+        evaluate(student, model_folder, recipe)
+    with pytest.raises(CorruptArtifact, match=r"model: layer 1 .* its output is not finite"):
+        distill(student, model_folder, recipe, tmp_path / "out", 0, "cpu", Reporter())
 
 
 def test_a_matrix_of_zeros_is_named(model_folder: Path, recipe: Recipe, tmp_path: Path) -> None:

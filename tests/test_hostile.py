@@ -263,6 +263,13 @@ def test_numbers_of_the_environment(name: str, value: str, monkeypatch: pytest.M
     assert f"{name}=" in result.stderr
 
 
+@pytest.mark.parametrize(("name", "value"), [("MASTER_PORT", "65536"), ("SOURCE_DATE_EPOCH", "253402300800")])
+def test_numbers_that_are_too_large(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that sockets refuse; the year 10000, which the figures could not write at the end of a run."""
+    monkeypatch.setenv(name, value)
+    assert f"{name}={value}; the most is" in run("inspect", "nemotron-h-8b").stderr
+
+
 # code ------------------------------------------------------------------------------------------------------------
 
 

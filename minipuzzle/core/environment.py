@@ -6,7 +6,9 @@ import os
 
 from minipuzzle.core.errors import InputError
 
-_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SOURCE_DATE_EPOCH")
+# those that we or our libraries read, and the most they may be: the last second of the year 9999
+_MOST = {"WORLD_SIZE": 10**18, "RANK": 10**18, "LOCAL_RANK": 10**18, "LOCAL_WORLD_SIZE": 10**18, "MASTER_PORT": 65535,
+         "SOURCE_DATE_EPOCH": 253402300799}
 
 
 def number(name: str, default: int) -> int:
@@ -21,6 +23,8 @@ def number(name: str, default: int) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 18:
         raise InputError(f"the environment has {name}={text[:40]!r}, which is no number; unset it, or start several "
                           "processes with torchrun")
+    if int(text) > _MOST.get(name, 10**18):
+        raise InputError(f"the environment has {name}={text}; the most is {_MOST[name]}")
     return int(text)
 
 
@@ -36,7 +40,7 @@ def rank() -> int:
 
 def check() -> None:
     """Raise InputError if one of the numbers that we or our libraries read is none."""
-    for name in _NUMBERS:
+    for name in _MOST:
         number(name, 0)
 
 

@@ -17,6 +17,7 @@ JSON and YAML not deeper than DEPTH. Nothing that is read can run code: JSON, sa
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -260,7 +261,16 @@ def open_tensors(path: Path, framework: str = "pt", device: str = "cpu", hint: s
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write `path` under; where the block ends the file is flushed and renamed, and so is whole."""
+    """A temporary name to write `path` under; where the block ends the file is flushed and renamed, and so is whole.
+
+    Raises:
+        InputError: something that is no file has the name: a device must not become one.
+        ResourceError: no room.
+    """
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(mode := os.stat(path).st_mode):
+            raise InputError(f"{_shown(path)} is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, not a file; nothing was "
+                             "written")
     temporary = path.with_name(path.name + ".tmp")
     try:
         with machine_errors(path):

@@ -37,7 +37,8 @@ class Diverged(InputError):
 @dataclass
 class Pupil:
     """A student with its folder. `layers`: the teacher's layer of each of its own, for the cosine on streams.
-    `evaluate`: a look at held-out blocks, with `kl` or `loss`. `diverged`: why its training was given up."""
+    `evaluate`: a look at held-out blocks, with `kl` or `loss`. `looks`: what each found,
+    by its step; the state keeps them under its hash. `diverged`: why its training was given up."""
 
     student: HybridLM
     folder: Path
@@ -46,6 +47,7 @@ class Pupil:
     skipped: int = 0
     step: int = 0
     best: Row = field(default_factory=dict)
+    looks: dict[str, Row] = field(default_factory=dict)
     diverged: Diverged | None = None
 
 
@@ -175,6 +177,7 @@ class Trainer:
         if self.pupil.evaluate is None:
             return
         found = self.pupil.evaluate(self.pupil.student)
+        self.pupil.looks[str(self.pupil.step)] = {k: _number(v) for k, v in found.items()}
         row |= {f"eval_{k}": _number(v) for k, v in found.items()}
         best = self.pupil.best
         # several processes measure no KL, and one that goes on from them compares losses
@@ -200,8 +203,8 @@ class Trainer:
 
     def save(self) -> None:
         p = self.pupil
-        about = {"step": p.step, "skipped": p.skipped, "best": p.best, "adam_steps": self.adam_steps,
-                 "settings": self.settings.resumable()}
+        about = {"step": p.step, "skipped": p.skipped, "best": p.best, "looks": p.looks,
+                 "adam_steps": self.adam_steps, "settings": self.settings.resumable()}
         state.save(p.folder, "state", self._weights() | self._moments(), about, self.ranks)
 
     def _load(self) -> None:
@@ -215,6 +218,7 @@ class Trainer:
         moments = self._moments()
         state.load(path, self._weights() | moments, self.ranks)
         self.pupil.step, self.pupil.skipped, self.pupil.best = about["step"], about["skipped"], about["best"]
+        self.pupil.looks = dict(about.get("looks", {}))  # a state of an earlier version has none
         self.adam_steps = about["adam_steps"]
         if self.adam_steps:
             for name, p in self.parameters.items():

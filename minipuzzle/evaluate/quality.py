@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.partial import Arrays
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.models.logits import TokenMetrics, compare
@@ -63,6 +65,19 @@ def measure(model: Model, reference: Reference) -> dict[str, float]:
     """loss (nats per token), accuracy, kl to the reference (nats per token), agreement; loss, kl, and the difference of
     the loss to the reference's with stderr."""
     return reference.compare(model.arch, model.head, lambda first, ids: final_hidden(model, ids))
+
+
+def check_finite(quality: Mapping[str, float], name: object, model: Model, ids_NT: torch.Tensor) -> None:
+    """Raise CorruptArtifact if a loss or a KL of the model called `name` is not finite; it names the layer where that
+    begins."""
+    if all(math.isfinite(quality[key]) for key in ("loss", "kl") if key in quality):
+        return
+    try:
+        Reference(model, ids_NT)
+    except CorruptArtifact as error:
+        raise CorruptArtifact(f"{name}: {error}") from None
+    raise CorruptArtifact(f"{name}: its loss or KL is not finite, though its layers' outputs are; the weights of "
+                          "its head, or of the teacher's, are damaged or far too large")
 
 
 def measure_paths(parts: Parts, full: Path, paths: Sequence[Path], run: Pass) -> list[dict[str, float]]:

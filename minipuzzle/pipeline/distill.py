@@ -20,7 +20,7 @@ from minipuzzle.distill.teacher import cache_teacher as cache_blocks
 from minipuzzle.distill.track import open_tracker
 from minipuzzle.distill.trained import load_best, say
 from minipuzzle.distill.trainer import Row
-from minipuzzle.evaluate.quality import Reference, measure
+from minipuzzle.evaluate.quality import Reference, check_finite, measure
 from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
@@ -83,8 +83,10 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
         compared = cache_teacher is None and ranks.main
         before = None
         if ranks.main:
-            before = _measure(Model.load(small, ranks.device), final_ids,
-                              given.parent.reference(final_ids) if compared else None)
+            start = Model.load(small, ranks.device)
+            before = _measure(start, final_ids, given.parent.reference(final_ids) if compared else None)
+            check_finite(before, small.path, start, final_ids)
+            del start
         selection = given.parent.reference(selection_ids) if compared and ranks.size == 1 else None
         pupil = HybridLM(small.family, small.arch,
                          Model.load(small, ranks.device if ranks.size == 1 else "cpu").by_name())

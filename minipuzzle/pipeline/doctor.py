@@ -20,6 +20,7 @@ import torch
 
 from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError, ResourceError
+from minipuzzle.core.files import reading
 from minipuzzle.core.rundir import RunDir, read_about
 from minipuzzle.data.tokenizer import load_tokenizer
 from minipuzzle.distill import state
@@ -80,12 +81,16 @@ def _whole(name: str, look: Callable[[], str]) -> dict[str, Any]:
 
 
 def _done(about: dict[str, Any]) -> str:
-    found = about.get("stages") or []
-    return f"{sum(s['status'] == 'done' for s in found)} of {len(found)} done"
+    with reading("run.json", hint="the command that made the run writes it again"):
+        found = about.get("stages") or []
+        return f"{sum(s['status'] == 'done' for s in found)} of {len(found)} done"
 
 
 def _stage(run: RunDir, stage: str) -> str:
-    files = (run.verify(stage) or {})["files"]
+    manifest = run.verify(stage)
+    if manifest is None:
+        raise CorruptArtifact(f"{run.path / 'stages' / stage}.json is not a file; delete it")
+    files = manifest["files"]
     return f"{len(files)} files, {human_bytes(sum(f['bytes'] for f in files.values()))}, every byte as it was written"
 
 
@@ -96,7 +101,8 @@ def _state(path: Path) -> str:
 
 def _parent(about: dict[str, Any]) -> dict[str, Any]:
     """The model that the run was made of, by its fingerprint."""
-    path, known = Path(str(about.get("model"))), (about.get("hashes") or {}).get("model")
+    hashes = about.get("hashes")
+    path, known = Path(str(about.get("model"))), hashes.get("model") if isinstance(hashes, dict) else None
     if not path.is_dir():
         return _check("parent", f"{path} is not there any more", True)
     try:

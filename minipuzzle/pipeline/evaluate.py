@@ -12,7 +12,7 @@ from minipuzzle.core.environment import world_size
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.rundir import RunDir
 from minipuzzle.data.corpus import check_sources
-from minipuzzle.evaluate.quality import Reference, measure
+from minipuzzle.evaluate.quality import Reference, check_finite, measure
 from minipuzzle.evaluate.served import check_tasks, latency, tasks
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
@@ -55,6 +55,7 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
         else:
             reference = Reference(Model.load(other, ranks.device), final_NT)
             found = measure(world.parent.model, reference)
+        check_finite(found, folder.path, world.parent.model, final_NT)
         bytes_per_token = world.blocks("evaluation", "held_out", data[1]).bytes_per_token
     out: dict[str, Any] = {"model": str(folder.path), "teacher": str(other.path) if teacher is not None else None,
                            "tokens": reference.ids.numel()}

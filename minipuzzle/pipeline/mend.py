@@ -25,15 +25,17 @@ def steps_done(folder: Path) -> int:
 
 
 def look_at(folder: Path, step: int) -> dict[str, float | None]:
-    """What the look after so many steps of training found, however far it has gone since.
+    """What the look after so many steps of training found, however far it has gone since. From the
+    state, which has a hash; metrics.jsonl says the same, for people.
 
     Raises:
-        CorruptArtifact: the metrics do not say.
+        CorruptArtifact: the state is damaged, or does not say.
     """
-    for row in read_metrics(folder):
-        if row["step"] == step and "eval_loss" in row:
-            return {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_")}
-    raise CorruptArtifact(f"{folder / 'metrics.jsonl'} does not say what step {step} was worth; {state.REMEDY}")
+    found = state.find_resumable(folder)
+    looks: dict[str, dict[str, float | None]] = {} if found is None else found[1].get("looks", {})
+    if str(step) not in looks:
+        raise CorruptArtifact(f"{folder}: no state says what step {step} was worth; {state.REMEDY}")
+    return looks[str(step)]
 
 
 def forget_damaged_training(given: Given, folder: Path, look: int | None = None) -> None:

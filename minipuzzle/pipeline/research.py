@@ -169,7 +169,8 @@ def _about_run(run: Path) -> dict[str, Any]:
 def _read(path: Path, missing: str) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(missing)
-    return dict(read_json(path, limit=CANDIDATES_BYTES))
+    with reading(path):
+        return dict(read_json(path, limit=CANDIDATES_BYTES))
 
 
 # the search -------------------------------------------------------------------------------------------
@@ -252,10 +253,11 @@ def _open(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MARKER).is_file():
-            for name in _read(folder / MARKER, "").get("files") or []:
-                file = folder / str(name)
-                if file.resolve().is_relative_to(folder.resolve()):
-                    file.unlink(missing_ok=True)
+            with reading(folder / MARKER, hint="delete it, and the candidates beside it"):
+                for name in _read(folder / MARKER, "").get("files") or []:
+                    file = folder / str(name)
+                    if file.resolve().is_relative_to(folder.resolve()):
+                        file.unlink(missing_ok=True)
         write_json(folder / MARKER, {"schema": 1, "files": []})
     except OSError as error:
         raise ResourceError(f"{folder} cannot be written ({error.strerror}); choose another folder with -o") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from minipuzzle.core.environment import world_size
 from minipuzzle.core.errors import InputError
@@ -55,14 +56,9 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
         if output_dir is None:
             model, recipe, output_dir, seed = reopen(model, [])
     recipe = recipe or Recipe()
-    where = find_device(device)
-    if world_size() > 1:
-        raise InputError("prune runs in one process; score and distill are the verbs for torchrun")
-    folder, plan = prepare(model, recipe, memory_to_use(memory_bytes, where))
+    folder, plan, where = prepare(model, recipe, device, memory_bytes)
     path = Path(output_dir) if output_dir else default_output(folder, recipe, seed)
-    check_disk(plan, path)
-    check_memory(plan, where)
-    check_precision(recipe.distillation.precision, where)
+    check_machine(plan, path, where)
     run = RunDir(path)
     try:
         with machine_errors(path):
@@ -101,11 +97,30 @@ def _open_candidate(run: RunDir, name: str) -> RunDir:
     return RunDir(path, hold=False)
 
 
-def prepare(model: str | Path | None, recipe: Recipe, memory_bytes: int | None = None) -> tuple[ModelFolder, Plan]:
-    """Find the model, check its headers, and plan; reads no weight."""
-    path = find_model(model) if model is not None else bundled_model()
-    folder = open_model(path)
-    return folder, make_plan(folder.arch, recipe, memory_bytes=memory_bytes)
+def prepare(model: str | Path | None, recipe: Recipe, device: str = "cpu",
+            memory_bytes: int | None = None) -> tuple[ModelFolder, Plan, torch.device]:
+    """Find the model, check its headers, and plan for the device; reads no weight.
+
+    Raises:
+        InputError, UnsupportedModel, Infeasible, ...: what `prune` refuses before it opens its folder.
+        ResourceError: no such device here.
+    """
+    where = find_device(device)
+    if world_size() > 1:
+        raise InputError("prune runs in one process; score and distill are the verbs for torchrun")
+    check_precision(recipe.distillation.precision, where)
+    folder = open_model(find_model(model) if model is not None else bundled_model())
+    return folder, make_plan(folder.arch, recipe, memory_bytes=memory_to_use(memory_bytes, where)), where
+
+
+def check_machine(plan: Plan, path: Path, device: torch.device) -> None:
+    """Room for the run, on the disk of its folder and in memory.
+
+    Raises:
+        ResourceError: too little.
+    """
+    check_disk(plan, path)
+    check_memory(plan, device)
 
 
 def report(runner: Runner) -> Run:

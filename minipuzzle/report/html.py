@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader
+from jinja2 import Environment, FunctionLoader, TemplateError
 from markupsafe import Markup
 
+from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.files import write_atomic
 from minipuzzle.report import curves, facts, plots
 from minipuzzle.report.svg import Draw, draw
@@ -142,6 +144,23 @@ def _provenance(report: dict[str, Any]) -> list[tuple[str, str]]:
         out += [(f"{name} ({group[:-1] if group == 'versions' else 'hash'})", str(value))
                 for name, value in (facts.at(report, group) or {}).items()]
     return out
+
+
+@contextmanager
+def showing(name: str) -> Iterator[None]:
+    """A block that shows a report.json which anyone may have written, `name` in messages. Not for
+    what a run has just found: there it would hide bugs.
+
+    Raises:
+        CorruptArtifact: a value in it is not what is shown there.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+            AssertionError, TemplateError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise CorruptArtifact(f"{name}: a value is not of the type that belongs there ({reason}); "
+                              "'minipuzzle prune' writes it again") from None
 
 
 def write_report(report: dict[str, Any], folder: Path) -> Path:
