@@ -129,6 +129,9 @@ def test_alone(alone: tuple[Path, dict[str, Any]]) -> None:
     assert min(r["eval_kl"] for r in metrics if "eval_kl" in r) == next(
         r["eval_kl"] for r in metrics if r["step"] == found["best_step"])
     assert len(list(out.glob("distillation/*/best-*"))) == 1
+    card = (out / "model" / "README.md").read_text()  # who cut the student, and whether it was trained, is not known here
+    assert f"{found['loss_before']:.3f} (before training) to {found['loss']:.3f} (distilled)" in card
+    assert "The model was distilled from its parent" in card
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(alone: tuple[Path, dict[str, Any]], small: Path, model_folder: Path,

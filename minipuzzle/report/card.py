@@ -104,8 +104,8 @@ def _made(report: dict[str, Any]) -> str:
     text = "Layers and channels were removed; the model was not trained afterwards."
     if facts.trained(report):
         tokens = "" if training.get("tokens") is None else f" on {facts.count(training['tokens'])} tokens"
-        text = f"Layers and channels were removed, then the model was distilled from its parent{tokens} (forward KL " \
-               "on the logits)."
+        text = "Layers and channels were removed, then the model" if facts.cut(report) else "The model"
+        text += f" was distilled from its parent{tokens} (forward KL on the logits)."
     text += f" {facts.exported(report)}" if facts.exported(report) else ""
     if evaluation.get("tokens") is not None:
         text += (f" Held-out numbers: {evaluation['tokens']:,} tokens of {_plain(evaluation.get('source') or 'text')}"

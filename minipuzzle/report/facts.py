@@ -236,7 +236,8 @@ def verdict(report: dict[str, Any]) -> str:
     if text and gone:
         text += f" by removing {gone}"
     steps = [f"{number(value)} ({name})" for value, name in
-             ((parent.get("loss"), "parent"), (result.get("loss_pruned"), "pruned"),
+             ((parent.get("loss"), "parent"),
+              (result.get("loss_pruned"), "pruned" if cut(report) else "before training"),
               (result.get("loss_distilled") if trained(report) else None, "distilled")) if value is not None]
     if steps:
         text += ("; held-out loss" if text else "Held-out loss")
@@ -251,6 +252,11 @@ def choice(report: dict[str, Any]) -> str:
         return ""
     return (f"Candidate {at(report, 'result', 'candidate')} was chosen by hand; the run itself may prefer "
             "another.")
+
+
+def cut(report: dict[str, Any]) -> bool:
+    """Whether it was cut here: `distill` takes a student as it comes, pruned, distilled before, or neither."""
+    return at(report, "result", "candidate") is not None
 
 
 def trained(report: dict[str, Any]) -> bool:
