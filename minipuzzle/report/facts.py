@@ -269,11 +269,13 @@ def recovery(report: dict[str, Any]) -> str:
     result = at(report, "result") or {}
     if result.get("recovery") is None:
         return ""
-    left = result.get("gap_left")
-    by = "Distillation" if trained(report) else "Without any training, the way of cutting"
-    return (f"{by} recovered {percent(result['recovery'])} of the gap that slicing opened (loss "
-            f"{number(result.get('loss_sliced'))} by plain selection, untrained)"
-            + (f" and leaves {number(left)} nats per token." if left is not None else "."))
+    left, gap = result.get("gap_left"), percent(result["recovery"])
+    what = f"of the gap that slicing opened (loss {number(result.get('loss_sliced'))} by plain selection, untrained)"
+    if not trained(report):
+        return (f"Without training, {gap} {what} is recovered"
+                + (f", and {number(left)} nats per token are left." if left is not None else "."))
+    return f"Distillation recovered {gap} {what}" + (
+        f" and leaves {number(left)} nats per token." if left is not None else ".")
 
 
 def exported(report: dict[str, Any]) -> str:
