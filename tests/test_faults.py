@@ -243,6 +243,14 @@ def test_a_matrix_of_zeros_is_named(model_folder: Path, recipe: Recipe, tmp_path
     assert warning in json.loads((run.model_path / "minipuzzle.json").read_text())["warnings"]
 
 
+@pytest.mark.parametrize("name", [FAMILY.head_name, FAMILY.embedding_name, *FAMILY.norm_names])
+def test_a_model_of_which_every_logit_is_the_same(model_folder: Path, recipe: Recipe, tmp_path: Path, name: str) -> None:
+    """Refused before anything is computed, not by the reload gate with a difference of NaN."""
+    folder = changed(model_folder, tmp_path / "model", lambda weights: weights[name].zero_())
+    with pytest.raises(CorruptArtifact, match=f"{name} is all zero"):
+        prune(folder.path, recipe, tmp_path / "run")
+
+
 def test_nothing_but_zeros(model_folder: Path, recipe: Recipe, tmp_path: Path) -> None:
     def change(weights: dict[str, torch.Tensor]) -> None:
         for i, kind in enumerate(ARCH.pattern):

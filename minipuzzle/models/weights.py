@@ -100,18 +100,27 @@ class ModelFolder:
         Cheap for any model: of a matrix that has a number in its first row no more is read.
 
         Raises:
-            CorruptArtifact: all of them are.
+            CorruptArtifact: all of them are, or the embeddings, the last norm or the LM head: every logit is the same
+                then.
         """
         family, names = self.family, list[str]()
+        for name in (family.embedding_name, family.norm_names[0], family.head_name):
+            if self._is_zero(name):
+                raise CorruptArtifact(f"{self.path}: {name} is all zero; the model computes nothing: fetch its weights "
+                                      "again")
         for i, letter in enumerate(self.arch.pattern):
             kind = family.kinds[letter]
             inside = [name for group in kind.reads.values() for name in group] + [name for name, _ in kind.writes]
             names += [family.layer_prefix(i) + name for name in inside]
-        zero = [name for name in names if not (matrix := self.mapped(name))[:1].any() and not matrix.any()]
+        zero = [name for name in names if self._is_zero(name)]
         if len(zero) == len(names):
             raise CorruptArtifact(f"{self.path}: all {len(names)} matrices by which layers read and write are zero; "
                                   "the model computes nothing: fetch its weights again")
         return zero
+
+    def _is_zero(self, name: str) -> bool:
+        matrix = self.mapped(name)
+        return not matrix[:1].any() and not matrix.any()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -63,6 +63,8 @@ def reload_gate(folder: Path, ids_BT: torch.Tensor, student_logits: torch.Tensor
     expected = sum(t.numel() for t in model.by_name().values())
     if count != expected:
         raise CorruptArtifact(f"{folder} has {count} parameters in transformers, {expected} here")
+    if not student_logits.any():
+        raise CorruptArtifact(f"{folder}: every logit of the student is 0; weights that it was made of are all zero")
     largest = 0.0
     for what, logits in (("the student in memory", student_logits), ("this engine", _logits(model, *sample))):
         difference = float((theirs - logits).abs().max() / logits.abs().max())
