@@ -200,6 +200,19 @@ def test_a_damaged_run_json_is_told_from_no_run(copy: Path, model_folder: Path, 
     assert CliRunner().invoke(main, ["search", str(copy)]).exit_code == 0
 
 
+@pytest.mark.parametrize("text", ["", "5\n", '{"step": 2}\n', None])
+def test_damaged_metrics_of_the_trainings(copy: Path, finished: Path, model_folder: Path, recipe: Recipe,
+                                          text: str | None) -> None:
+    """They have no hash, and decide nothing: neither a finished run nor the export of one is stopped by them."""
+    for log in copy.glob("distillation/*/metrics.jsonl"):
+        log.write_text(log.read_text().replace('"tokens"', '"tokenz"') if text is None else text)
+    prune(model_folder, recipe, copy)
+    assert_same(copy, finished)
+    (copy / "stages" / "export.json").unlink()
+    prune(model_folder, recipe, copy, redo=True)
+    assert_same(copy, finished)
+
+
 def test_a_damaged_refit_is_made_again(model_folder: Path, recipe: Recipe, tmp_path: Path) -> None:
     run = tmp_path / "run"
     refitted = recipe.with_overrides(settings={"surgery.refit": "ridge", "distillation.tokens": 0})

@@ -52,5 +52,9 @@ def load_best(folder: Path, student: HybridLM, ranks: Ranks | None = None) -> Ro
     Raises:
         CorruptArtifact: no look found a finite number, or the weights cannot be read.
     """
-    best, last = load_student(folder, student, "best", ranks), read_metrics(folder)[-1]
-    return best | {"steps": last["step"]} | {f"last_{k}": last.get(f"eval_{k}") for k in ("kl", "loss") if k in best}
+    best, found = load_student(folder, student, "best", ranks), state.find(folder)
+    if found is None:
+        raise CorruptArtifact(f"{folder} holds no state; run with --redo to train it again")
+    steps = found[1]["step"]
+    last = found[1].get("looks", {}).get(str(steps), {})
+    return best | {"steps": steps} | {f"last_{k}": last.get(k) for k in ("kl", "loss") if k in best}

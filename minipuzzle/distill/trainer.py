@@ -243,8 +243,10 @@ def _trim_metrics(path: Path, step: int) -> None:
 def parse_row(line: str) -> Row:
     """A row of the metrics. ValueError, LookupError or TypeError: it is none."""
     row: Row = dict(json.loads(line))
-    row["step"] = int(row["step"])
-    return row
+    if not all(value is None or type(value) in (int, float) for value in row.values()):
+        raise ValueError("a row holds numbers alone")
+    return row | {"step": int(row["step"]), "tokens": int(row["tokens"]),
+                  "tokens_per_second": float(row["tokens_per_second"])}
 
 
 def _step_of(line: str) -> float:

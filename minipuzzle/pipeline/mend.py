@@ -47,8 +47,10 @@ def forget_damaged_training(given: Given, folder: Path, look: int | None = None)
         for name in ("state", "best"):
             if found := state.find(folder, name):
                 state.verify(found[0])
-        read_metrics(folder)
-        if look is not None and steps_done(folder) >= look:
+        known, done = {row["step"] for row in read_metrics(folder)}, steps_done(folder)
+        if missing := set(range(1, done + 1)) - known:
+            raise CorruptArtifact(f"{folder / 'metrics.jsonl'} lacks {len(missing)} of {done} steps")
+        if look is not None and done >= look:
             look_at(folder, look)
     except CorruptArtifact as error:
         given.say(f"trained again: {error}")

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 
 from minipuzzle._version import __version__
 from minipuzzle.core.budget import human_bytes
+from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.files import read_json
 from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores
 from minipuzzle.distill.loop import Trained
@@ -215,12 +217,20 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 def _distillation(given: Given, candidates: list[Candidate], seconds: dict[str, float]) -> dict[str, Any]:
     curve, key = read_metrics(given.folder), read_tournament(given.files)["key"]
     share = given.settings.distillation.tournament_tokens
-    logs = [(c.name, read_metrics(state_folder(given, c, key))) for c in candidates if c.after_distillation]
+    logs = [(c.name, _log(state_folder(given, c, key))) for c in candidates if c.after_distillation]
     return {"tokens": curve[-1]["tokens"] if curve else 0,
             "seconds": seconds.get("tournament", 0.0) + seconds.get("distill", 0.0),
             "tokens_per_second": curve[-1]["tokens_per_second"] if curve else None, "curve": curve,
             "tournament": [{"candidate": name, "curve": [row for row in rows if row["tokens"] <= 1.1 * share]}
                            for name, rows in logs]}
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a finalist, for a figure; none where they are damaged: the result is finished without them."""
+    try:
+        return read_metrics(folder)
+    except CorruptArtifact:
+        return []
 
 
 def _warnings(given: Given, gap: float) -> list[str]:
