@@ -925,6 +925,25 @@ def test_each_verb_reads_the_data_that_it_needs(finished: Run, model_folder: Pat
         assert file.read_bytes() == (finished.path / file.relative_to(run)).read_bytes()
 
 
+def test_of_a_large_corpus_score_reads_what_it_spreads_samples_over(
+        model_folder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a whole run, which trains on all of it, calibrates on the same samples."""
+    monkeypatch.setattr("minipuzzle.data.blocks.SPREAD_TOKENS", 1024)
+    scored, whole, recipe = tmp_path / "scored", tmp_path / "whole", recipe_for(texts)
+    score(model_folder, recipe, scored, 0, "cpu", Reporter())
+    (made,) = scored.glob("tokens/*/tokens.json")
+    some = json.loads(made.read_text())["tokens"]["train"]
+    for run in (scored, whole):
+        recorder = Recorder(stop_in="search")
+        with pytest.raises(Interrupted):
+            prune(model_folder, recipe, run, reporter=recorder)
+        assert recorder.skipped == (["score", "curves"] if run == scored else [])
+    every = json.loads(made.read_text())["tokens"]["train"]
+    assert 1024 <= some < every / 4
+    for name in ("scores/layers.csv", "scores/width_curves.csv"):
+        assert (scored / name).read_bytes() == (whole / name).read_bytes()
+
+
 # real weights ----------------------------------------------------------------------------------------------------
 
 

@@ -26,9 +26,15 @@ from minipuzzle.data.corpus import Document, documents, has_end, is_held_out, na
 from minipuzzle.data.tokenizer import Tokenizer, encode
 
 SPLITS = ("train", "held_out")
+SPREAD_TOKENS = 2**24  # of a corpus, over which samples are spread: `score` reads no more of a large one
 _BATCH = 64  # documents handed to the tokenizer at once
 _SAVE_EVERY_S = 30.0
 _AGAIN = "run with --redo to make stage tokenize again"
+
+
+def spread_tokens(samples: int, sequence_length: int) -> int:
+    """Tokens of a corpus that so many samples are spread over."""
+    return max(SPREAD_TOKENS, 4 * samples * sequence_length)
 
 
 class Blocks(ABC):
@@ -48,8 +54,8 @@ class Blocks(ABC):
 
     @abstractmethod
     def first(self, count: int) -> np.ndarray:
-        """`count` blocks spread evenly over the corpus (all of them if there are fewer), int64 [count, T]; of one that
-        has no end the first."""
+        """`count` blocks spread evenly over the first `spread_tokens` of the corpus (all of them if there are fewer),
+        int64 [count, T]; of one that has no end the first."""
 
     @abstractmethod
     def numbers(self, seed: int, first: int, count: int) -> list[int]:
@@ -90,7 +96,8 @@ class TokenBlocks(Blocks):
         count = min(count, len(self))
         if not self.has_end:  # how much was read of it must not matter
             return np.stack([self.block(i) for i in range(count)])
-        return np.stack([self.block(int(i)) for i in np.linspace(0, len(self) - 1, count).round()])
+        over = min(len(self), spread_tokens(count, self.sequence_length) // self.sequence_length)
+        return np.stack([self.block(int(i)) for i in np.linspace(0, over - 1, count).round()])
 
     def numbers(self, seed: int, first: int, count: int) -> list[int]:
         """Each block once an epoch, shuffled by (seed, epoch)."""
@@ -233,7 +240,8 @@ def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
     write_sealed(manifest, {
         "source": source, "corpus_hash": digest.hexdigest(), "tokenizer": identity, "documents": done,
         "dtype": np.dtype(dtype).name, "end_token": tokenizer.eos_token_id, "tokens": counts, "bytes": sizes,
-        "stopped_at": limits, "has_end": has_end(source), "least": least,
+        "stopped_at": {split: None if limit is None or counts[split] < limit else limit
+                       for split, limit in limits.items()}, "has_end": has_end(source), "least": least,
         "hashes": _digests(hashes)}, indent=1)
 
 

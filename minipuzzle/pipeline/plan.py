@@ -14,6 +14,7 @@ import torch
 
 from minipuzzle.core.budget import Budget, Workload, human_budget, human_bytes, human_count
 from minipuzzle.core.errors import InputError, ResourceError
+from minipuzzle.data.blocks import spread_tokens
 from minipuzzle.data.corpus import check_sources, has_end, parse_blend
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import Cost, cost, layer_parameters
@@ -70,12 +71,14 @@ def refit_samples(settings: Recipe, parent: Architecture) -> int:
 def tokens_needed(settings: Recipe, parent: Architecture,
                   data: Mapping[str, str]) -> dict[str, dict[str, int | None]]:
     """source -> split -> tokens that do for what is read; None: all there are. `data`: section of the recipe -> what it
-    reads. Training goes over all of a source that has an end; evaluation, which spreads its blocks over them, needs no
-    more than HELD_OUT_TOKENS."""
+    reads. Training goes over all of a source that has an end; calibration and evaluation spread their blocks over the
+    first `spread_tokens` and HELD_OUT_TOKENS of it."""
     c, d = settings.calibration, settings.distillation
     # two parts, and a quarter more: documents are shared out whole
     held_out = 5 * settings.evaluation.samples * c.sequence_length // 2
-    train = {"calibration": max(c.samples, refit_samples(settings, parent)) * c.sequence_length,
+    samples = max(c.samples, refit_samples(settings, parent))
+    whole = {"calibration": spread_tokens(samples, c.sequence_length), "distillation": None}
+    train = {"calibration": samples * c.sequence_length,
              "distillation": d.tokens + d.batch_tokens + d.sequence_length}
     out: dict[str, dict[str, int | None]] = {}
     for section, name in data.items():
@@ -83,7 +86,7 @@ def tokens_needed(settings: Recipe, parent: Architecture,
             ends, limits = has_end(source), out.setdefault(source, {})
             limits["held_out"] = max(HELD_OUT_TOKENS, 2 * held_out) if ends else held_out
             if section in train:
-                limits["train"] = None if ends else (limits.get("train") or 0) + train[section]
+                limits["train"] = whole[section] if ends else (limits.get("train") or 0) + train[section]
     return out
 
 
