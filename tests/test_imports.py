@@ -26,7 +26,7 @@ ALLOWED = {
     "evaluate": {"core", "families", "models", "data"},
     "surgery": {"core", "families", "models", "data"},
     "distill": {"core", "families", "models", "data"},
-    "recipes": {"core", "data", "search"},
+    "recipes": {"core", "data"},
     "pipeline": {"core", "families", "models", "data", "search", "report", "importance", "evaluate", "surgery",
                  "distill", "recipes"},
     "cli": {"core", "families", "recipes", "report", "pipeline"},

@@ -26,8 +26,8 @@ from pydantic import (
 from minipuzzle.core.budget import BUDGET_KEYS, MOST_SERVED, Budget, Workload, parse_quantity, split_sweep
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import YAML_BYTES, parse_yaml, read_text
+from minipuzzle.core.ranges import parse_range
 from minipuzzle.data.corpus import absolute
-from minipuzzle.search.space import check_range
 
 DATA_SECTIONS = ("calibration", "evaluation", "distillation")
 # Upper bounds are far beyond what is of use: a number above is a typing error, which would fill the memory or the disk
@@ -252,7 +252,7 @@ def _validate(data: dict[str, Any], origin: str, lines: dict[tuple[Any, ...], in
         recipe.workload.build()
         for axis, value in recipe.space.model_dump(exclude_none=True).items():
             path = ("space", axis)
-            check_range(axis, value)
+            parse_range(axis, value)
         for key, text in recipe.budget.items():
             path = ("budget", key)
             for value in split_sweep(text):

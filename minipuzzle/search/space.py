@@ -7,17 +7,15 @@ A recipe writes ranges, `[low, high]` or `[low, high, step]`, in absolute number
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from minipuzzle.core.errors import InputError, UnsupportedModel
+from minipuzzle.core.ranges import parse_range
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.registry import FAMILIES
-
-_RELATIVE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*x\s*")
 
 
 @dataclass(frozen=True)
@@ -115,31 +113,11 @@ def resolve_space(spec: Mapping[str, Sequence[int | str] | int | str | None], pa
     return Space({n: points[n] for n in family.drops}, {n: points[n] for n in family.widths})
 
 
-def check_range(name: str, value: Any) -> list[int | Fraction]:
-    """[low, high] or [low, high, step] of a range as a recipe writes it: integers, and Fractions of the parent.
-
-    Raises:
-        InputError: something that is no range of any parent.
-    """
-    entries = list(value) if isinstance(value, list | tuple) else [value, value]
-    if len(entries) not in (2, 3):
-        raise InputError(f"space.{name} {value!r}: write a number, [low, high] or [low, high, step]")
-    found = [_entry(name, entry) for entry in entries]
-    low, high = found[:2]
-    if type(low) is type(high) and low > high:
-        raise InputError(f"space.{name} {value!r}: low {entries[0]} is above high {entries[1]}")
-    if min(low, high) < 0:
-        raise InputError(f"space.{name} {value!r}: {min(low, high)} is below the least, 0")
-    if len(found) == 3 and found[2] <= 0:
-        raise InputError(f"space.{name} {value!r}: the step {entries[2]} must be at least 1")
-    return found
-
-
 def _points(axis: Bounds, value: Any) -> tuple[int, ...]:
     """All values of one axis, ascending."""
     if value is None:
         return (0,) if axis.is_drop else (axis.whole,)
-    found = check_range(axis.name, value)
+    found = parse_range(axis.name, value)
     low, high, *steps = (axis.relative(entry) if isinstance(entry, Fraction) else entry for entry in found)
     if low > high:
         raise InputError(f"space.{axis.name} {value!r}: low {low} is above high {high}")
@@ -167,17 +145,3 @@ def _within(axis: Bounds, low: int, high: int) -> int:
         raise InputError(f"space.{axis.name}: cannot drop {low}, at most {axis.most} of the parent's {axis.whole} "
                           f"{name} layers may go" + (" (one stays)" if axis.most < axis.whole else ""))
     return min(high, axis.most)
-
-
-def _entry(name: str, entry: Any) -> int | Fraction:
-    """One end or step: an integer as it is, or "0.5x" of the parent."""
-    match = _RELATIVE.fullmatch(entry) if isinstance(entry, str) else None
-    if match:
-        return Fraction(match[1])
-    try:
-        if isinstance(entry, bool | float):
-            raise ValueError
-        return int(entry)
-    except (TypeError, ValueError):
-        raise InputError(f"space.{name}: {entry!r} is neither an integer nor a part of the parent "
-                          "such as 0.5x") from None
