@@ -59,7 +59,7 @@ class RunDir:
     """A run directory, held by this process."""
 
     def __init__(self, path: Path, hold: bool = True) -> None:
-        """Open or create. Not to `hold` it is to look only, beside the process that does.
+        """Open or create. With `hold=False`, only read it, beside the process that holds it.
 
         Raises:
             InputError: a folder with something else in it.

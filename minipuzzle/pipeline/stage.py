@@ -43,9 +43,8 @@ class Stage:
     after: the stages whose files it reads.
     shared: all processes work on it; else the main one does, and the others wait.
     strict: every byte of the stages before it is compared first, not sizes and times alone.
-    mend: called before a look at whether it is done, with all that is known: forgets what is not
-        of use any more.
-    recorded: it gets a manifest. One that is not is run every time, and skips what is there itself.
+    mend: called before the runner checks whether the stage is done; drops what is no longer usable.
+    recorded: it gets a manifest. A stage without one runs every time, and reuses what it finds.
     """
 
     name: str
