@@ -2,9 +2,11 @@
 
     python benchmarks/ablation.py [--samples 8]
 
-The loop: a forward hook on one layer after the other gives back the layer's input, and the model runs once for each.
-Both sides: the same blocks and SSM scan, samples, threads and samples at a time; float32. mse alone, and with kl and
-loss, whose LM heads cost both sides the same. In turns, the best of each. Writes benchmarks/results/ablation.json.
+The loop: a forward hook on one layer after the other gives back the layer's input, and the model
+runs once for each.
+Both sides: the same blocks and SSM scan, samples, threads and samples at a time; float32. mse
+alone, and with kl and loss, whose LM heads cost both sides the same. In turns, the best of each.
+Writes benchmarks/results/ablation.json.
 """
 
 from __future__ import annotations
@@ -112,7 +114,8 @@ def racing(model: Model, ids: torch.Tensor) -> list[dict[str, Any]]:
 
 
 def random_model(layers: str) -> Model:
-    """Widths of the bundled model, 52 layers in the order of the 8B; random weights, scaled so that blocks matter."""
+    """Widths of the bundled model, 52 layers in the order of the 8B; random weights, scaled so that
+    blocks matter."""
     small = open_model(bundled_model()).arch
     arch = Architecture(**{f: getattr(small, f) for f in small.__dataclass_fields__} | {"pattern": layers})
     generator = torch.Generator().manual_seed(0)

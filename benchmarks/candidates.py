@@ -1,11 +1,14 @@
-"""Measuring candidates: one walk over shared beginnings, against writing and evaluating each with transformers.
+"""Measuring candidates: one walk over shared beginnings, against writing and evaluating each with
+transformers.
 
     python benchmarks/candidates.py [--count 100] [--samples 8]
 
-Candidates of the MiniPuzzle kind: kept layers per kind and one FFN width, all in 0.7x of the bundled model's memory,
-best predicted first. The other side writes each as a Hugging Face folder, loads it and runs it, with the parent's
-logits computed once: what a script does that has no engine. Same samples and threads, losses equal to 1e-4.
-Also: trie nodes over summed depth, as the number of candidates grows. Writes benchmarks/results/candidates.json.
+Candidates of the MiniPuzzle kind: kept layers per kind and one FFN width, all in 0.7x of the
+bundled model's memory, best predicted first. The other side writes each as a Hugging Face folder,
+loads it and runs it, with the parent's logits computed once: what a script does that has no engine.
+Same samples and threads, losses equal to 1e-4.
+Also: trie nodes over summed depth, as the number of candidates grows. Writes
+benchmarks/results/candidates.json.
 """
 
 from __future__ import annotations

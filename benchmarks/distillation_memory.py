@@ -1,11 +1,13 @@
-"""Peak memory and time of one loss with its backward pass at a large vocabulary, chunked and not, in one run.
+"""Peak memory and time of one loss with its backward pass at a large vocabulary, chunked and not,
+in one run.
 
     python benchmarks/distillation_memory.py [--vocab 131072 --hidden 512 --tokens 2048]
 
-Each variant runs in a process of its own, twice; the extra memory is its peak above what it held before the step.
-Times are CPU seconds of one thread, the lower of the two: other work on the machine counts little.
-`plain` is torch.nn.functional.kl_div on both full log-softmaxes. Liger and TRL are measured if they are installed and
-run on this device. Writes benchmarks/results/distillation_memory.json.
+Each variant runs in a process of its own, twice; the extra memory is its peak above what it held
+before the step. Times are CPU seconds of one thread, the lower of the two: other work on the
+machine counts little. `plain` is torch.nn.functional.kl_div on both full log-softmaxes. Liger and
+TRL are measured if they are installed and run on this device. Writes
+benchmarks/results/distillation_memory.json.
 """
 
 import argparse

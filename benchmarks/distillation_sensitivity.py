@@ -1,10 +1,11 @@
-"""What the settings of a short distillation do on the bundled model, and what a tournament in lock-step saves.
+"""What the settings of a short distillation do on the bundled model, and what a tournament in
+lock-step saves.
 
     python benchmarks/distillation_sensitivity.py --run RUN --work FOLDER [--tokens 60000]
 
-RUN is a finished `minipuzzle prune` of the bundled model: its winner and finalists are cut again. Every row changes one
-setting of the default recipe; one seed, the same data. Times are CPU seconds of one thread. The same command
-continues. Writes benchmarks/results/distillation_sensitivity.json.
+RUN is a finished `minipuzzle prune` of the bundled model: its winner and finalists are cut again.
+Every row changes one setting of the default recipe; one seed, the same data. Times are CPU seconds
+of one thread. The same command continues. Writes benchmarks/results/distillation_sensitivity.json.
 """
 
 import argparse

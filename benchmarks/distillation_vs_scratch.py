@@ -1,12 +1,14 @@
-"""Distilling the pruned model against training the same architecture from nothing, with the same loop.
+"""Distilling the pruned model against training the same architecture from nothing, with the same
+loop.
 
     python benchmarks/distillation_vs_scratch.py --run RUN --work FOLDER [--times 10 20 40]
 
-RUN is a finished `minipuzzle prune` of the bundled model: its winner is cut again and distilled with the recipe's
-settings. From nothing (the Mamba-2 authors' initialisation): next-token loss alone, a few peak learning rates on the
-same number of tokens, then the best of them on 10x, 20x, ... as many, each with a cosine of its own, until one is as
-good as the distilled model. The same command continues: a finished run is a line of FOLDER/rows.jsonl and is not made
-again. Writes benchmarks/results/distillation_vs_scratch.json.
+RUN is a finished `minipuzzle prune` of the bundled model: its winner is cut again and distilled
+with the recipe's settings. From nothing (the Mamba-2 authors' initialisation): next-token loss
+alone, a few peak learning rates on the same number of tokens, then the best of them on 10x, 20x,
+... as many, each with a cosine of its own, until one is as good as the distilled model. The same
+command continues: a finished run is a line of FOLDER/rows.jsonl and is not made again. Writes
+benchmarks/results/distillation_vs_scratch.json.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Use each extra that installs without CUDA once; `make test-extras` runs this in an environment of its own.
+"""Use each extra that installs without CUDA once; `make test-extras` runs this in an environment of
+its own.
 
     eval        lm-eval on a task file that needs no network (tests/data/lm_eval)
     track       a short distillation that tensorboard and wandb (offline) write down, read again
@@ -82,7 +83,8 @@ def track(work: Path) -> dict[str, Any]:
 
 
 def wandb_records(path: Path) -> Iterator[bytes]:
-    """The records of an offline run: 7 bytes, then LevelDB's log format in blocks of 32 KiB (wandb ships no reader)."""
+    """The records of an offline run: 7 bytes, then LevelDB's log format in blocks of 32 KiB (wandb
+    ships no reader)."""
     data, at, record = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
         left = 2**15 - at % 2**15

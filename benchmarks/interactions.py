@@ -2,8 +2,9 @@
 
     python benchmarks/interactions.py [--sets 100]
 
-Random sets of 2 to 12 layers of the bundled model, out of its 14 and 20 least important: Spearman's rank correlation
-of what is foretold from single ablations with the measured KL. Then the sets that a search takes for some numbers of
+Random sets of 2 to 12 layers of the bundled model, out of its 14 and 20 least important: Spearman's
+rank correlation of what is foretold from single ablations with the measured KL. Then the sets that
+a search takes for some numbers of
 layers: the lowest-scored (one-shot) against those that iterative scoring removes. Writes
 benchmarks/results/interactions.json.
 """

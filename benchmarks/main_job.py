@@ -2,7 +2,8 @@
 
     python benchmarks/main_job.py [--seeds 0 1 2]
 
-Writes benchmarks/results/main_job.json. The README's picture is of such a run: benchmarks/screenshot.py.
+Writes benchmarks/results/main_job.json. The README's picture is of such a run:
+benchmarks/screenshot.py.
 """
 
 from __future__ import annotations

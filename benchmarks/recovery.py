@@ -1,13 +1,18 @@
-"""Recovery before training: select, rotate, refit and both, before and after distillation, at equal parameters.
+"""Recovery before training: select, rotate, refit and both, before and after distillation, at equal
+parameters.
 
-    python benchmarks/recovery.py [--phase before sums short gentle long] [--cases ...] [--methods ...] [--work DIR]
+    python benchmarks/recovery.py [--phase before sums short gentle long] [--cases ...] [--methods
+    ...] [--work DIR]
 
-Cuts of the bundled model; every method makes the same architecture of the same layers. `before`: KL and loss before
-training, 3 calibration seeds. `sums`: the rotation by differently weighted sums. `short`: 200 KD steps of 1k tokens,
-looked at every 25. `gentle`: the same with a quarter of the learning rate. `long`: 600 steps of 1k tokens (the budget
-of the default recipe). `full`: 1000 steps of 4k tokens, for as many --seeds as asked for (the seed draws the
-calibration and the training data); the methods of a case learn together from one teacher pass. Every finished row is a
-line of WORK/rows.jsonl, and is not made again; benchmarks/results/recovery.json is written from them after every phase.
+Cuts of the bundled model; every method makes the same architecture of the same layers. `before`: KL
+and loss before
+training, 3 calibration seeds. `sums`: the rotation by differently weighted sums. `short`: 200 KD
+steps of 1k tokens,
+looked at every 25. `gentle`: the same with a quarter of the learning rate. `long`: 600 steps of 1k
+tokens (the budget of the default recipe). `full`: 1000 steps of 4k tokens, for as many --seeds as
+asked for (the seed draws the calibration and the training data); the methods of a case learn
+together from one teacher pass. Every finished row is a line of WORK/rows.jsonl, and is not made
+again; benchmarks/results/recovery.json is written from them after every phase.
 """
 
 from __future__ import annotations
@@ -70,7 +75,8 @@ CASES: dict[str, tuple[dict[str, int], int | tuple[int, ...]]] = {
     "FFN 3/4": ({"ffn_size": 384}, 0),
 }
 METHODS = ("select", "rotate", "refit", "rotate + refit", "scalar", "rotate + scalar")
-# the ridge with the least held-out error, in place of the largest that keeps most of the gain; only if asked for
+# the ridge with the least held-out error, in place of the largest that keeps most of the gain; only
+# if asked for
 LEAST = ("refit, least error", "rotate + refit, least error")
 SUMS = ("equal", "energy", "readers")
 
@@ -192,8 +198,9 @@ def weighted_rotation(moments_LDD: np.ndarray, weights_L: np.ndarray) -> Rotatio
 
 
 def scaled(parent: Model, small: Model, kept: tuple[int, ...], ids_NT: torch.Tensor) -> Model:
-    """One scalar for each cut (Prune&Comp, arXiv:2507.18212): what is removed would have made the stream alpha times
-    as long, so everything that was written before the cut is made alpha times as large."""
+    """One scalar for each cut (Prune&Comp, arXiv:2507.18212): what is removed would have made the
+    stream alpha times as long, so everything that was written before the cut is made alpha times as
+    large."""
     norms = streams(parent, ids_NT)
     factor = torch.ones(len(kept) + 1)  # of the writers of student block j; [0] is the embeddings'
     ends = (*kept, parent.arch.num_layers)
@@ -224,7 +231,8 @@ def before(bench: Bench, cases: list[str], chosen: list[str]) -> None:
 
 
 def sums(bench: Bench, cases: list[str], chosen: list[str]) -> None:
-    """The rotation's sum over norms weighted equally, by the stream's energy, and by the readers' norms."""
+    """The rotation's sum over norms weighted equally, by the stream's energy, and by the readers'
+    norms."""
     family, arch = bench.parent.family, bench.parent.arch
     for seed in SEEDS:
         ids = bench.calibration(seed)
@@ -267,7 +275,8 @@ def train(bench: Bench, cases: list[str], chosen: list[str], phase: str, steps: 
 
 
 def full(bench: Bench, cases: list[str], chosen: list[str], seeds: list[int]) -> None:
-    """The long training. Continues in WORK/full; the methods of a case and seed are trained in lock-step."""
+    """The long training. Continues in WORK/full; the methods of a case and seed are trained in
+    lock-step."""
     for seed, case in itertools.product(seeds, cases):
         keys = {method: {"phase": "full", "case": case, "method": method, "seed": seed}
                 for method in methods(case) if method in chosen}
@@ -300,7 +309,8 @@ def as_model(student: HybridLM) -> Model:
 
 
 def reach(curve: list[dict[str, Any]], loss: float) -> float | None:
-    """Tokens at which the curve first comes down to `loss`, linear between looks; None if it does not."""
+    """Tokens at which the curve first comes down to `loss`, linear between looks; None if it does
+    not."""
     for a, b in itertools.pairwise(curve):
         if a["loss"] <= loss:
             return float(a["tokens"])

@@ -1,8 +1,10 @@
-"""Seconds and peak memory of the search.  python benchmarks/search.py  ->  benchmarks/results/search.json
+"""Seconds and peak memory of the search.  python benchmarks/search.py  ->
+benchmarks/results/search.json
 
-Each case runs in a process of its own. The loop is what a search without arrays does: itertools.product over the same
-points, each priced by families/cost.py and compared with the budget; on the 8B it stops after some points, and the rest
-is extrapolated. Where the loop is complete it must find what the grid finds.
+Each case runs in a process of its own. The loop is what a search without arrays does:
+itertools.product over the same points, each priced by families/cost.py and compared with the
+budget; on the 8B it stops after some points, and the rest is extrapolated. Where the loop is
+complete it must find what the grid finds.
 """
 
 import dataclasses

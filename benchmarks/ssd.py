@@ -1,10 +1,13 @@
-"""One Mamba-2 block: the lean scan of families/ssd.py against the torch path of transformers, forward and backward.
+"""One Mamba-2 block: the lean scan of families/ssd.py against the torch path of transformers,
+forward and backward.
 
     python benchmarks/ssd.py
 
-At the bundled model's shapes and at the 8B's; same weights, inputs and threads; transformers at its best chunk size of
-several. Saved bytes: of the tensors that autograd keeps for the backward, weights left out. Equality to a float64
-recurrence, token by token, is checked in the tests. Writes benchmarks/results/ssd.json.
+At the bundled model's shapes and at the 8B's; same weights, inputs and threads; transformers at its
+best chunk size of
+several. Saved bytes: of the tensors that autograd keeps for the backward, weights left out.
+Equality to a float64 recurrence, token by token, is checked in the tests. Writes
+benchmarks/results/ssd.json.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def measure(run: Callable[[], torch.Tensor], weights: set[int], rounds: int) -> dict[str, float]:
-    """Seconds forward, forward and backward (the best of `rounds`), bytes saved for the backward."""
+    """Seconds forward, forward and backward (the best of `rounds`), bytes saved for the
+    backward."""
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""How long `minipuzzle --help`, the help of every verb and `import minipuzzle` take, each in a fresh process.
+"""How long `minipuzzle --help`, the help of every verb and `import minipuzzle` take, each in a
+fresh process.
 
     python benchmarks/startup.py [--repeats 15]
 

@@ -2,9 +2,11 @@
 
     python benchmarks/streaming.py [--folder DIR]
 
-Random bf16 weights in the shapes of Nemotron-H 8B with fewer layers. Each side is a process of its own; anonymous
-memory (RssAnon: what the file cache does not give back) is sampled 50 times a second, above what the imports take.
-Bound: three times the largest block in float32, plus the streams. Writes benchmarks/results/streaming.json.
+Random bf16 weights in the shapes of Nemotron-H 8B with fewer layers. Each side is a process of its
+own; anonymous memory (RssAnon: what the file cache does not give back) is sampled 50 times a
+second, above what the imports take.
+Bound: three times the largest block in float32, plus the streams. Writes
+benchmarks/results/streaming.json.
 """
 
 from __future__ import annotations

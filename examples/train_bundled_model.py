@@ -1,10 +1,12 @@
-"""Train the small Nemotron-H model that comes with the package, from nothing but the standard library's source.
+"""Train the small Nemotron-H model that comes with the package, from nothing but the standard
+library's source.
 
     python examples/train_bundled_model.py --work runs/bundled --tokens 14M
     python examples/train_bundled_model.py --work runs/bundled --export minipuzzle/bundled/model
 
-Checkpoints every few minutes; the same command continues. Muon on the matrices of the blocks, AdamW on
-the rest; Mamba-2 initialised as its authors do (dt log-uniform in [0.001, 0.1], A uniform in [1, 16]).
+Checkpoints every few minutes; the same command continues. Muon on the matrices of the blocks, AdamW
+on the rest; Mamba-2 initialised as its authors do (dt log-uniform in [0.001, 0.1], A uniform in [1,
+16]).
 """
 
 from __future__ import annotations
@@ -200,7 +202,8 @@ def export(work: Path, folder: Path) -> None:
 
 
 def measure_bundled(folder: Path, work: Path) -> dict:
-    """Held-out loss, against gzip -9 on the same bytes, and what zeroing each kind of block costs."""
+    """Held-out loss, against gzip -9 on the same bytes, and what zeroing each kind of block
+    costs."""
     opened = open_model(folder)
     model = Model.load(opened)
     held = load_blocks(work / "tokens", "held_out", SEQUENCE_LENGTH)

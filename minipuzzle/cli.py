@@ -1,4 +1,5 @@
-"""The command line: parse, call minipuzzle.pipeline, print. No algorithm, and no torch until a verb needs it."""
+"""The command line: parse, call minipuzzle.pipeline, print. No algorithm, and no torch until a verb
+needs it."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ LONGEST_LINE = 2000  # of an error: what it quotes may be any length
 
 
 class _Path(click.Path):
-    """A path as a user writes it, or with `names` also a name in its place: not empty, and not one that the system
-    refuses to look at. Whether anything is there, and what, the verbs say."""
+    """A path as a user writes it, or with `names` also a name in its place: not empty, and not one
+    that the system refuses to look at. Whether anything is there, and what, the verbs say."""
 
     def __init__(self, names: bool = False) -> None:
         super().__init__(path_type=str if names else Path)
@@ -54,7 +55,8 @@ class _Path(click.Path):
 
 
 class _Group(click.Group):
-    """Errors of the user's making become one line on stderr and their own exit code; bugs keep their traceback."""
+    """Errors of the user's making become one line on stderr and their own exit code; bugs keep
+    their traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -164,10 +166,11 @@ memory_option = click.option("--memory", "memory_bytes", metavar="SIZE", callbac
 
 
 def recipe_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """--recipe, --set, and --budget and --data where the verb reads them; the command gets `recipe`.
+    """--recipe, --set, and --budget and --data where the verb reads them; the command gets
+    `recipe`.
 
-    `sections`: those of a recipe that the verb reads, all if none is named. A recipe's file may have the others, for
-    other verbs; a setting that would be ignored is refused.
+    `sections`: those of a recipe that the verb reads, all if none is named. A recipe's file may
+    have the others, for other verbs; a setting that would be ignored is refused.
     """
     budget = click.option("--budget", "budgets", multiple=True, metavar="KEY=VALUE",
                           help="memory=31.7GiB, params=4.5B, kv_cache=0.5x, ...; replaces the recipe's. Repeatable.")
@@ -194,7 +197,8 @@ def recipe_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..
 
 
 def refuse_unread(settings: tuple[str, ...], sections: tuple[str, ...], why: str = "") -> None:
-    """Raise InputError for a `--set` in a section that the verb does not read; without `sections` it reads all."""
+    """Raise InputError for a `--set` in a section that the verb does not read; without `sections`
+    it reads all."""
     for key in _pairs(settings, "--set"):
         if sections and key.partition(".")[0] not in sections:
             raise InputError(f"--set {key}: '{click.get_current_context().command_path}' does not read "
@@ -309,7 +313,8 @@ def inspect(model: str, precision: str, kv_precision: str, state_precision: str,
             as_json: bool) -> None:
     """Show a model's architecture, parameters, memory and FLOPs, from its configuration alone.
 
-    MODEL is a folder, a config.json or a published name: nemotron-h-56b, nemotron-3-nano-30b-a3b, ...
+    MODEL is a folder, a config.json or a published name: nemotron-h-56b, nemotron-3-nano-30b-a3b,
+    ...
 
     \b
     minipuzzle inspect my-model
@@ -368,7 +373,8 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
            as_json: bool) -> None:
     """Search for candidates from scores and a budget; reads no weights.
 
-    With RUN, search that run again with its own recipe, into RUN/searches/. Several values of one budget make a
+    With RUN, search that run again with its own recipe, into RUN/searches/. Several values of one
+    budget make a
     sweep: a table with the best predicted candidate for each.
 
     \b
@@ -511,10 +517,12 @@ def _report_of(run: Path) -> dict[str, Any]:
 @click.argument("model", required=False, type=_Path(names=True))
 @json_option
 def doctor(model: str | None, as_json: bool) -> None:
-    """Check this installation: versions, kernels, devices, memory, disk, and the causality of the SSM.
+    """Check this installation: versions, kernels, devices, memory, disk, and the causality of the
+    SSM.
 
-    With MODEL (a folder, a Hub id, a config.json or a published name), also check whether that model can be pruned
-    here. With a run instead, compare every byte of its stages with what was written; exit code 5 if one differs.
+    With MODEL (a folder, a Hub id, a config.json or a published name), also check whether that
+    model can be pruned here. With a run instead, compare every byte of its stages with what was
+    written; exit code 5 if one differs.
 
     \b
     minipuzzle doctor
@@ -558,7 +566,8 @@ def recipes_ls(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def recipes_show(name: str, as_json: bool) -> None:
-    """Print a recipe; with --json, every key as it is resolved. Example: minipuzzle recipes show default"""
+    """Print a recipe; with --json, every key as it is resolved. Example: minipuzzle recipes show
+    default"""
     from minipuzzle.recipes.schema import Recipe, recipe_text
 
     _print(Recipe.load(name).model_dump() if as_json else {}, as_json, [recipe_text(name)[0].rstrip()])
@@ -587,7 +596,8 @@ def recipes_copy(name: str, file: Path, as_json: bool) -> None:
 @click.argument("names", nargs=-1)
 @json_option
 def recipes_validate(names: tuple[str, ...], as_json: bool) -> None:
-    """Check recipes; without a name, all shipped ones. Example: minipuzzle recipes validate mine.yaml"""
+    """Check recipes; without a name, all shipped ones. Example: minipuzzle recipes validate
+    mine.yaml"""
     from minipuzzle.recipes.schema import Recipe, shipped_recipes
 
     every = names or tuple(f.name.removesuffix(".yaml") for f in shipped_recipes())
@@ -597,7 +607,8 @@ def recipes_validate(names: tuple[str, ...], as_json: bool) -> None:
 
 @recipes.command("schema")
 def recipes_schema() -> None:
-    """The JSON schema of a recipe, for editors. Example: minipuzzle recipes schema > recipe.schema.json"""
+    """The JSON schema of a recipe, for editors. Example: minipuzzle recipes schema >
+    recipe.schema.json"""
     from minipuzzle.recipes.schema import json_schema
 
     _print(json_schema(), True, [])

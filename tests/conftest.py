@@ -1,4 +1,5 @@
-"""Offline, one thread, and the small things on disk that many tests read: a model folder and a folder of texts."""
+"""Offline, one thread, and the small things on disk that many tests read: a model folder and a
+folder of texts."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def tokenizer_file(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def model_folder(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Hugging Face folder in bfloat16 with its tokenizer, a licence and a generation config."""
+    """A tiny Hugging Face folder in bfloat16 with its tokenizer, a licence and a generation
+    config."""
     from tiny import ARCH, trained_like, write_folder
 
     arch = dataclasses.replace(ARCH, vocab_size=300)

@@ -1,4 +1,5 @@
-"""A worker of tests/test_sharding.py: trains the student of test_distill.py in the processes that torchrun started.
+"""A worker of tests/test_sharding.py: trains the student of test_distill.py in the processes that
+torchrun started.
 
     torchrun --nproc-per-node N tests/distributed.py FOLDER STOP_AT_STEP OPTIONS      OPTIONS: JSON of TrainSettings
 
@@ -28,7 +29,8 @@ from minipuzzle.models.ranks import Ranks, end_process, open_ranks
 
 
 def train(folder: Path, stop: int, options: dict[str, Any], ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Weights and last gradients, whole, after training up to a step. STOP_AT: a signal at this step, to one process."""
+    """Weights and last gradients, whole, after training up to a step. STOP_AT: a signal at this
+    step, to one process."""
     def progress(done: int, loss: float) -> None:
         if ranks.rank == 1 and done == STEP_TOKENS * int(os.environ.get("STOP_AT", -1)):
             raise Interrupted(signal.SIGTERM)

@@ -1,6 +1,8 @@
-"""What every model family must do. tests/test_family.py and tests/test_adding_a_family.py subclass it.
+"""What every model family must do. tests/test_family.py and tests/test_adding_a_family.py subclass
+it.
 
-To add a family (docs/adding-a-family.md): subclass `FamilyContract` as `Test...` and give it the pieces below.
+To add a family (docs/adding-a-family.md): subclass `FamilyContract` as `Test...` and give it the
+pieces below.
 """
 
 from __future__ import annotations
@@ -153,7 +155,8 @@ class FamilyContract(ABC):
                 assert seen[i, place].shape[-1] == model.layers[i][name].shape[1]
 
     def test_every_width_and_unit_can_be_cut(self) -> None:
-        """Each to a shape that its architecture asks for, by the highest scores, and the smaller model computes."""
+        """Each to a shape that its architecture asks for, by the highest scores, and the smaller
+        model computes."""
         model = Model.build(self.family, self.arch, self.weights(self.arch, torch.float64).items())
         scores, ids = score_widths(model, tokens(3, 20)), tokens(1, 20)
         full, every = final_hidden(model, ids) @ model.head.T, tuple(range(self.arch.num_layers))

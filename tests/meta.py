@@ -1,4 +1,5 @@
-"""The reference of all counts: the model that transformers builds from a config.json, on the meta device."""
+"""The reference of all counts: the model that transformers builds from a config.json, on the meta
+device."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ def build(config: dict[str, Any], device: str = "meta", **options: Any) -> torch
 
 
 def kind_of(model: torch.nn.Module, name: str) -> str:
-    """Which of the kinds that `parameters_by_kind` tells apart a parameter belongs to, by its name."""
+    """Which of the kinds that `parameters_by_kind` tells apart a parameter belongs to, by its
+    name."""
     if "embed" in name or name.startswith("lm_head"):
         return "embedding"
     if ".mixer." in name:
@@ -31,7 +33,8 @@ def kind_of(model: torch.nn.Module, name: str) -> str:
 
 
 def counts(model: torch.nn.Module) -> dict[str, int]:
-    """total, active and each kind, of a built model. Tied parameters are counted once, buffers not at all."""
+    """total, active and each kind, of a built model. Tied parameters are counted once, buffers not
+    at all."""
     out = dict.fromkeys(("embedding", "mamba", "attention", "ffn", "moe", "norm"), 0)
     idle = 0
     for name, parameter in model.named_parameters():

@@ -38,7 +38,8 @@ def width_curves() -> list[dict[str, Any]]:
 
 
 def candidates(rows: list[dict[str, Any]], rng: np.random.Generator, count: int, measure: int) -> list[Candidate]:
-    """`count` candidates under half the memory, best first; 3 finalists, the second of which wins."""
+    """`count` candidates under half the memory, best first; 3 finalists, the second of which
+    wins."""
     limit = cost(PARENT, LOAD).memory_bytes // 2
     found: list[tuple[float, Architecture, tuple[int, ...]]] = []
     while len(found) < count:

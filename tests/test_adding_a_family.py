@@ -1,4 +1,5 @@
-"""docs/adding-a-family.md: its code, run as it stands there, makes a family that is pruned and opened again."""
+"""docs/adding-a-family.md: its code, run as it stands there, makes a family that is pruned and
+opened again."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def registered() -> Iterator[None]:
 
 
 def toy_logits(arch: Architecture, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    """The model written out by hand: h <- h + attention(n(h)) + ffn(n(h)), h <- h + mamba(n(h)), for each pair."""
+    """The model written out by hand: h <- h + attention(n(h)) + ffn(n(h)), h <- h + mamba(n(h)),
+    for each pair."""
     x = weights["embed.weight"][ids]
     for pair in range(arch.num_layers // 2):
         prefix = f"layers.{pair}."
@@ -140,7 +142,8 @@ def test_the_code_of_the_page_is_short() -> None:
 
 @pytest.mark.parametrize("rotates", [True, False])
 def test_a_toy_is_pruned_and_opened_again(folder: Path, tmp_path: Path, rotates: bool) -> None:
-    """By the page's own code, within the budget, and other code opens the result to the same logits."""
+    """By the page's own code, within the budget, and other code opens the result to the same
+    logits."""
     parent, ids = open_model(folder).arch, tokens(2, 40)
     best = page.prune(folder, tmp_path / "small", tokens(4, 24), {"params": "0.35x", "memory": "0.6x"}, rotates)
     assert best.cost.parameters <= 0.35 * cost(parent, Workload()).parameters
@@ -155,7 +158,8 @@ def test_a_toy_is_pruned_and_opened_again(folder: Path, tmp_path: Path, rotates:
 
 
 def test_pairs_go_together(folder: Path) -> None:
-    """What a layer's ablation leaves out is its pair; candidates keep whole pairs; a pair costs what its layers do."""
+    """What a layer's ablation leaves out is its pair; candidates keep whole pairs; a pair costs
+    what its layers do."""
     model, ids = Model.load(open_model(folder)), tokens(3, 20)
     arch = model.arch
     assert (arch.pattern, arch.num_hidden_layers, arch.layers_of("PM")) == ("PMPMPM", 3, (0, 2, 4))

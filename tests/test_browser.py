@@ -1,4 +1,5 @@
-"""The report in a real browser, from a file and without a network: Debian's chromium and chromium-driver.
+"""The report in a real browser, from a file and without a network: Debian's chromium and
+chromium-driver.
 
 `make browser` installs them by apt where that is possible. Screenshots stay in build/screenshots/.
 """

@@ -1,4 +1,5 @@
-"""The commands as their users hold on to them: verbs, options and exit codes stay; stdout is clean; -q is quiet."""
+"""The commands as their users hold on to them: verbs, options and exit codes stay; stdout is clean;
+-q is quiet."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def signature(name: str, command: click.Command) -> str:
 
 
 def test_verbs_and_options_are_as_recorded() -> None:
-    """An option that goes or comes is a decision: record it in tests/data/commands.txt, and in the README if it is new."""
+    """An option that goes or comes is a decision: record it in tests/data/commands.txt, and in the
+    README if it is new."""
     found = "\n".join(signature(name, command) for name, command in sorted(commands(main).items())) + "\n"
     assert found.count("\n") >= 13
     assert found == RECORDED.read_text(encoding="utf-8")

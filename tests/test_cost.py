@@ -1,4 +1,5 @@
-"""Costs: exact integers, against the models that transformers builds and the caches that it fills."""
+"""Costs: exact integers, against the models that transformers builds and the caches that it
+fills."""
 
 from __future__ import annotations
 
@@ -96,7 +97,8 @@ def test_parameters_are_those_that_transformers_builds(arch: Architecture) -> No
 
 
 def test_caches_are_those_of_a_generation() -> None:
-    """The bytes of the tensors that transformers holds after it has written a text, at both precisions."""
+    """The bytes of the tensors that transformers holds after it has written a text, at both
+    precisions."""
     from transformers import AutoModelForCausalLM
 
     folder = open_model(bundled_model())
@@ -119,7 +121,8 @@ def test_caches_are_those_of_a_generation() -> None:
                         conv += size if name.startswith("conv_state") else 0
                         state += size if name.startswith("recurrent_state") else 0
         assert min(kv, conv, state) > 0
-        # a workload's KV cache and conv state are at 16 bit here, its SSM state in float32, as transformers keeps it
+        # a workload's KV cache and conv state are at 16 bit here, its SSM state in float32, as
+        # transformers keeps it
         scale = dtype.itemsize // 2
         workload = Workload(context=length, batch=3)
         assert kv == scale * cost(arch, workload).kv_cache_bytes
@@ -198,7 +201,8 @@ def test_inspect(tmp_path: Path) -> None:
     assert Architecture.from_json(data["architecture"]) == ARCH
 
 
-# config.json -----------------------------------------------------------------------------------------------------
+# config.json
+# -----------------------------------------------------------------------------------------------------
 
 NAMES = {"M": "mamba", "*": "attention", "-": "mlp"}
 NEW_NAMES = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
@@ -223,7 +227,8 @@ def test_config_in_every_spelling(arch: Architecture) -> None:
 
 @pytest.mark.parametrize("arch", [ARCH, ARCH.keep((0, 1)), dataclasses.replace(ARCH, use_bias=True, n_groups=4)])
 def test_what_transformers_saves_is_read_and_made_portable(arch: Architecture, tmp_path: Path) -> None:
-    """save_pretrained writes what other engines cannot read: none of it is in ours, and transformers reads ours."""
+    """save_pretrained writes what other engines cannot read: none of it is in ours, and
+    transformers reads ours."""
     from transformers import NemotronHConfig
 
     NemotronHConfig(**config_of(arch)).save_pretrained(tmp_path)
@@ -300,7 +305,8 @@ def test_widths_that_differ_are_not_written() -> None:
     assert Architecture.from_json(json.loads(json.dumps(arch.to_json()))) == arch
 
 
-# budgets ---------------------------------------------------------------------------------------------------------
+# budgets
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("text", "units", "value"), [

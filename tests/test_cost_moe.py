@@ -1,7 +1,8 @@
 """Costs of MoE layers and of the dense family nemotron, and the spellings of a config.json.
 
-The reference is the model that transformers builds on the meta device, from the same config.json, by hypothesis over
-small ones: parameters by kind, bytes by summing over its named parameters, FLOPs by torch's own counter.
+The reference is the model that transformers builds on the meta device, from the same config.json,
+by hypothesis over small ones: parameters by kind, bytes by summing over its named parameters, FLOPs
+by torch's own counter.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def ours(config):
 
 @st.composite
 def hybrids(draw):
-    """Small nemotron_h configs with an E layer, in the spellings of the wild; some keys are left to their default."""
+    """Small nemotron_h configs with an E layer, in the spellings of the wild; some keys are left to
+    their default."""
     groups, kv_heads = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3]))
     experts = draw(st.integers(1, 9))
     config = {
@@ -110,7 +112,8 @@ def test_parameters_of_nemotron_are_those_that_transformers_builds_on_meta(hidde
        keep=st.sets(st.sampled_from(["embedding", "lm_head", "mamba", "attention", "ffn", "moe"])))
 @settings(max_examples=80)
 def test_bytes_of_weights_are_the_sum_over_the_parameters_that_transformers_builds(config, precision, keep):
-    """At the precision: matrices. At 16 bit: what has one dimension, the conv, the router gate, and what is kept."""
+    """At the precision: matrices. At 16 bit: what has one dimension, the conv, the router gate, and
+    what is kept."""
     model, bits = build(config), Fraction(0)
     for name, parameter in model.named_parameters():
         kind = "lm_head" if name.startswith("lm_head") else kind_of(model, name)
@@ -130,7 +133,8 @@ def test_a_tied_table_is_one_in_parameters_and_in_bytes():
 @pytest.mark.parametrize("more", [{}, {"moe_latent_size": 8}, {"num_experts_per_tok": 4}])
 @pytest.mark.parametrize("config", [SMALL | {"hybrid_override_pattern": "*E-E*"}, DENSE])
 def test_flops_of_decoding_are_those_that_torch_counts(config, more):
-    """One token at context 1, in a real forward pass of transformers' model (without Mamba: its scan is no product)."""
+    """One token at context 1, in a real forward pass of transformers' model (without Mamba: its
+    scan is no product)."""
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}  # products that the counter knows
     model = build(config | more, "cpu", **plain).eval()
     counter = FlopCounterMode(display=False)
@@ -177,7 +181,8 @@ def test_caches_of_nemotron():
     assert cost(arch_of(DENSE), workload).mamba_state_bytes == 0
 
 
-# multi-token prediction --------------------------------------------------------------------------------------------
+# multi-token prediction
+# --------------------------------------------------------------------------------------------
 
 def mtp_of(more):
     return parameters_by_kind(arch_of(SMALL, **more))["mtp"]
@@ -185,7 +190,8 @@ def mtp_of(more):
 
 @pytest.mark.parametrize("latent", [None, 8])
 def test_an_mtp_depth_is_its_blocks_and_what_joins_them(latent):
-    """Blocks, their norms and the last norm as transformers builds them for a model of the depth's pattern; apart."""
+    """Blocks, their norms and the last norm as transformers builds them for a model of the depth's
+    pattern; apart."""
     more = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E", "moe_latent_size": latent}
     blocks = counts(build(SMALL | more | {"hybrid_override_pattern": "*E"}))
     joining = [torch.nn.Linear(2 * 32, 32, bias=False), torch.nn.RMSNorm(32), torch.nn.RMSNorm(32)]
@@ -218,7 +224,8 @@ def test_a_dense_model_with_mtp_experts_forgets_them_when_layers_go():
     assert arch.keep((0, 1)) == arch_of(SMALL, hybrid_override_pattern="M*")
 
 
-# spellings and refusals --------------------------------------------------------------------------------------------
+# spellings and refusals
+# --------------------------------------------------------------------------------------------
 
 def test_stages_and_mtp_are_no_layers():
     assert arch_of(SMALL, hybrid_override_pattern="M*|-E|/*E").pattern == "M*-E"
@@ -308,11 +315,13 @@ def test_fewer_experts_for_a_token_are_fewer_active_parameters():
     assert cost(arch, Workload()).parameters == cost(one, Workload()).parameters
 
 
-# the seam: nothing but the table refuses a kind of layer -------------------------------------------------------------
+# the seam: nothing but the table refuses a kind of layer
+# -------------------------------------------------------------
 
 
 def test_layers_of_a_kind_that_is_no_longer_refused_are_searched_and_priced(monkeypatch):
-    """MoE with its axes, as soon as its table says so: space, budgets on all and on active parameters, every price."""
+    """MoE with its axes, as soon as its table says so: space, budgets on all and on active
+    parameters, every price."""
     kinds = {k: dataclasses.replace(kind, refuse="") for k, kind in NEMOTRON_H.kinds.items()}
     monkeypatch.setitem(FAMILIES, "nemotron_h", dataclasses.replace(NEMOTRON_H, kinds=kinds))
     parent, workload = arch_of(SMALL, moe_latent_size=8), Workload(precision="nvfp4", kv_precision="fp8", context=77)

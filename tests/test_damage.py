@@ -1,4 +1,5 @@
-"""A finished run whose files were damaged: noticed before anything is computed, and --redo gives the same result."""
+"""A finished run whose files were damaged: noticed before anything is computed, and --redo gives
+the same result."""
 
 from __future__ import annotations
 
@@ -100,7 +101,8 @@ def assert_same(run: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(("pattern", "how"), [(file, DAMAGES[i % len(DAMAGES)]) for i, file in enumerate(FILES)])
 def test_a_damaged_file(copy: Path, finished: Path, model_folder: Path, recipe: Recipe, pattern: str, how: str) -> None:
-    """Written anew by the same command, or refused in one line that names it; then --redo does what the line says."""
+    """Written anew by the same command, or refused in one line that names it; then --redo does what
+    the line says."""
     file = damage(copy, pattern, how)
     if pattern in REWRITTEN or (pattern.startswith("stages/") and how == "deleted"):
         prune(model_folder, recipe, copy)
@@ -165,7 +167,8 @@ def test_doctor_and_search_on_json_of_other_types(copy: Path, tmp_path: Path) ->
 
 
 def test_export_reads_every_byte(copy: Path, finished: Path, model_folder: Path, recipe: Recipe) -> None:
-    """What the earlier stages left is compared before a model is made of it, whatever its time says."""
+    """What the earlier stages left is compared before a model is made of it, whatever its time
+    says."""
     file = copy / "scores" / "widths.safetensors"
     then = file.stat()
     damage(copy, "scores/widths.safetensors", "flipped")
@@ -203,7 +206,8 @@ def test_a_damaged_run_json_is_told_from_no_run(copy: Path, model_folder: Path, 
 @pytest.mark.parametrize("text", ["", "5\n", '{"step": 2}\n', None])
 def test_damaged_metrics_of_the_trainings(copy: Path, finished: Path, model_folder: Path, recipe: Recipe,
                                           text: str | None) -> None:
-    """They have no hash, and decide nothing: neither a finished run nor the export of one is stopped by them."""
+    """They have no hash, and decide nothing: neither a finished run nor the export of one is
+    stopped by them."""
     for log in copy.glob("distillation/*/metrics.jsonl"):
         log.write_text(log.read_text().replace('"tokens"', '"tokenz"') if text is None else text)
     prune(model_folder, recipe, copy)

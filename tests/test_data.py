@@ -231,7 +231,8 @@ def test_half_a_character_does_not_stop_the_run(tmp_path: Path, tokenizer: Any) 
     assert len(load_blocks(tmp_path / "tokens", "train", 8)) > 50
 
 
-# tokens ----------------------------------------------------------------------------------------------------------
+# tokens
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +243,8 @@ def tokenised(texts: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFact
 
 
 def test_splits_are_disjoint_and_whole(tokenised: Path, texts: Path, tokenizer: Any) -> None:
-    """Each document, with its end, lies in exactly one of the two files; none is lost, none is in both."""
+    """Each document, with its end, lies in exactly one of the two files; none is lost, none is in
+    both."""
     about = json.loads((tokenised / "tokens.json").read_text())
     found: dict[str, list[str]] = {}
     for split in ("train", "held_out"):
@@ -276,7 +278,8 @@ def test_a_small_corpus_still_has_something_held_out(tmp_path: Path, tokenizer: 
 @pytest.mark.parametrize(("least", "documents_held_out"), [(1, 1), (147, 2), (293, 4), (1000, 8), (100_000, 8)])
 def test_a_small_corpus_holds_out_a_block_if_it_can(tmp_path: Path, tokenizer: Any, least: int, documents_held_out: int,
                                                     ) -> None:
-    """20 rows of equal length: one, two, four or eight go to the held-out part, in the order of their hashes."""
+    """20 rows of equal length: one, two, four or eight go to the held-out part, in the order of
+    their hashes."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": "some words of a text " * 9}) + "\n" for _ in range(20)))
     assert not any(is_held_out(f"rows.jsonl:{i}") for i in range(20))
     source, out = str(tmp_path / "rows.jsonl"), tmp_path / "tokens"
@@ -410,7 +413,8 @@ def test_held_out_alone_is_what_it_is_beside_train(texts: Path, tokenised: Path,
 
 def test_the_first_blocks_of_a_source_without_an_end_do_not_depend_on_how_much_was_read(
         texts: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibration is the same for `score`, which reads little, as for a `prune` that will train on much."""
+    """Calibration is the same for `score`, which reads little, as for a `prune` that will train on
+    much."""
     monkeypatch.setattr("minipuzzle.data.blocks.has_end", lambda source: False)
     found = []
     for limit in (2000, 8000):
@@ -444,7 +448,8 @@ def test_blocks_too_long_or_files_too_short(tokenised: Path, tmp_path: Path) -> 
         load_blocks(copy, "train", 8)
 
 
-# blocks ----------------------------------------------------------------------------------------------------------
+# blocks
+# ----------------------------------------------------------------------------------------------------------
 
 
 def numbered(blocks: int, length: int = 3, rest: int = 1) -> TokenBlocks:
@@ -499,7 +504,8 @@ def test_first_is_spread_over_the_corpus() -> None:
     assert data.first(1).tolist() == [[0, 0, 0]]
 
 
-# blends ----------------------------------------------------------------------------------------------------------
+# blends
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_blend_syntax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

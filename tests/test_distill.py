@@ -107,7 +107,8 @@ def test_the_best_is_found_with_and_without_a_kl(tmp_path: Path) -> None:
 
 
 def test_training_that_makes_it_worse_leaves_the_weights_before_it(tmp_path: Path) -> None:
-    """The look before the first step counts; what is loaded says which step it is, and what the last look found."""
+    """The look before the first step counts; what is loaded says which step it is, and what the
+    last look found."""
     begin, kls = weights(student()), iter([1.0, 3.0, 2.0])
     trained = student()
     distill_model(trained, tiny_model(), blocks(), SETTINGS, tmp_path, evaluate_every=10,
@@ -157,7 +158,8 @@ def test_the_trained_student_can_be_loaded(tmp_path: Path) -> None:
 
 
 def test_the_first_step_is_adamw_on_the_kl(tmp_path: Path) -> None:
-    """One step against torch's own optimizer and a loss by autograd; the loss in the metrics is the one before it."""
+    """One step against torch's own optimizer and a loss by autograd; the loss in the metrics is the
+    one before it."""
     one = TrainSettings(tokens=STEP_TOKENS, batch_tokens=STEP_TOKENS, learning_rate=1e-3, temperature=2.0, clip=0.1)
     trained = train(tmp_path, settings=one)
     pupil, teacher = student(), tiny_model()
@@ -227,7 +229,8 @@ def test_schedule() -> None:
     assert TrainSettings(1, 8, 1.0).batch(16) == 1
 
 
-# what goes wrong -------------------------------------------------------------------------------------------------
+# what goes wrong
+# -------------------------------------------------------------------------------------------------
 
 
 def poisoned(steps: set[int]) -> Callable[..., Any]:

@@ -1,4 +1,5 @@
-"""`minipuzzle distill` as users start it: alone, stopped, killed in the middle of writing, from a cache, under torchrun."""
+"""`minipuzzle distill` as users start it: alone, stopped, killed in the middle of writing, from a
+cache, under torchrun."""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ def test_two_processes_killed_in_the_middle_of_writing(tmp_path: Path) -> None:
         assert (two - one).abs().max() <= 0.05 * (one - before.detach()).abs().max() + 1e-6
 
 
-# the verb --------------------------------------------------------------------------------------------------------
+# the verb
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +191,8 @@ def test_torchrun(alone: tuple[Path, dict[str, Any]], small: Path, model_folder:
 
 @pytest.mark.parametrize("processes", [2, 3, 5])
 def test_held_out_loss_of_several_processes(processes: int) -> None:
-    """Blocks that cannot be shared evenly, or fewer than processes: each counts once, and all apply as many layers."""
+    """Blocks that cannot be shared evenly, or fewer than processes: each counts once, and all apply
+    as many layers."""
     pupil, ids, found, batches = student(), tokens(4, 16), [], []
 
     @dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""The documents tell the truth: their commands run, their links lead somewhere, their numbers are the measured ones.
+"""The documents tell the truth: their commands run, their links lead somewhere, their numbers are
+the measured ones.
 
-Commands run in their order on a tiny model with a recipe of half a minute in place of the full one. Those that need
-what CI has not got say so in a comment before their block; their options are checked all the same.
+Commands run in their order on a tiny model with a recipe of half a minute in place of the full one.
+Those that need what CI has not got say so in a comment before their block; their options are
+checked all the same.
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ def test_inspect_is_a_table_with_the_layers_in_colour(monkeypatch: pytest.Monkey
 
 
 def test_memory_is_asked_for_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training needs the parent and the student four times; else the parent is read from the disk."""
+    """Training needs the parent and the student four times; else the parent is read from the
+    disk."""
     from minipuzzle.core.errors import ResourceError
     from minipuzzle.core.published import published
     from minipuzzle.families.architecture import Architecture

@@ -1,4 +1,5 @@
-"""The engine: paths against written checkpoints in transformers, streaming, racing, iteration, resuming, processes."""
+"""The engine: paths against written checkpoints in transformers, streaming, racing, iteration,
+resuming, processes."""
 
 from __future__ import annotations
 
@@ -124,7 +125,8 @@ def test_shared_beginnings_are_computed_once(monkeypatch: pytest.MonkeyPatch) ->
     together = walk(whole, paths, ids)
     for a, b in zip(alone, together, strict=True):
         assert torch.equal(a, b)
-    # L(L+1)/2 for the ablations and the full model; without 3 and 7 differs from without 3 in the last layer alone
+    # L(L+1)/2 for the ablations and the full model; without 3 and 7 differs from without 3 in the
+    # last layer alone
     assert calls.total() == layer_forwards(paths) == LAYERS * (LAYERS + 1) // 2 + 1
     assert layer_forwards(paths, 8) == LAYERS + 1  # all but the path without layer 8, and the one twice
 
@@ -137,7 +139,8 @@ def test_streamed_is_resident_bit_for_bit(parent: Any, rotates: str) -> None:
         a, b = (score(Pass(s, ids, memory_bytes=memory)) for s in (model, streamed))
         pd.testing.assert_frame_equal(a.layers.table, b.layers.table, check_exact=True)
         np.testing.assert_array_equal(a.widths.hidden, b.widths.hidden)
-        # too little memory for all variants: they go one after the other, and pairs are not compared
+        # too little memory for all variants: they go one after the other, and pairs are not
+        # compared
         assert a.layers.interactions.keys() == b.layers.interactions.keys() == (set() if memory == 1 else {"mse", "kl"})
         for metric, pairs in a.layers.interactions.items():
             np.testing.assert_array_equal(pairs, b.layers.interactions[metric])
@@ -228,7 +231,8 @@ def test_quadratic_damage_is_the_sum_over_all_pairs(seed: int) -> None:
     np.testing.assert_array_equal(predict(ARCH, space, bare, None, "kl", "auto").layers(space), additive)
 
 
-# racing and iteration --------------------------------------------------------------------------------------------
+# racing and iteration
+# --------------------------------------------------------------------------------------------
 
 
 def test_a_race_spends_less_and_chooses_the_same() -> None:
@@ -336,7 +340,8 @@ def test_iterative_keeps_to_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(seen) == {(2, True)}  # the full model and one other
 
 
-# stopping, and several processes ---------------------------------------------------------------------------------
+# stopping, and several processes
+# ---------------------------------------------------------------------------------
 
 
 def test_stopped_and_started_again_no_sample_counts_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

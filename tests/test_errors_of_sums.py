@@ -1,4 +1,5 @@
-"""Standard errors of predicted damage: layers share their samples, so that their errors go together."""
+"""Standard errors of predicted damage: layers share their samples, so that their errors go
+together."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ def test_errors_of_sums_are_those_of_a_bootstrap(how: str) -> None:
 
 
 def test_errors_of_a_race() -> None:
-    """Layers that are settled early have fewer samples: the error is that of the estimate over many races."""
+    """Layers that are settled early have fewer samples: the error is that of the estimate over many
+    races."""
     every, errors = [], []
     for seed in range(300):
         values, pairs = measured(64, 100 + seed)

@@ -50,7 +50,8 @@ class TestNemotronH(FamilyContract):
         assert relative(self.mine(arch, weights, ids), expected) < 1e-5
 
     def test_transformers_with_its_dt_limit_is_another_model(self) -> None:
-        """Why the limit has to be taken away: with small steps the clamp at 0.001 is seen in the logits."""
+        """Why the limit has to be taken away: with small steps the clamp at 0.001 is seen in the
+        logits."""
         weights, ids = self.weights(self.arch, torch.float32), tokens(2, 200)
         for name in weights:
             if name.endswith("dt_bias"):
@@ -91,7 +92,8 @@ class TestNemotronH(FamilyContract):
         assert read_config(folder.path)["hybrid_override_pattern"] == folder.arch.pattern
 
 
-# the scan --------------------------------------------------------------------------------------------------------
+# the scan
+# --------------------------------------------------------------------------------------------------------
 
 
 def scan_inputs(length: int, heads: int = 6, groups: int = 3, chan: int = 3, state: int = 4,
@@ -179,7 +181,8 @@ def test_causal_convolution(length: int, bias: bool) -> None:
 
 @pytest.mark.parametrize("length", [1, 33, 97])
 def test_scan_and_convolution_are_those_of_transformers(length: int) -> None:
-    """A second reference, by other hands: its chunked scan (in float32) and its depthwise convolution."""
+    """A second reference, by other hands: its chunked scan (in float32) and its depthwise
+    convolution."""
     from transformers.models.nemotron_h.modeling_nemotron_h import causal_conv1d_fn, mamba2_chunk_scan
 
     x, dt, a, b, c, d = (t.float() for t in scan_inputs(length))
@@ -191,7 +194,8 @@ def test_scan_and_convolution_are_those_of_transformers(length: int) -> None:
     assert relative(causal_conv(x, w, bias), theirs) < 1e-6
 
 
-# low precision ---------------------------------------------------------------------------------------------------
+# low precision
+# ---------------------------------------------------------------------------------------------------
 
 
 class MatrixProducts(TorchDispatchMode):
@@ -226,7 +230,8 @@ def test_autocast_leaves_the_scan_in_float32() -> None:
 
 @pytest.mark.parametrize("weights_in_bf16", [False, True])
 def test_a_mamba_block_in_bf16_scans_in_float32(weights_in_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under autocast, and with bf16 weights: only the two projections are bf16; dt is rounded nowhere after in_proj."""
+    """Under autocast, and with bf16 weights: only the two projections are bf16; dt is rounded
+    nowhere after in_proj."""
     seen: list[tuple[torch.Tensor, ...]] = []
     real = mixers.ssd
     monkeypatch.setattr(mixers, "ssd", lambda *inputs: (seen.append(inputs), real(*inputs))[1])

@@ -1,4 +1,5 @@
-"""Disks that are full, read-only or broken, kills and signals at the worst moment, and parents that cannot be used."""
+"""Disks that are full, read-only or broken, kills and signals at the worst moment, and parents that
+cannot be used."""
 
 from __future__ import annotations
 
@@ -55,12 +56,14 @@ def finished(model_folder: Path, recipe: Recipe, tmp_path_factory: pytest.TempPa
     return prune(model_folder, recipe, tmp_path_factory.mktemp("runs") / "run").path
 
 
-# the disk --------------------------------------------------------------------------------------------------------
+# the disk
+# --------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file of this process may be larger: what writes past it, in any library, gets EFBIG as it would ENOSPC."""
+    """No file of this process may be larger: what writes past it, in any library, gets EFBIG as it
+    would ENOSPC."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # Python ignores SIGXFSZ
     try:
@@ -70,8 +73,8 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_at_every_file(model_folder: Path, recipe: Recipe, finished: Path, tmp_path: Path) -> None:
-    """One run, stopped by a limit that grows just past the file that stopped it: exit 6 in one line with a path, and
-    the same command continues, to the same result."""
+    """One run, stopped by a limit that grows just past the file that stopped it: exit 6 in one line
+    with a path, and the same command continues, to the same result."""
     run, limit, stops = tmp_path / "run", 0, []
     while limit < 2**20:
         try:
@@ -123,11 +126,13 @@ def test_a_model_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# the last seconds ------------------------------------------------------------------------------------------------
+# the last seconds
+# ------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed at each of its steps: under its name is the old folder or the new one, after a restart at the latest."""
+    """Killed at each of its steps: under its name is the old folder or the new one, after a restart
+    at the latest."""
     real = os.replace
     for steps in (0, 1, 2):
         folder = tmp_path / str(steps)
@@ -185,7 +190,8 @@ def test_a_signal_in_the_last_seconds_of_export(finished: Path, model_folder: Pa
     assert [p.name for p in run.iterdir() if p.name.startswith("model")] == ["model"]
 
 
-# the parent ------------------------------------------------------------------------------------------------------
+# the parent
+# ------------------------------------------------------------------------------------------------------
 
 
 def changed(model_folder: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> ModelFolder:
@@ -218,7 +224,8 @@ def test_weights_that_explode(model_folder: Path, tmp_path: Path, name: str, fac
 
 
 def test_a_student_that_explodes(model_folder: Path, recipe: Recipe, tmp_path: Path) -> None:
-    """Beside a teacher that does not: named, not NaN in the output or a training that --redo cannot mend."""
+    """Beside a teacher that does not: named, not NaN in the output or a training that --redo cannot
+    mend."""
     student = changed(model_folder, tmp_path / "model", scaled("backbone.layers.1.mixer.up_proj.weight", 1e20)).path
     with pytest.raises(CorruptArtifact, match=r"model: layer 1 .* its output is not finite"):
         evaluate(student, model_folder, recipe)

@@ -1,4 +1,5 @@
-"""The reload gate: stock transformers on the untouched folder, in a process of its own, however that one ends."""
+"""The reload gate: stock transformers on the untouched folder, in a process of its own, however
+that one ends."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_folder_is_taken_as_it_lies_there(folder: Path, tmp_path: Path) -> None:
-    """No patch is needed, none is made, and code in the folder does not run, whoever put it there."""
+    """No patch is needed, none is made, and code in the folder does not run, whoever put it
+    there."""
     config, ids = json.loads((folder / "config.json").read_text()), tokens(3, 400)
     wanted = sample_logits(FAMILY, ARCH, small_steps().items(), ids)
     assert wanted.shape == (2, 64, ARCH.vocab_size)

@@ -1,4 +1,5 @@
-"""benchmarks/gpu: every step with tiny shapes on the CPU, and what happens to a step that crashes, hangs or has no time."""
+"""benchmarks/gpu: every step with tiny shapes on the CPU, and what happens to a step that crashes,
+hangs or has no time."""
 
 from __future__ import annotations
 
@@ -44,11 +45,13 @@ def tiny(kit: ModuleType, name: str, scratch: Path) -> dict[str, Any]:
     return dict(data["found"])
 
 
-# the steps -------------------------------------------------------------------------------------------------------
+# the steps
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_scan_and_step_by_the_command(tmp_path: Path) -> None:
-    """The whole way: a process for each step, a file each; the same command again makes nothing again."""
+    """The whole way: a process for each step, a file each; the same command again makes nothing
+    again."""
     out = tmp_path / "results"
     command = [sys.executable, GPU / "check.py", "--tiny", "--steps", "step,scan", "--minutes", "60", "--out", out]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -84,7 +87,8 @@ def test_scan_and_step_by_the_command(tmp_path: Path) -> None:
     assert all(row["loss"] > 0 and row["grad_norm"] > 0 for row in attempt["rows"])
     assert found["tokens_per_second"] == pytest.approx(found["sequence_length"] / attempt["median_seconds"])
     assert found["flops_per_second"] == pytest.approx(found["tokens_per_second"] * found["flops_per_token"])
-    # forward of all weights but the embedding, twice that backward for the student; attention and scan add to it
+    # forward of all weights but the embedding, twice that backward for the student; attention and
+    # scan add to it
     weights = {m: found[m]["parameters"] - 256 * found[m]["architecture"]["hidden_size"] for m in ("teacher", "student")}
     assert 1 < found["flops_per_token"] / (2 * weights["teacher"] + 6 * weights["student"]) < 1.3
     assert found["settings"]["precision"] == "bf16"
@@ -195,7 +199,8 @@ def test_prune_is_stopped_and_continued(kit: ModuleType, tmp_path: Path) -> None
     assert found["against_cpu"]["scores"] == 0  # the CPU against itself
 
 
-# a machine with mamba-ssm ------------------------------------------------------------------------------------------
+# a machine with mamba-ssm
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -232,7 +237,8 @@ def test_doctor_tells_of_kernels_without_a_gpu(kernels_that_need_a_gpu: Path) ->
         ("transformers computes a Mamba-2 layer on cpu", "Pointer argument cannot be accessed from Triton")]
 
 
-# the machinery ---------------------------------------------------------------------------------------------------
+# the machinery
+# ---------------------------------------------------------------------------------------------------
 
 STEPS_OF_A_TEST = '''
 import os, subprocess, sys, time
@@ -315,7 +321,8 @@ def test_a_step_without_time_is_not_started(fake: ModuleType, tmp_path: Path) ->
 
 
 def test_a_call_that_is_stopped_says_so(fake: ModuleType, tmp_path: Path) -> None:
-    """A SIGTERM to the command: the step is stopped with it, and its file says so; the next call makes it."""
+    """A SIGTERM to the command: the step is stopped with it, and its file says so; the next call
+    makes it."""
     out = tmp_path / "out"
     program = (f"import sys; sys.path.insert(0, {str(GPU)!r}); import check; "
                "check.STEPS.clear(); check.STEPS.update(hang=check.Step('steps_of_a_test:hang', 60), good=check.Step('steps_of_a_test:good', 60)); "
@@ -348,7 +355,8 @@ def test_all_steps_fit_in_one_call(kit: ModuleType) -> None:
     assert len(kit.STEPS) <= kit.MAX_FILES
 
 
-# what the machine lacks ------------------------------------------------------------------------------------------
+# what the machine lacks
+# ------------------------------------------------------------------------------------------
 
 
 def test_what_is_collected_follows_pyproject(wheels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +370,8 @@ def test_what_is_collected_follows_pyproject(wheels: ModuleType, monkeypatch: py
 
 
 def test_setup_without_a_network(wheels: ModuleType, tmp_path: Path) -> None:
-    """A pure wheel, installed twice: what was there before stays in sight, and the second call does nothing."""
+    """A pure wheel, installed twice: what was there before stays in sight, and the second call does
+    nothing."""
     folder, env = tmp_path / "wheels", tmp_path / "gpu env"
     folder.mkdir()
     wheel = wheels.write_wheel(folder, "mamba_ssm", "2.3.2", {"mamba_ssm/__init__.py": b"lent = True\n"}, b"Apache-2.0\n")

@@ -40,7 +40,8 @@ def test_no_document_selects_and_reports() -> None:
 
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=60), st.integers(2, 9), st.integers(1, 30))
 def test_parts_of_any_text(lengths: list[int], size: int, count: int) -> None:
-    """As many blocks as asked for, or nearly half of what is there; of documents not cut, where they allow it."""
+    """As many blocks as asked for, or nearly half of what is there; of documents not cut, where
+    they allow it."""
     blocks = text(tuple(lengths), size)
     if len(blocks) < 2:
         with pytest.raises(InputError, match="less than two blocks"):

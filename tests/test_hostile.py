@@ -1,6 +1,8 @@
-"""Whatever is read, the outcome is an exit code of the contract and one line: never a traceback, never code that runs.
+"""Whatever is read, the outcome is an exit code of the contract and one line: never a traceback,
+never code that runs.
 
-Property tests over everything that a stranger may have written: they look for an exception that is not ours. A search
+Property tests over everything that a stranger may have written: they look for an exception that is
+not ours. A search
 with many more examples: pytest --hypothesis-profile=many tests/test_hostile.py
 """
 
@@ -53,7 +55,8 @@ def run(*arguments: object) -> Any:
 
 @pytest.fixture(autouse=True, scope="module")
 def no_stopwatch() -> Iterator[None]:
-    """The speed of this machine is measured for a third of a second, which is not what is tested here."""
+    """The speed of this machine is measured for a third of a second, which is not what is tested
+    here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("minipuzzle.pipeline.plan._matmul_flops_per_second", lambda arch: 1e9)
         yield
@@ -265,16 +268,19 @@ def test_numbers_of_the_environment(name: str, value: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("name", "value"), [("MASTER_PORT", "65536"), ("SOURCE_DATE_EPOCH", "253402300800")])
 def test_numbers_that_are_too_large(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A port that sockets refuse; the year 10000, which the figures could not write at the end of a run."""
+    """A port that sockets refuse; the year 10000, which the figures could not write at the end of a
+    run."""
     monkeypatch.setenv(name, value)
     assert f"{name}={value}; the most is" in run("inspect", "nemotron-h-8b").stderr
 
 
-# code ------------------------------------------------------------------------------------------------------------
+# code
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_model_folder_runs_no_code(model_folder: Path, texts: Path, tmp_path: Path) -> None:
-    """Its tokenizer is a class of its own; the user answers yes to everything. Exit 3, one line, nothing imported."""
+    """Its tokenizer is a class of its own; the user answers yes to everything. Exit 3, one line,
+    nothing imported."""
     evil = Path(shutil.copytree(model_folder, tmp_path / "evil"))
     code = ["evil.Evil", "evil.Evil"]
     (evil / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": code}}))
@@ -324,7 +330,8 @@ def test_no_call_can_run_what_it_reads() -> None:
     assert loads >= 4
 
 
-# options ---------------------------------------------------------------------------------------------------------
+# options
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("arguments", "text"), [

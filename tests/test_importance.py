@@ -1,4 +1,5 @@
-"""Importance: scores against removing the layer and running what is left, and against hooks on transformers."""
+"""Importance: scores against removing the layer and running what is left, and against hooks on
+transformers."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def by_hand(full: torch.Tensor, other: torch.Tensor, head: torch.Tensor, other_head: torch.Tensor,
             ids: torch.Tensor) -> dict[str, np.ndarray]:
-    """Per sample, in float64 and numpy: mse, nmse, kl, loss_delta from the inputs of the LM head."""
+    """Per sample, in float64 and numpy: mse, nmse, kl, loss_delta from the inputs of the LM
+    head."""
     h, e = full.double().numpy(), other.double().numpy()
     out = {}
     if h.shape == e.shape:
@@ -152,7 +154,8 @@ def test_layer_scores_in_a_file(tmp_path: Path) -> None:
         again.metric("agreement")
 
 
-# widths ----------------------------------------------------------------------------------------------------------
+# widths
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_width_scores_against_hooks_on_transformers() -> None:
@@ -220,9 +223,11 @@ def test_heads_never_leave_their_group(case: tuple[np.ndarray, int, int, int]) -
     assert len(set(channels)) == len(channels) == head_dim
     assert (np.diff(heads) > 0).all()
     assert (np.diff(channels) > 0).all()
-    # place i of the kept heads is read as group i // kept-per-group: it must be the group the head came from
+    # place i of the kept heads is read as group i // kept-per-group: it must be the group the head
+    # came from
     assert [h // per for h in heads] == [i // (num_heads // groups) for i in range(num_heads)]
-    # plain: sort by (score, index), channels first over all heads, then heads over the kept channels
+    # plain: sort by (score, index), channels first over all heads, then heads over the kept
+    # channels
     column = np.linalg.norm(scores, axis=0)
     assert set(channels) == set(sorted(range(scores.shape[1]), key=lambda c: (-column[c], c))[:head_dim])
     row = np.linalg.norm(scores[:, np.sort(channels)], axis=1)
@@ -250,7 +255,8 @@ def test_ties_go_to_the_lower_index() -> None:
     assert channels.tolist() == [0, 1]
 
 
-# curves and quality ----------------------------------------------------------------------------------------------
+# curves and quality
+# ----------------------------------------------------------------------------------------------
 
 
 def test_curves_are_slices_measured_by_hand() -> None:

@@ -38,7 +38,8 @@ TORCH_IN_FAMILIES = ("mixers", "ssd")
 
 
 def imported(file: Path) -> list[tuple[str, bool]]:
-    """(module, whether it is imported as soon as the file is) for all absolute imports of a file."""
+    """(module, whether it is imported as soon as the file is) for all absolute imports of a
+    file."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     late = {node for function in ast.walk(tree) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
             for node in ast.walk(function)}
@@ -97,7 +98,8 @@ def test_no_import_circle() -> None:
 
 
 def test_no_torch_at_the_door() -> None:
-    """core, search, report and cli do not import torch or transformers, not even inside a function (but for cli)."""
+    """core, search, report and cli do not import torch or transformers, not even inside a function
+    (but for cli)."""
     checked = 0
     for file in sorted(ROOT.rglob("*.py")):
         room = file.relative_to(ROOT).with_suffix("").parts[0]
@@ -109,7 +111,8 @@ def test_no_torch_at_the_door() -> None:
 
 
 def test_imports_without_torch() -> None:
-    """In a fresh process, with what is behind the doors: every module of the light rooms, and the help of the command."""
+    """In a fresh process, with what is behind the doors: every module of the light rooms, and the
+    help of the command."""
     program = """
 import importlib, json, pkgutil, sys
 import minipuzzle
@@ -155,8 +158,9 @@ def test_public_names_resolve() -> None:
 
 
 def test_no_kind_of_layer_is_spelled_outside_the_families() -> None:
-    """Nobody but families/ knows a letter, or decides by a kind's name. (CSS of the report has colours by name, the
-    schema has keys by name, and core/budget.py the names that `keep_16bit` takes.)"""
+    """Nobody but families/ knows a letter, or decides by a kind's name. (CSS of the report has
+    colours by name, the schema has keys by name, and core/budget.py the names that `keep_16bit`
+    takes.)"""
     letters, names, wrong, checked = set("M*-E"), {"mamba", "attention", "ffn", "moe"}, [], 0
     for file in sorted(ROOT.rglob("*.py")):
         if "families" in file.parts or file == ROOT / "core" / "budget.py":

@@ -9,7 +9,8 @@ from tiny import pair
 
 from minipuzzle.models.logits import token_metrics
 
-# metrics ---------------------------------------------------------------------------------------------------------
+# metrics
+# ---------------------------------------------------------------------------------------------------------
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:

@@ -23,7 +23,8 @@ from minipuzzle.distill.loss import (
 
 
 def plain_kl(h: torch.Tensor, w: torch.Tensor, th: torch.Tensor, tw: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Sum over the vocabulary, mean over tokens, with loops instead of the library's own functions."""
+    """Sum over the vocabulary, mean over tokens, with loops instead of the library's own
+    functions."""
     total = h.new_zeros(())
     for i in range(len(h)):
         p_logits, q_logits = tw @ th[i] / temperature, w @ h[i] / temperature
@@ -89,7 +90,8 @@ def test_the_direction_is_from_the_teacher() -> None:
 
 
 def test_nothing_of_the_size_of_the_vocabulary_is_kept_for_the_gradient() -> None:
-    """What autograd saves is the hidden's and the head's gradient, however many tokens there are."""
+    """What autograd saves is the hidden's and the head's gradient, however many tokens there
+    are."""
     saved: list[tuple[int, ...]] = []
     h, w, th, tw = (t.float() for t in pair(50, 4, 4, 31))
     h.requires_grad_()
@@ -99,7 +101,8 @@ def test_nothing_of_the_size_of_the_vocabulary_is_kept_for_the_gradient() -> Non
     assert sorted(saved) == [(31, 4), (50, 4)]
 
 
-# other terms -----------------------------------------------------------------------------------------------------
+# other terms
+# -----------------------------------------------------------------------------------------------------
 
 LABELS = torch.tensor([3, NO_LABEL, 0, 10, 7, NO_LABEL, 2, 2, 9, 1, 4, 6, 5])
 

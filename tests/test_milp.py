@@ -1,4 +1,5 @@
-"""The integer programs: against brute force, against the grid, and what they say when they cannot."""
+"""The integer programs: against brute force, against the grid, and what they say when they
+cannot."""
 
 import dataclasses
 import itertools
@@ -41,7 +42,8 @@ def layer_scores(pattern, values):
 
 
 def limits_between(parent, space, workload, percents):
-    """Limits so far (in percent; below 0: just too little) from the smallest of the space to the parent."""
+    """Limits so far (in percent; below 0: just too little) from the smallest of the space to the
+    parent."""
     pattern = "".join(k * (parent.pattern.count(k) - drops[-1]) for k, drops in zip("M-*", space.drops.values(), strict=True))
     smallest = dataclasses.replace(parent, pattern=pattern, **{axis: space.widths[axis][0] for axis in WIDTH_AXES})
     least, most = cost(smallest, workload).to_json(), cost(parent, workload).to_json()
@@ -52,7 +54,8 @@ def limits_between(parent, space, workload, percents):
 
 @st.composite
 def problems(draw):
-    """(parent, space, workload, scores, curves or None, per_layer); whole numbers, so that sums are exact."""
+    """(parent, space, workload, scores, curves or None, per_layer); whole numbers, so that sums are
+    exact."""
     pattern = "".join(draw(st.lists(st.sampled_from("M-*"), min_size=2, max_size=6)))
     parent = dataclasses.replace(PARENT, pattern=pattern, mlp_bias=draw(st.booleans()))
     drops = st.sampled_from([[0, 3], [0, 2, 2], [1, 1], 0, [0, 6]])
@@ -74,7 +77,8 @@ def problems(draw):
 
 
 def brute_force(parent, space, limits, workload, scores, curves, per_layer):
-    """[(damage, -parameters, kept layers, architecture)] of every feasible choice of layers and widths."""
+    """[(damage, -parameters, kept layers, architecture)] of every feasible choice of layers and
+    widths."""
     mse, rows = scores.metric("mse"), []
     ffn_layers = parent.layers_of("-")
     matter = {i: max(mse[i], 0) for i in ffn_layers}
@@ -166,7 +170,8 @@ def test_uniform_is_never_worse_than_the_grid_and_as_good_at_its_best(problem):
         assert mine.predicted["damage"] <= theirs.predicted["damage"] + 1e-9
 
 
-# the 56B ----------------------------------------------------------------------------------------------
+# the 56B
+# ----------------------------------------------------------------------------------------------
 
 
 BIG = Architecture("M-M-M-M*-" + "M-M-M-M-M*-" * 9 + "M-M-M-M-M-", vocab_size=131072, hidden_size=8192, ffn_size=32768,
@@ -212,7 +217,8 @@ def test_the_released_47b_is_a_solution_of_its_counts():
 
 
 def least_damage_56b(limit):
-    """The optimum with a width for each layer, by dynamic programming over (FFN layers dropped, neurons kept)."""
+    """The optimum with a width for each layer, by dynamic programming over (FFN layers dropped,
+    neurons kept)."""
     mse, kinds = LayerScores.read(FIG9).metric("mse"), np.array(list(BIG.pattern))
     share, curve = mse / mse[kinds == "-"].sum(), [0.6 * (1 - width / 32768) ** 1.3 for width in WIDTHS]
     least = np.full((22, 54 * 32 + 33), np.inf)  # neurons in units of 1024; a row and 32 columns of room
@@ -257,7 +263,8 @@ def test_a_byte_too_much_is_too_much(per_layer):
     assert less.programs > 1 or not per_layer  # what the solver took for feasible was thrown out
 
 
-# behaviour --------------------------------------------------------------------------------------------
+# behaviour
+# --------------------------------------------------------------------------------------------
 
 
 def whole(parent=PARENT, **texts):

@@ -1,4 +1,5 @@
-"""The sdist and the wheel: built, complete, and at work in an environment that has nothing else of this project."""
+"""The sdist and the wheel: built, complete, and at work in an environment that has nothing else of
+this project."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def build(what: str, tree: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(sdist, wheel): the wheel is built from the unpacked sdist, so that nothing comes from beside it."""
+    """(sdist, wheel): the wheel is built from the unpacked sdist, so that nothing comes from beside
+    it."""
     folder = tmp_path_factory.mktemp("packaging")
     tree, unpacked = folder / "tree", folder / "unpacked"
     shutil.copytree(ROOT / "minipuzzle", tree / "minipuzzle", ignore=shutil.ignore_patterns("__pycache__"))
@@ -67,7 +69,8 @@ def test_sdist_and_wheel_hold_every_module_and_what_it_reads(built: tuple[Path, 
 
 
 def test_the_wheel_works_in_an_environment_of_its_own(built: tuple[Path, Path], tmp_path: Path) -> None:
-    """The other packages are those at hand, torch as it is given; minipuzzle is the wheel's, whatever is beside it."""
+    """The other packages are those at hand, torch as it is given; minipuzzle is the wheel's,
+    whatever is beside it."""
     _, wheel = built
     with zipfile.ZipFile(wheel) as archive:
         about = message_from_bytes(archive.read(next(n for n in archive.namelist() if n.endswith("/METADATA"))))
@@ -83,7 +86,8 @@ def test_the_wheel_works_in_an_environment_of_its_own(built: tuple[Path, Path], 
     subprocess.run([sys.executable, "-m", "pip", "--python", str(binaries / "python"), "install", "-q", "--no-deps",
                     "--no-index", "--disable-pip-version-check", str(wheel)], check=True, timeout=120)
     [own] = (tmp_path / "env" / "lib").glob("python*/site-packages")
-    # directories, not their .pth files: an editable install of this project is not found through them
+    # directories, not their .pth files: an editable install of this project is not found through
+    # them
     (own / "others.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -102,12 +102,14 @@ def test_low_precision_trains_nearly_alike(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_training_in_bf16_scans_in_float32(tmp_path: Path, recompute: bool) -> None:
-    """In the real loop, its backward pass and its recomputation: the batched products are the scan's."""
+    """In the real loop, its backward pass and its recomputation: the batched products are the
+    scan's."""
     with MatrixProducts() as products:
         train(tmp_path, settings=replace(SETTINGS, tokens=STEP_TOKENS, precision="bf16",
                                          activation_checkpointing=recompute))
     assert set(products.dtypes["bmm"]) == {torch.float32}
-    # two in each of the teacher's four scans and of the student's three, these perhaps again; then two for each back
+    # two in each of the teacher's four scans and of the student's three, these perhaps again; then
+    # two for each back
     assert len(products.dtypes["bmm"]) == 2 * 4 + 2 * 3 * (4 if recompute else 3)
     assert torch.bfloat16 in products.dtypes["mm"]
 
@@ -136,7 +138,8 @@ def test_checkpointing_changes_nothing_but_memory(tmp_path: Path, monkeypatch: p
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The interface of Transformer Engine that is used, with the emulation's products; the shapes it multiplied."""
+    """The interface of Transformer Engine that is used, with the emulation's products; the shapes
+    it multiplied."""
     inside: list[object] = []
     shapes: list[torch.Size] = []
 

@@ -1,4 +1,5 @@
-"""The whole pipeline on a tiny model: what comes out, that it loads elsewhere, that it continues, and bad input."""
+"""The whole pipeline on a tiny model: what comes out, that it loads elsewhere, that it continues,
+and bad input."""
 
 from __future__ import annotations
 
@@ -93,8 +94,8 @@ def recipe_file(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(model_folder: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One undisturbed run; tests that change it take a copy. It knew its data by a relative path, which means nothing
-    where the tests go on with it."""
+    """One undisturbed run; tests that change it take a copy. It knew its data by a relative path,
+    which means nothing where the tests go on with it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(texts.parent)
         return prune(model_folder, recipe_for(Path(texts.name)), tmp_path_factory.mktemp("runs") / "run")
@@ -102,7 +103,8 @@ def finished(model_folder: Path, texts: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reload gate in this process, where the fresh one is not what is tested: it takes seconds to import."""
+    """The reload gate in this process, where the fresh one is not what is tested: it takes seconds
+    to import."""
     from transformers import AutoModelForCausalLM
 
     def check(folder: Path, ids: torch.Tensor, student_logits: torch.Tensor) -> float:
@@ -122,7 +124,8 @@ def copy(finished: Run, tmp_path: Path) -> Path:
 
 
 class Recorder(Reporter):
-    """Remembers what was made and what was skipped; stops a stage at one of its reports if told to."""
+    """Remembers what was made and what was skipped; stops a stage at one of its reports if told
+    to."""
 
     def __init__(self, stop_in: str = "", at: int = 1) -> None:
         super().__init__()
@@ -175,7 +178,8 @@ def assert_same_result(run: Path, other: Path) -> None:
     assert metrics(run) == metrics(other)
 
 
-# stages ----------------------------------------------------------------------------------------------------------
+# stages
+# ----------------------------------------------------------------------------------------------------------
 
 # of these the time of day or the speed is a part
 TIMED = ("metrics.jsonl", "model/README.md", "model/minipuzzle.json")
@@ -185,8 +189,9 @@ TIMED = ("metrics.jsonl", "model/README.md", "model/minipuzzle.json")
 @pytest.mark.parametrize("stage", STAGE_LIST, ids=lambda stage: stage.name)
 def test_a_stage_runs_on_what_it_declares(stage: Stage, finished: Run, model_folder: Path, texts: Path,
                                           tmp_path: Path) -> None:
-    """In a folder that holds the files of the stages it comes after, and nothing else of the run but tokens (they are
-    named by what they were made of) and training states: it makes what it made in the whole run."""
+    """In a folder that holds the files of the stages it comes after, and nothing else of the run
+    but tokens (they are named by what they were made of) and training states: it makes what it made
+    in the whole run."""
     made = RunDir(finished.path, hold=False)
     run = RunDir(tmp_path / "run")
     for name in ("tokens", "distillation"):
@@ -214,7 +219,8 @@ def test_a_stage_runs_on_what_it_declares(stage: Stage, finished: Run, model_fol
 
 
 def test_what_makes_tokens_stale_is_what_they_are_made_with(model_folder: Path, texts: Path, tmp_path: Path) -> None:
-    """Longer samples than those that `score` made tokens for: --redo does as well as a fresh folder."""
+    """Longer samples than those that `score` made tokens for: --redo does as well as a fresh
+    folder."""
     out, longer = tmp_path / "run", recipe_for(texts).with_overrides(settings={"calibration.sequence_length": 48})
     score(model_folder, recipe_for(texts), out, 0, "cpu", Reporter())
     stop = Recorder(stop_in="curves")
@@ -242,7 +248,8 @@ def test_the_way_from_prune_to_a_mixer_is_short(model_folder: Path, texts: Path,
     assert max(len(frames) for frames in found) <= 12, max(found, key=len)
 
 
-# a whole run -----------------------------------------------------------------------------------------------------
+# a whole run
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_what_a_run_leaves(finished: Run) -> None:
@@ -294,7 +301,8 @@ def test_report_json(finished: Run, model_folder: Path) -> None:
     assert report["result"]["memory_bytes"] <= 0.7 * report["parent"]["memory_bytes"]
     assert report["result"]["reload_difference"] < 1e-4
     assert report["distillation"]["tokens"] == 4096
-    # random architectures say how well the prediction leads through the whole space; they cannot win
+    # random architectures say how well the prediction leads through the whole space; they cannot
+    # win
     assert [set(c["measured"]) >= {"loss", "kl"} for c in report["controls"]] == [True] * 8
     assert {c["name"] for c in report["controls"]} == {f"r{i}" for i in range(1, 9)}
     assert not any(c["chosen"] or c["after_distillation"] for c in report["controls"])
@@ -339,7 +347,8 @@ def test_the_numbers_are_those_of_the_written_folder(finished: Run, model_folder
 
 
 def test_training_cannot_make_the_result_worse(copy: Path, model_folder: Path, texts: Path, quick_gate: None) -> None:
-    """At a learning rate of 1 the best weights are those before training: they are exported, and everybody says so."""
+    """At a learning rate of 1 the best weights are those before training: they are exported, and
+    everybody says so."""
     settings = {"distillation.learning_rate": 1.0, "distillation.tokens": 2048, "search.finalists": 1}
     run = prune(model_folder, recipe_for(texts).with_overrides(settings=settings), copy, redo=True)
     result, (alert, *_) = run.report["result"], run.report["alerts"]
@@ -369,7 +378,8 @@ def test_the_weights_exported_are_the_best_that_were_seen(finished: Run) -> None
 
 def test_a_parent_larger_than_the_memory(finished: Run, model_folder: Path, texts: Path, tmp_path: Path,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read layer by layer for all but the training, the result is the same; and without training never loaded."""
+    """Read layer by layer for all but the training, the result is the same; and without training
+    never loaded."""
     small = prune(model_folder, recipe_for(texts), tmp_path / "trained", memory_bytes=2**27)
     loads: list[Path] = []
     real = Model.load
@@ -488,7 +498,8 @@ def test_the_exported_config_is_portable(finished: Run) -> None:
         assert (finished.model_path / name).read_bytes() == (Path(parent) / name).read_bytes()
 
 
-# again and again -------------------------------------------------------------------------------------------------
+# again and again
+# -------------------------------------------------------------------------------------------------
 
 
 def test_the_same_command_skips_everything(copy: Path, model_folder: Path, texts: Path) -> None:
@@ -512,7 +523,8 @@ def test_the_same_command_skips_everything(copy: Path, model_folder: Path, texts
 
 @pytest.mark.usefixtures("quick_gate")
 def test_interrupted_in_every_stage(finished: Run, model_folder: Path, texts: Path, tmp_path: Path) -> None:
-    """Stopped in the middle of each stage in turn, and continued: the result of an undisturbed run."""
+    """Stopped in the middle of each stage in turn, and continued: the result of an undisturbed
+    run."""
     path, recipe = tmp_path / "run", recipe_for(texts)
     places = {"tokenize": 2, "tournament": 3, "distill": 5}
     for number, stage in enumerate(STAGES):
@@ -591,7 +603,8 @@ def test_a_torn_batch_is_measured_again(model_folder: Path, texts: Path, tmp_pat
         assert quality == pytest.approx(theirs[name], rel=1e-4)
 
 
-# another recipe, another file ------------------------------------------------------------------------------------
+# another recipe, another file
+# ------------------------------------------------------------------------------------
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -686,7 +699,8 @@ def unexported(copy: Path) -> Path:
 
 
 def test_a_tournament_made_again_is_what_it_was(copy: Path, finished: Run, model_folder: Path, texts: Path) -> None:
-    """Its winner has been trained to the end since: each finalist is measured after the tournament's share alone."""
+    """Its winner has been trained to the end since: each finalist is measured after the
+    tournament's share alone."""
     file = copy / "search" / "tournament.json"
     before = file.read_bytes()
     file.write_bytes(before.replace(b'"loss": ', b'"loss": 1', 1))
@@ -706,7 +720,8 @@ def test_a_tournament_made_again_is_what_it_was(copy: Path, finished: Run, model
 @pytest.mark.usefixtures("quick_gate")
 @pytest.mark.parametrize("what", ["damaged", "missing"])
 def test_the_weights_that_the_export_needs(unexported: Path, finished: Run, model_folder: Path, texts: Path, what: str) -> None:
-    """A damaged one is named, and --redo trains again; so does the same command where there is none."""
+    """A damaged one is named, and --redo trains again; so does the same command where there is
+    none."""
     if what == "missing":
         shutil.rmtree(unexported / "distillation")
     else:
@@ -757,7 +772,8 @@ def test_a_finalist_that_diverges_comes_last(copy: Path, finished: Run, model_fo
 @pytest.mark.usefixtures("quick_gate")
 def test_all_finalists_diverge(copy: Path, finished: Run, model_folder: Path, recipe_file: Path, texts: Path,
                                monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a learning rate of 1e30 does it: four steps whose losses are no numbers after the first."""
+    """As a learning rate of 1e30 does it: four steps whose losses are no numbers after the
+    first."""
     train_again(copy)
     monkeypatch.setattr(TrainSettings, "rate", lambda self, step, steps: 1e30)
     for _ in range(2):
@@ -772,7 +788,8 @@ def test_all_finalists_diverge(copy: Path, finished: Run, model_folder: Path, re
 
 
 def test_the_gate_closes(unexported: Path, model_folder: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that transformers reads differently is not handed out, and says so with exit code 5."""
+    """A folder that transformers reads differently is not handed out, and says so with exit code
+    5."""
     monkeypatch.setattr(gate, "final_hidden", lambda model, ids: final_hidden(model, ids) * 1.001)
     with pytest.raises(CorruptArtifact, match="other logits in transformers") as error:
         prune(model_folder, recipe_for(texts), unexported)
@@ -816,8 +833,8 @@ def gate_process(parent: int) -> int | None:
 @pytest.mark.usefixtures("quick_gate")
 def test_interrupted_in_the_gate(unexported: Path, finished: Run, model_folder: Path, recipe_file: Path,
                                  texts: Path) -> None:
-    """A signal to all processes of the terminal, as Ctrl-C is, does not blame the model and leaves no process; the
-    same command continues."""
+    """A signal to all processes of the terminal, as Ctrl-C is, does not blame the model and leaves
+    no process; the same command continues."""
     line = command("prune", model_folder, "--recipe", recipe_file, "-o", unexported)
     for signum, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -842,8 +859,8 @@ def test_interrupted_in_the_gate(unexported: Path, finished: Run, model_folder: 
 
 @pytest.mark.usefixtures("quick_gate")
 def test_another_candidate_goes_on_from_the_scores(copy: Path, finished: Run, model_folder: Path) -> None:
-    """`prune RUN --candidate NAME`: nothing is scored again, that candidate is in RUN/candidates/NAME/, and every
-    file of the run is as it was."""
+    """`prune RUN --candidate NAME`: nothing is scored again, that candidate is in
+    RUN/candidates/NAME/, and every file of the run is as it was."""
     other, before = finished.candidates["name"][3], contents(copy)
     assert not finished.candidates["chosen"][3]
     result = invoke("prune", copy, "--candidate", other, "--json")
@@ -878,7 +895,8 @@ def test_another_candidate_goes_on_from_the_scores(copy: Path, finished: Run, mo
 
 @pytest.mark.usefixtures("quick_gate")
 def test_a_candidate_by_hand_goes_on_after_a_stop_and_opens_as_a_run(copy: Path, finished: Run) -> None:
-    """A finalist goes on from its own training; stopped in the gate, only the export is made again."""
+    """A finalist goes on from its own training; stopped in the gate, only the export is made
+    again."""
     finalist, before = finished.candidates["name"][1], contents(copy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("minipuzzle.pipeline.finishing.reload_gate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -901,7 +919,8 @@ def test_a_candidate_by_hand_goes_on_after_a_stop_and_opens_as_a_run(copy: Path,
 
 def test_each_verb_reads_the_data_that_it_needs(finished: Run, model_folder: Path, texts: Path, recipe_file: Path,
                                                 tmp_path: Path) -> None:
-    """`score` and `evaluate` never open the distillation's corpus; what `score` leaves, `prune` goes on from."""
+    """`score` and `evaluate` never open the distillation's corpus; what `score` leaves, `prune`
+    goes on from."""
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{}\n")
     for_others = tmp_path / "for_others.yaml"  # and its settings fit no model
@@ -944,12 +963,14 @@ def test_of_a_large_corpus_score_reads_what_it_spreads_samples_over(
         assert (scored / name).read_bytes() == (whole / name).read_bytes()
 
 
-# real weights ----------------------------------------------------------------------------------------------------
+# real weights
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("quick_gate")
 def test_the_bundled_model_is_pruned_and_recovers(tmp_path: Path) -> None:
-    """Real weights and real text: slicing costs, distillation brings part of it back even in 12 thousand tokens."""
+    """Real weights and real text: slicing costs, distillation brings part of it back even in 12
+    thousand tokens."""
     library, data = Path(sysconfig.get_paths()["stdlib"]), tmp_path / "data"
     data.mkdir()
     for file in sorted(library.glob("*.py"))[:120]:
@@ -974,7 +995,8 @@ distillation: {data: DATA, tournament_tokens: 2k, tokens: 12k, sequence_length: 
     assert result["kl_distilled"] < 0.7 * result["kl_pruned"]
 
 
-# bad input -------------------------------------------------------------------------------------------------------
+# bad input
+# -------------------------------------------------------------------------------------------------------
 
 
 def other_model(model_folder: Path, folder: Path, change: str) -> Path:
@@ -1121,7 +1143,8 @@ def test_dry_run_reads_no_weight(model_folder: Path, recipe_file: Path, tmp_path
 
 
 def test_a_vocabulary_too_large_for_the_model(texts: Path, model_folder: Path, tmp_path: Path) -> None:
-    """A tokenizer that gives tokens which the model does not have is told before anything is computed."""
+    """A tokenizer that gives tokens which the model does not have is told before anything is
+    computed."""
     folder = write_folder(tmp_path / "model", ARCH, trained_like(ARCH))  # 97 tokens, the tokenizer has 300
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model_folder / name, folder / name)

@@ -1,8 +1,9 @@
 """Published models by name, and `minipuzzle inspect`.
 
-The reference is the model that transformers builds from the configuration on the meta device: every published one is
-built here, and all its parameters are counted, in total and by kind. The totals written out below are also the ones
-that NVIDIA published (8.1B, 56.3B, 31.6B with 3.6B active, ...).
+The reference is the model that transformers builds from the configuration on the meta device: every
+published one is built here, and all its parameters are counted, in total and by kind. The totals
+written out below are also the ones that NVIDIA published (8.1B, 56.3B, 31.6B with 3.6B active,
+...).
 """
 
 from __future__ import annotations

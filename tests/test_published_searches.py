@@ -1,4 +1,5 @@
-"""The published results as tests: 56B -> 47B, 8B -> 4B, 12B -> 9B, from their recipes and the published scores."""
+"""The published results as tests: 56B -> 47B, 8B -> 4B, 12B -> 9B, from their recipes and the
+published scores."""
 
 import dataclasses
 import itertools
@@ -54,7 +55,8 @@ def test_goldens(found):
         assert mine == expected[name]
 
 
-# 56B -> 47B -------------------------------------------------------------------------------------------
+# 56B -> 47B
+# -------------------------------------------------------------------------------------------
 
 
 def test_47b_is_found_layer_for_layer(found):
@@ -73,8 +75,9 @@ def test_47b_is_found_layer_for_layer(found):
 
 
 def test_47b_in_a_wider_space_is_behind_narrow_candidates(found, tmp_path):
-    """What the README says: the 48th of 439 in the recipe's space, the 2,412th of 27,358 where up to 20 Mamba, 20 FFN
-    and 9 attention layers may go. Layer scores alone put candidates first that drop few layers and are narrow."""
+    """What the README says: the 48th of 439 in the recipe's space, the 2,412th of 27,358 where up
+    to 20 Mamba, 20 FFN and 9 attention layers may go. Layer scores alone put candidates first that
+    drop few layers and are narrow."""
     [(rank, _)] = hits(found["nemotron-h-47b"], RELEASED_47B, ffn_size=30720)
     assert (rank + 1, found["nemotron-h-47b"]["search"]["feasible"]) == (48, 439)
     wide = find("nemotron-h-47b", tmp_path, settings={"space.drop_mamba": [0, 20], "space.drop_ffn": [0, 20],
@@ -88,7 +91,8 @@ def test_47b_in_a_wider_space_is_behind_narrow_candidates(found, tmp_path):
 
 
 def test_47b_needs_four_bit_everywhere(found):
-    """31.7 GiB holds for embeddings, head and KV cache at 4.5 bit each, and for none of them at more."""
+    """31.7 GiB holds for embeddings, head and KV cache at 4.5 bit each, and for none of them at
+    more."""
     released = Architecture.from_config(published("nemotron-h-47b"))
     assumed = Recipe.load("nemotron-h-47b").workload.build()
     assert cost(released, assumed).memory_bytes / GIB == pytest.approx(30.85, abs=0.01)
@@ -100,7 +104,8 @@ def test_47b_needs_four_bit_everywhere(found):
 
 
 def test_47b_estimate_of_the_paper():
-    """Figure 10 has candidate 2 at 32,281.2 MiB: 1/1.7 byte for each weight, KV and state element, 1,024,000 tokens."""
+    """Figure 10 has candidate 2 at 32,281.2 MiB: 1/1.7 byte for each weight, KV and state element,
+    1,024,000 tokens."""
     parent = parent_of("nemotron-h-47b")
     arch = dataclasses.replace(parent.keep(tuple(i for i in range(118) if i not in CANDIDATE_2)), ffn_size=30720)
     state = 256 * 64 * 256 + 4 * (256 * 64 + 2 * 8 * 256)
@@ -110,7 +115,8 @@ def test_47b_estimate_of_the_paper():
     assert mine == pytest.approx(32281.2, rel=0.025)
 
 
-# 8B -> 4B ---------------------------------------------------------------------------------------------
+# 8B -> 4B
+# ---------------------------------------------------------------------------------------------
 
 
 def table_of_the_4b():
@@ -150,7 +156,8 @@ def test_4b_is_what_the_recipe_finds_at_its_widths(tmp_path):
     assert [dropped(document, c) for c in document["candidates"][1:4]] == [[7], [22], [23]]
 
 
-# 12B -> 9B --------------------------------------------------------------------------------------------
+# 12B -> 9B
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("hidden_size", "ffn_size", "mamba_num_heads", "billions"), [

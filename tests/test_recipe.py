@@ -243,7 +243,8 @@ def test_memory_for_scoring_is_a_limit() -> None:
 
 
 def test_the_json_schema_is_as_strict(tmp_path: Path) -> None:
-    """What an editor underlines: every shipped recipe passes, a misspelt key and a bad value do not."""
+    """What an editor underlines: every shipped recipe passes, a misspelt key and a bad value do
+    not."""
     schema = json_schema()
     check = jsonschema.Draft202012Validator(schema)
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -287,7 +288,8 @@ def test_recipes_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_shipped_recipes_say_what_they_need() -> None:
-    """Each opens with the command that runs it, its hardware needs and its source, in 10 to 25 lines beside them."""
+    """Each opens with the command that runs it, its hardware needs and its source, in 10 to 25
+    lines beside them."""
     files = shipped_recipes()
     assert len(files) >= 4
     for file in files:

@@ -1,4 +1,5 @@
-"""The refit of the writers: against least squares by hand in float64, on held-out samples, and in stock transformers."""
+"""The refit of the writers: against least squares by hand in float64, on held-out samples, and in
+stock transformers."""
 
 from __future__ import annotations
 
@@ -79,8 +80,9 @@ def inputs_of_writer(arch: Architecture, weights: dict[str, torch.Tensor], layer
 @pytest.mark.parametrize("rotates", [False, True])
 @pytest.mark.parametrize("case", TARGETS)
 def test_least_squares_by_hand(case: str, rotates: bool) -> None:
-    """Every writer in its order: min |E - dW A|^2 + lambda |dW|^2 as one stacked least-squares problem, on streams
-    that the references make; the errors that are told; and nothing but the writers changes."""
+    """Every writer in its order: min |E - dW A|^2 + lambda |dW|^2 as one stacked least-squares
+    problem, on streams that the references make; the errors that are told; and nothing but the
+    writers changes."""
     target, kept = TARGETS[case]
     model = wide()
     cutter = cutter_of(model, rotates)
@@ -175,7 +177,8 @@ def test_nothing_cut_nothing_changed(rotates: bool) -> None:
 
 
 def test_full_size_in_the_rotated_basis_is_the_parent_to_rounding() -> None:
-    """All directions kept, in float32: the student is turned twice, so that its stream differs by rounding alone."""
+    """All directions kept, in float32: the student is turned twice, so that its stream differs by
+    rounding alone."""
     model = tiny_model()
     turned = rotate(model, find_rotation(model, IDS))
     again = rotate(turned, find_rotation(turned, IDS))  # its axes are the principal ones already: the identity
@@ -188,7 +191,8 @@ def test_full_size_in_the_rotated_basis_is_the_parent_to_rounding() -> None:
 
 
 def test_a_damaged_writer_is_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Enough tokens and an exact answer: the parent's own matrix comes back, with next to no ridge."""
+    """Enough tokens and an exact answer: the parent's own matrix comes back, with next to no
+    ridge."""
     monkeypatch.setattr("minipuzzle.surgery.refit.GAIN", 1.0)
     monkeypatch.setattr("minipuzzle.surgery.refit.RIDGES", (1e-6,))
     model = wide()
@@ -267,7 +271,8 @@ def test_memory_is_told() -> None:
 
 
 def test_the_written_model_opens_in_transformers(tmp_path: Path) -> None:
-    """Rotated and refitted: a plain nemotron_h, no weight more, the same logits in a fresh process."""
+    """Rotated and refitted: a plain nemotron_h, no weight more, the same logits in a fresh
+    process."""
     folder = open_model(write_folder(tmp_path / "parent"))
     target, kept = TARGETS["all"]
     small, fits = cutter_of(Model.load(folder), True).refitted(target, kept, IDS)
@@ -279,7 +284,8 @@ def test_the_written_model_opens_in_transformers(tmp_path: Path) -> None:
     assert open_model(tmp_path / "child").arch == target
 
 
-# in a run --------------------------------------------------------------------------------------------------------
+# in a run
+# --------------------------------------------------------------------------------------------------------
 
 RECIPE = """
 recipe: 1
@@ -311,7 +317,8 @@ def rounded(model: Model) -> Model:
 
 
 def test_a_run_tells_the_refitted_numbers(finished: Run, model_folder: Path) -> None:
-    """Pruned: as refitted, from the parent and what the run has written; sliced: plain selection."""
+    """Pruned: as refitted, from the parent and what the run has written; sliced: plain
+    selection."""
     result, path = finished.report["result"], finished.path
     parent = Model.load(open_model(model_folder))
     (folder,) = (path / "tokens").iterdir()
@@ -341,7 +348,8 @@ def test_a_run_tells_the_refitted_numbers(finished: Run, model_folder: Path) -> 
 
 def test_refitted_once_and_found_again(finished: Run, model_folder: Path, texts: Path, tmp_path: Path,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tournament, distillation and export read the same file; without it they make the same again."""
+    """Tournament, distillation and export read the same file; without it they make the same
+    again."""
     files = sorted((finished.path / "refit").iterdir())
     assert [f.suffix for f in files] == [".safetensors"] * 2  # of two finalists
     path = Path(shutil.copytree(finished.path, tmp_path / "run"))

@@ -138,7 +138,8 @@ def test_points_have_titles(report: dict[str, Any], page: str) -> None:
         assert sum(t.startswith(f"{c['name']};") for t in titles) >= 2  # trade-off, and prediction
     metrics = [k for k in METRIC_WORDS if k in report["scores"]["layers"][0]]
     layers, kept = report["scores"]["layers"], report["result"]["kept_layers"]
-    # one point per layer and metric; in the figure of what was cut a bar per layer and one per kept layer
+    # one point per layer and metric; in the figure of what was cut a bar per layer and one per kept
+    # layer
     assert sum(t.startswith("layer ") for t in titles) == len(metrics) * len(layers) + len(layers) + len(kept)
     assert len(metrics) == 5
     grid = [t for t in titles if re.match(r"c\d+ keeps layer ", t)]
@@ -209,7 +210,8 @@ def test_any_part_may_be_missing(paths: list[tuple[Any, ...]], null: bool) -> No
 
 
 def test_what_was_not_trained_is_not_called_distilled() -> None:
-    """`distillation.tokens: 0` only prunes; `loss_distilled` is then of the folder that was written, untrained."""
+    """`distillation.tokens: 0` only prunes; `loss_distilled` is then of the folder that was
+    written, untrained."""
     untrained = build(count=12, measure=4)
     untrained["distillation"] = {"tokens": 0, "seconds": 0.0, "curve": [], "tournament": []}
     untrained["result"]["exported"] = None

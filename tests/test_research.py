@@ -1,4 +1,5 @@
-"""`minipuzzle search`: what it writes, what it leaves alone, and that it needs neither weights nor torch."""
+"""`minipuzzle search`: what it writes, what it leaves alone, and that it needs neither weights nor
+torch."""
 
 import json
 import shutil
@@ -79,7 +80,8 @@ def candidates(folder):
     return json.loads((folder / "candidates.json").read_text())["candidates"]
 
 
-# what is written --------------------------------------------------------------------------------------
+# what is written
+# --------------------------------------------------------------------------------------
 
 
 def test_a_configuration_and_scores_give_candidates(model, run, recipe_file, tmp_path):
@@ -203,7 +205,8 @@ def test_nothing_of_it_imports_torch(model, run, recipe_file, tmp_path):
     assert len(candidates(tmp_path / "a")) == 2
 
 
-# a run again ------------------------------------------------------------------------------------------
+# a run again
+# ------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_searched_again_and_left_intact(run, model):
@@ -249,7 +252,8 @@ def test_what_is_not_a_run(text, code, match, tmp_path):
     assert match in invoke(folder, "--recipe", "default", code=code).stderr
 
 
-# folders ----------------------------------------------------------------------------------------------
+# folders
+# ----------------------------------------------------------------------------------------------
 
 
 def test_a_foreign_folder_is_refused_and_an_own_one_replaced(model, run, recipe_file, tmp_path):
@@ -280,7 +284,8 @@ def test_the_default_folder_is_named_by_the_budget(model, recipe_file, tmp_path,
     assert len(set(names)) == 3
 
 
-# sweeps -----------------------------------------------------------------------------------------------
+# sweeps
+# -----------------------------------------------------------------------------------------------
 
 
 def test_a_sweep_has_the_best_of_each_budget(model, run, recipe_file, tmp_path):
@@ -316,7 +321,8 @@ def test_sweep_of_one_key():
         sweep({"memory": "0.5x,0.6x", "params": "1B,2B"})
 
 
-# what cannot be done ----------------------------------------------------------------------------------
+# what cannot be done
+# ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("arguments", "code", "match"), [

@@ -1,4 +1,5 @@
-"""The rotation of the stream: exact at full size, and the cut as the formulas say, against plain float64."""
+"""The rotation of the stream: exact at full size, and the cut as the formulas say, against plain
+float64."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ def test_the_basis_is_that_of_the_normalised_stream() -> None:
 
 
 def test_directions_are_scored_by_their_energy() -> None:
-    """The hidden axis' width scores when rotating: the first k directions stay, whatever the channels' scores say."""
+    """The hidden axis' width scores when rotating: the first k directions stay, whatever the
+    channels' scores say."""
     model, ids = wide(), tokens(3, 40)
     rotation, scores = find_rotation(model, ids), score_widths(model, ids)
     upside_down = dataclasses.replace(scores, hidden=scores.hidden[::-1].copy())

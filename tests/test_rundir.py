@@ -102,7 +102,8 @@ def test_an_empty_folder_becomes_a_run(tmp_path: Path) -> None:
 
 
 def test_killed_while_it_was_made(tmp_path: Path) -> None:
-    """Between the folder and its run.json there is only a lock and an empty folder: still a run, not foreign."""
+    """Between the folder and its run.json there is only a lock and an empty folder: still a run,
+    not foreign."""
     (tmp_path / "run" / "stages").mkdir(parents=True)
     (tmp_path / "run" / ".lock").touch()
     RunDir(tmp_path / "run").close()

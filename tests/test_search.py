@@ -1,4 +1,5 @@
-"""The search: against brute force, against the published 56B -> 47B, and what it says when nothing fits."""
+"""The search: against brute force, against the published 56B -> 47B, and what it says when nothing
+fits."""
 
 import dataclasses
 import itertools
@@ -44,7 +45,8 @@ def budget(parent=PARENT, workload=None, **texts):
 
 
 def between(parent, space, workload, percents):
-    """Limits so far (0 to 100 %, or just below 0) from the smallest architecture of the space to the parent."""
+    """Limits so far (0 to 100 %, or just below 0) from the smallest architecture of the space to
+    the parent."""
     pattern = "".join(k * (parent.pattern.count(k) - drops[-1]) for k, drops in zip("M-*", space.drops.values(), strict=True))
     smallest = dataclasses.replace(parent, pattern=pattern, **{axis: space.widths[axis][0] for axis in WIDTH_AXES})
     least, most = cost(smallest, workload).to_json(), cost(parent, workload).to_json()
@@ -62,14 +64,16 @@ def layer_scores(pattern, values):
 
 
 def width_curves(space, parent, slope=1):
-    """Whole numbers at every width of the space, so that sums of floats are exact whatever their order."""
+    """Whole numbers at every width of the space, so that sums of floats are exact whatever their
+    order."""
     return WidthCurves(pd.DataFrame([
         {"axis": axis, "width": width, "mse": float(slope * (getattr(parent, axis) - width))}
         for axis in WIDTH_AXES for width in space.widths[axis]]))
 
 
 def brute_force(parent, space, limits, workload, scores, curves):
-    """[(damage, parameters, kept layers, widths)] of all feasible points in order, written plainly."""
+    """[(damage, parameters, kept layers, widths)] of all feasible points in order, written
+    plainly."""
     rows = []
     mse = scores.metric("mse")
     for number, point in enumerate(itertools.product(*space.drops.values(), *space.widths.values())):
@@ -90,7 +94,8 @@ def brute_force(parent, space, limits, workload, scores, curves):
 
 @st.composite
 def problems(draw):
-    """(parent, space, workload, scores, curves or None); few distinct scores, so that ties are common."""
+    """(parent, space, workload, scores, curves or None); few distinct scores, so that ties are
+    common."""
     pattern = "".join(draw(st.lists(st.sampled_from("M-*"), min_size=2, max_size=8)))
     parent = dataclasses.replace(PARENT, pattern=pattern, conv_bias=draw(st.booleans()), use_bias=draw(st.booleans()),
                                  mlp_bias=draw(st.booleans()), attention_bias=draw(st.booleans()))
@@ -165,7 +170,8 @@ def test_more_budget_is_never_worse(problem, percent, more):
     assert loose.candidates[0].predicted["damage"] <= tight.candidates[0].predicted["damage"]
 
 
-# the published 56B -> 47B -----------------------------------------------------------------------------
+# the published 56B -> 47B
+# -----------------------------------------------------------------------------
 
 
 def dropped_56b(mamba, ffn, attention):
@@ -199,7 +205,8 @@ def test_search_finds_the_released_47b():
     json.dumps([c.to_json() for c in result.candidates], allow_nan=False)
 
 
-# behaviour --------------------------------------------------------------------------------------------
+# behaviour
+# --------------------------------------------------------------------------------------------
 
 
 def test_without_scores_the_largest_come_first_and_the_middle_goes():
@@ -247,7 +254,8 @@ def test_ten_million_points():
     assert damage == sorted(damage)
 
 
-# what cannot be done ----------------------------------------------------------------------------------
+# what cannot be done
+# ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("texts", [
@@ -334,7 +342,8 @@ def test_wrong_requests():
         search_architectures(PARENT, space, limits, Workload(), keep=0)
 
 
-# the space --------------------------------------------------------------------------------------------
+# the space
+# --------------------------------------------------------------------------------------------
 
 
 def test_space_resolves_against_the_parent():
@@ -395,7 +404,8 @@ def test_space_needs_one_ffn_width():
         resolve_space({}, dataclasses.replace(PARENT, ffn_size=(96, 64, 96)))
 
 
-# ranking ----------------------------------------------------------------------------------------------
+# ranking
+# ----------------------------------------------------------------------------------------------
 
 
 def candidate(name, damage=None, kl=None, loss=None, hidden=48):
@@ -451,7 +461,8 @@ def test_standard_error_of_the_widths():
 
 
 def test_random_architectures_are_any_of_the_feasible():
-    """Each within the budget is as likely as any other, whatever is priced at once; as many as asked for."""
+    """Each within the budget is as likely as any other, whatever is priced at once; as many as
+    asked for."""
     space = resolve_space({"drop_mamba": [0, 2], "drop_ffn": [0, 1], "hidden_size": [32, 48, 8], "ffn_size": [48, 96, 24]}, PARENT)
     workload, scores = Workload(), layer_scores(PARENT.pattern, [float(i) for i in range(9)])
     curves, limits = width_curves(space, PARENT), budget(params="0.7x")

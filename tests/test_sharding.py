@@ -1,4 +1,5 @@
-"""Several processes on CPU (gloo, FSDP2): what they train is what one process trains, and they may change in number."""
+"""Several processes on CPU (gloo, FSDP2): what they train is what one process trains, and they may
+change in number."""
 
 from __future__ import annotations
 

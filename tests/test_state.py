@@ -1,4 +1,5 @@
-"""Training states on disk: what is written is read to the bit, a damaged one is never used, and a kill leaves a whole one."""
+"""Training states on disk: what is written is read to the bit, a damaged one is never used, and a
+kill leaves a whole one."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def read(folder: Path, name: str = "state") -> tuple[dict[str, Any], state.Tenso
     return found[1], values
 
 
-# several processes, one after another ----------------------------------------------------------------------------
+# several processes, one after another
+# ----------------------------------------------------------------------------
 
 
 class Pretended(Ranks):
@@ -67,8 +69,8 @@ class Pretended(Ranks):
 
 
 def sharded(whole: state.Tensors, rank: int, size: int) -> state.Tensors:
-    """What FSDP2 leaves to one of `size` processes of tensors with more than one row: ceil(rows / size) rows, the last
-    ones fewer or none."""
+    """What FSDP2 leaves to one of `size` processes of tensors with more than one row: ceil(rows /
+    size) rows, the last ones fewer or none."""
     out: state.Tensors = {}
     for name, tensor in whole.items():
         if tensor.ndim < 2:
@@ -93,7 +95,8 @@ def write_as(folder: Path, size: int, step: int = 1) -> Path:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_any_number_of_processes_reads_what_any_number_wrote(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """7 rows over 1, 2, 3 and 8 processes (one of 8 has none), read by as many; each reads only what is its own."""
+    """7 rows over 1, 2, 3 and 8 processes (one of 8 has none), read by as many; each reads only
+    what is its own."""
     path = write_as(tmp_path, size)
     assert len(list(path.glob("*.safetensors"))) == size
     taken: list[int] = []
@@ -155,7 +158,8 @@ def test_processes_share_the_files_to_verify_and_all_raise(tmp_path: Path, monke
         state.verify(path, Told(ALONE.device, 0, 2))
 
 
-# one process -----------------------------------------------------------------------------------------------------
+# one process
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -182,7 +186,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    """In the index (but for the spelling of an escaped letter or an exponent) and in every tenth byte of the tensors."""
+    """In the index (but for the spelling of an escaped letter or an exponent) and in every tenth
+    byte of the tensors."""
     save(tmp_path, 4)
     about = read(tmp_path)
     same_value = 0
@@ -253,14 +258,15 @@ def test_a_full_disk_stops_all_processes_and_keeps_the_last_state(tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["state-2"]
 
 
-# killed ----------------------------------------------------------------------------------------------------------
+# killed
+# ----------------------------------------------------------------------------------------------------------
 
 TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir"}
 
 
 def killed_at(number: int, work: Callable[[], None], folder: Path) -> bool:
-    """Do the work in a child that is killed before its n-th call that touches the folder, or half way through writing
-    a file of tensors; whether it was killed."""
+    """Do the work in a child that is killed before its n-th call that touches the folder, or half
+    way through writing a file of tensors; whether it was killed."""
     child = os.fork()
     if child == 0:
         calls, real = 0, state.save_file
@@ -294,7 +300,8 @@ def killed_at(number: int, work: Callable[[], None], folder: Path) -> bool:
 
 
 def test_killed_between_any_two_steps(tmp_path: Path) -> None:
-    """There is always a whole state, the old one or the new one, and the next is written as if nothing had been."""
+    """There is always a whole state, the old one or the new one, and the next is written as if
+    nothing had been."""
     names = []
     for number in range(1, 200):
         folder = tmp_path / str(number)

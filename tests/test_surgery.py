@@ -81,8 +81,8 @@ def masked_logits(arch: Architecture, weights: Mapping[str, torch.Tensor], ids: 
                   correct_means: bool = True) -> torch.Tensor:
     """The parent at its full size, in float64, with zeros wherever something is not selected.
 
-    A norm's mean square is over the kept channels: sum / kept. Without `correct_means` it is over all of them,
-    which is what a masked model computes and a sliced one does not.
+    A norm's mean square is over the kept channels: sum / kept. Without `correct_means` it is over
+    all of them, which is what a masked model computes and a sliced one does not.
     """
     kept = selection.stream.get("hidden_size", np.arange(arch.hidden_size))
     mask = _mask(arch.hidden_size, kept)
@@ -133,13 +133,15 @@ def smaller(**widths: int) -> Architecture:
 
 
 def sliced_equals_reference(selection: Selection, target: Architecture) -> None:
-    """The sliced model is the masked reference, and not the model masked without care for its norms."""
+    """The sliced model is the masked reference, and not the model masked without care for its
+    norms."""
     weights, ids = trained_like(ARCH, dtype=torch.float64), tokens(2, 37)
     mine = logits(tiny_model(dtype=torch.float64).slice(target, selection), ids)
     assert relative(mine, masked_logits(ARCH, weights, ids, selection)) < 1e-10
 
 
-# the identity ----------------------------------------------------------------------------------------------------
+# the identity
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "mixed"])
@@ -164,7 +166,8 @@ def test_full_size_is_the_identity_bit_for_bit(tmp_path: Path, dtype: torch.dtyp
 
 
 def test_the_bundled_model_survives_float32_and_back(tmp_path: Path) -> None:
-    """The way of the pipeline: read in float32, sliced, made trainable, written in the dtype it had."""
+    """The way of the pipeline: read in float32, sliced, made trainable, written in the dtype it
+    had."""
     parent = open_model(bundled_model())
     model = Model.load(parent)
     everything = tuple(range(parent.arch.num_layers))
@@ -178,7 +181,8 @@ def test_the_bundled_model_survives_float32_and_back(tmp_path: Path) -> None:
     assert open_model(tmp_path / "model").arch == parent.arch
 
 
-# parameters ------------------------------------------------------------------------------------------------------
+# parameters
+# ------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -195,7 +199,8 @@ def architectures(draw: st.DrawFn) -> Architecture:
 
 @st.composite
 def parents_and_children(draw: st.DrawFn) -> tuple[Architecture, Architecture, tuple[int, ...]]:
-    """A parent, an architecture no larger than it in any width, and the parent's layers that it has."""
+    """A parent, an architecture no larger than it in any width, and the parent's layers that it
+    has."""
     parent = draw(architectures())
     kept = tuple(i for i in range(parent.num_layers) if draw(st.booleans())) or (0,)
     target = dataclasses.replace(
@@ -248,7 +253,8 @@ def test_transformers_counts_the_same_and_computes_the_same(tmp_path: Path, chan
     assert relative(mine, plain) < 1e-5
 
 
-# slices against references ---------------------------------------------------------------------------------------
+# slices against references
+# ---------------------------------------------------------------------------------------
 
 
 def mamba_selection_of(heads: np.ndarray, channels: np.ndarray) -> Selection:
@@ -260,7 +266,8 @@ def test_mamba_heads_equal_the_reference() -> None:
 
 
 def test_a_head_in_another_group_is_another_model() -> None:
-    """Three heads of one group and one of the other: the third reads the B, C and norm of a group that is not its own."""
+    """Three heads of one group and one of the other: the third reads the B, C and norm of a group
+    that is not its own."""
     moved = mamba_selection_of(np.array([1, 2, 3, 7]), np.arange(8))
     with pytest.raises(AssertionError):
         sliced_equals_reference(moved, smaller(mamba_num_heads=4))
@@ -270,7 +277,8 @@ def test_a_head_in_another_group_is_another_model() -> None:
 
 
 def test_heads_of_other_layers_are_not_the_reference() -> None:
-    """Every layer has its own list: with the lists of two layers exchanged the reference is missed."""
+    """Every layer has its own list: with the lists of two layers exchanged the reference is
+    missed."""
     a, b, c = MAMBA_LAYERS[:3]
     heads = {a: HEADS, b: np.array([0, 1, 5, 6]), c: np.array([2, 3, 4, 5]), MAMBA_LAYERS[3]: HEADS}
     channels = dict.fromkeys(MAMBA_LAYERS, np.arange(8))
@@ -349,7 +357,8 @@ def test_selection_keeps_the_best_scored() -> None:
         select(ARCH, target, ALL, None)
 
 
-# errors ----------------------------------------------------------------------------------------------------------
+# errors
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("selection", "target"), [
@@ -443,7 +452,8 @@ def test_no_weights_or_no_config(tmp_path: Path) -> None:
 
 
 def test_other_spellings_of_names_are_read(tmp_path: Path) -> None:
-    """`model.` in memory, the misspelt embeddings of transformers 5.14, and MTP weights that are not the model's."""
+    """`model.` in memory, the misspelt embeddings of transformers 5.14, and MTP weights that are
+    not the model's."""
     weights = trained_like(ARCH)
     renamed = {k.replace("backbone.", "model.", 1): v for k, v in weights.items()}
     renamed["mtp.layers.0.norm.weight"] = torch.zeros(4)

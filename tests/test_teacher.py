@@ -1,4 +1,5 @@
-"""The teacher's cache: what it holds, when it is made, and what is learned from it. Students in lock-step."""
+"""The teacher's cache: what it holds, when it is made, and what is learned from it. Students in
+lock-step."""
 
 from __future__ import annotations
 
@@ -143,7 +144,8 @@ def test_a_cache_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_training_from_the_cache(tmp_path: Path) -> None:
-    """With all words it is the live teacher, but for float16; with a few it is the live teacher of as many."""
+    """With all words it is the live teacher, but for float16; with a few it is the live teacher of
+    as many."""
     for k in (ARCH.vocab_size, 6):
         settings = replace(SETTINGS, tokens=4 * STEP_TOKENS, top_k=k)
         live = train(tmp_path / f"live {k}", settings=settings)
@@ -164,7 +166,8 @@ def test_training_from_the_cache(tmp_path: Path) -> None:
                       replace(SETTINGS, hidden_loss_weight=1.0), tmp_path / "no", layers=KEPT)
 
 
-# lock-step -------------------------------------------------------------------------------------------------------
+# lock-step
+# -------------------------------------------------------------------------------------------------------
 
 
 def other() -> HybridLM:

@@ -1,7 +1,9 @@
-"""Tiny models with trained-like weights, transformers' version of them, and the forward pass written out by hand.
+"""Tiny models with trained-like weights, transformers' version of them, and the forward pass
+written out by hand.
 
-The weights are scaled up: with a default initialisation the SSM adds almost nothing to the stream, and an error in
-it would not be seen. `reference_hidden` is the plain reference: float64, one token after another, no chunks.
+The weights are scaled up: with a default initialisation the SSM adds almost nothing to the stream,
+and an error in it would not be seen. `reference_hidden` is the plain reference: float64, one token
+after another, no chunks.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ ARCH = Architecture("M-M*-MM*-", vocab_size=97, hidden_size=32, ffn_size=48, mam
 FAMILY = family_of("nemotron_h")
 WIDTH_AXES = ("hidden_size", "ffn_size", "mamba_num_heads", "mamba_head_dim")
 
-# What a parent's config.json has beside the sizes, with keys that must not travel (MoE, infinities, a layer list).
+# What a parent's config.json has beside the sizes, with keys that must not travel (MoE, infinities,
+# a layer list).
 PARENT_CONFIG: dict[str, Any] = {
     "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "chunk_size": 32, "layer_norm_epsilon": 1e-5,
     "mamba_hidden_act": "silu", "mlp_hidden_act": "relu2", "use_conv_bias": True, "use_bias": False,
@@ -38,7 +41,8 @@ PARENT_CONFIG: dict[str, Any] = {
 
 
 def config_of(arch: Architecture, **more: Any) -> dict[str, Any]:
-    """A config.json for an architecture, as published models have it: with a dt limit in transformers."""
+    """A config.json for an architecture, as published models have it: with a dt limit in
+    transformers."""
     flags = {"use_bias": arch.use_bias, "use_conv_bias": arch.conv_bias, "mlp_bias": arch.mlp_bias,
              "attention_bias": arch.attention_bias}
     ours = arch.to_config(PARENT_CONFIG | flags)
@@ -46,7 +50,8 @@ def config_of(arch: Architecture, **more: Any) -> dict[str, Any]:
 
 
 def trained_like(arch: Architecture, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Weights by name on disk: every kind of block moves the stream, no norm weight is 1, A and dt are spread."""
+    """Weights by name on disk: every kind of block moves the stream, no norm weight is 1, A and dt
+    are spread."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape: tuple[int, ...], scale: float) -> torch.Tensor:
@@ -119,12 +124,14 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).abs().max() / b.double().abs().max())
 
 
-# The reference: float64, by hand ---------------------------------------------------------------------------------
+# The reference: float64, by hand
+# ---------------------------------------------------------------------------------
 
 
 def naive_ssd(x: torch.Tensor, dt: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor,
               d: torch.Tensor) -> torch.Tensor:
-    """h_t = exp(dt_t a) h_{t-1} + dt_t B_t x_t; y_t = C_t h_t + D x_t. x [B, T, H, P], b and c [B, T, G, N]."""
+    """h_t = exp(dt_t a) h_{t-1} + dt_t B_t x_t; y_t = C_t h_t + D x_t. x [B, T, H, P], b and c [B,
+    T, G, N]."""
     bsz, seq, heads, chan = x.shape
     per = heads // b.shape[2]
     rows = []
@@ -163,7 +170,8 @@ def reference_attention(arch: Architecture, w: Mapping[str, torch.Tensor], x: to
 
 
 def reference_scan(arch: Architecture, w: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """The gated output of a Mamba block's scan, y * silu(z), before its norm: [B, T, heads x channels]."""
+    """The gated output of a Mamba block's scan, y * silu(z), before its norm: [B, T, heads x
+    channels]."""
     inner, heads, groups, state = arch.mamba_inner, arch.mamba_num_heads, arch.n_groups, arch.state_size
     bsz, seq, _ = x.shape
     rows = x @ w["mixer.in_proj.weight"].T + w.get("mixer.in_proj.bias", 0)
@@ -214,7 +222,8 @@ def reference_logits(arch: Architecture, weights: Mapping[str, torch.Tensor], id
     return reference_hidden(arch, weights, ids) @ weights["lm_head.weight"].double().T
 
 
-# Of ARCH's family, in few words ----------------------------------------------------------------------------------
+# Of ARCH's family, in few words
+# ----------------------------------------------------------------------------------
 
 
 def make_space(mamba: Sequence[int], ffn: Sequence[int], attention: Sequence[int],

@@ -69,7 +69,8 @@ def _short(text: str | int | float) -> str:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is served: precisions of weights, KV cache and SSM state, tokens of context, sequences at once."""
+    """What is served: precisions of weights, KV cache and SSM state, tokens of context, sequences
+    at once."""
 
     precision: str = "bf16"
     kv_precision: str = "bf16"
@@ -94,13 +95,15 @@ class Workload:
         return asdict(self) | {"keep_16bit": list(self.keep_16bit)}
 
 
-# The weights that `precision` applies to. Norms, conv, A_log, D, dt_bias, router gates always stay 16 bit.
+# The weights that `precision` applies to. Norms, conv, A_log, D, dt_bias, router gates always stay
+# 16 bit.
 QUANTISED = ("embedding", "lm_head", "mamba", "attention", "ffn", "moe")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper limits on costs: (budget key, limit as an integer) pairs, and the text they came from."""
+    """Upper limits on costs: (budget key, limit as an integer) pairs, and the text they came
+    from."""
 
     limits: tuple[tuple[str, int], ...]
     texts: tuple[tuple[str, str], ...]

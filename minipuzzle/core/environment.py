@@ -1,4 +1,5 @@
-"""Numbers that the environment gives: those of torchrun, and the date that a reproducible build sets."""
+"""Numbers that the environment gives: those of torchrun, and the date that a reproducible build
+sets."""
 
 from __future__ import annotations
 

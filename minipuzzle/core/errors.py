@@ -26,7 +26,8 @@ class UnsupportedModel(MinipuzzleError):
 
 
 class Infeasible(MinipuzzleError):
-    """No architecture of the space meets the budget; the message names the tightest that one does."""
+    """No architecture of the space meets the budget; the message names the tightest that one
+    does."""
 
     exit_code = 4
 

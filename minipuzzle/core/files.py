@@ -1,8 +1,10 @@
-"""Files: what is read has limits, what is written is whole, and errors of other libraries become ours.
+"""Files: what is read has limits, what is written is whole, and errors of other libraries become
+ours.
 
-Everything that is read here may come from a stranger: a config.json, an index, a recipe, a CSV, the header of a
-safetensors file. So a file must be a regular one (a FIFO would be waited for for ever), not larger than its limit, and
-JSON and YAML not deeper than DEPTH. Nothing that is read can run code: JSON, safetensors and plain YAML only.
+Everything that is read here may come from a stranger: a config.json, an index, a recipe, a CSV, the
+header of a safetensors file. So a file must be a regular one (a FIFO would be waited for for ever),
+not larger than its limit, and JSON and YAML not deeper than DEPTH. Nothing that is read can run
+code: JSON, safetensors and plain YAML only.
 
     reading(path)                 a block whose foreign errors become ours       `our_error` says which becomes what
     machine_errors(folder)        a verb, in which only those of the machine do
@@ -58,15 +60,16 @@ _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a so
           stat.S_IFBLK: "a device"}
 
 
-# errors -----------------------------------------------------------------------------------------------
+# errors
+# -----------------------------------------------------------------------------------------------
 
 
 def our_error(error: BaseException, path: Path | str, corrupt: type[MinipuzzleError] = CorruptArtifact,
               hint: str = "") -> MinipuzzleError:
     """What an error of Python or of a library about the file `path` means for the user.
 
-    ResourceError: disk or memory. InputError: the path leads nowhere, or may not be read. `corrupt`: all else, which
-    is about what the file holds; `hint` says what to do then.
+    ResourceError: disk or memory. InputError: the path leads nowhere, or may not be read.
+    `corrupt`: all else, which is about what the file holds; `hint` says what to do then.
     """
     if isinstance(error, MinipuzzleError):
         return error
@@ -84,7 +87,8 @@ def our_error(error: BaseException, path: Path | str, corrupt: type[MinipuzzleEr
 
 @contextmanager
 def reading(path: Path | str, corrupt: type[MinipuzzleError] = CorruptArtifact, hint: str = "") -> Iterator[None]:
-    """A block that reads `path`: foreign errors become ours (`our_error`). Keep it small: bugs in it are hidden too."""
+    """A block that reads `path`: foreign errors become ours (`our_error`). Keep it small: bugs in
+    it are hidden too."""
     try:
         yield
     except (OSError, MemoryError, *_CONTENT) as error:
@@ -93,7 +97,8 @@ def reading(path: Path | str, corrupt: type[MinipuzzleError] = CorruptArtifact, 
 
 @contextmanager
 def machine_errors(folder: Path | str) -> Iterator[None]:
-    """A block that works in `folder`: what the machine says of its disks and memory becomes a ResourceError, wherever
+    """A block that works in `folder`: what the machine says of its disks and memory becomes a
+    ResourceError, wherever
     it came up. All else passes: it is a bug."""
     try:
         yield
@@ -104,7 +109,8 @@ def machine_errors(folder: Path | str) -> Iterator[None]:
 
 
 def _errno(error: BaseException) -> int:
-    """The system's number of an error; 0 if it has none. safetensors only writes it into its message."""
+    """The system's number of an error; 0 if it has none. safetensors only writes it into its
+    message."""
     if isinstance(error, OSError):
         return error.errno or 0
     if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
@@ -133,7 +139,8 @@ def _shown(path: Path | str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-# reading ----------------------------------------------------------------------------------------------
+# reading
+# ----------------------------------------------------------------------------------------------
 
 
 def check_regular(path: Path | str) -> int:
@@ -186,7 +193,8 @@ def parse_json(text: str | bytes, name: Path | str, corrupt: type[MinipuzzleErro
     """The JSON of a text that comes from `name`.
 
     Raises:
-        corrupt: not JSON, another top level, nested deeper than DEPTH, a key given twice, a number of thousands of
+        corrupt: not JSON, another top level, nested deeper than DEPTH, a key given twice, a number
+        of thousands of
             digits, half of a surrogate pair.
     """
     try:
@@ -245,7 +253,8 @@ def _check_depth(data: Any) -> None:
 @contextmanager
 def open_tensors(path: Path, framework: str = "pt", device: str = "cpu", hint: str = "fetch the file again",
                  ) -> Iterator[Any]:
-    """A safetensors file, open for the block. The library checks the header: sizes, dtypes, overlaps, offsets.
+    """A safetensors file, open for the block. The library checks the header: sizes, dtypes,
+    overlaps, offsets.
 
     Raises:
         InputError, ResourceError: see `check_regular`.
@@ -256,12 +265,14 @@ def open_tensors(path: Path, framework: str = "pt", device: str = "cpu", hint: s
         yield file
 
 
-# writing ----------------------------------------------------------------------------------------------
+# writing
+# ----------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write `path` under; where the block ends the file is flushed and renamed, and so is whole.
+    """A temporary name to write `path` under; where the block ends the file is flushed and renamed,
+    and so is whole.
 
     Raises:
         InputError: something that is no file has the name: a device must not become one.
@@ -293,7 +304,8 @@ def flush_to_disk(path: Path) -> None:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Give a finished folder its name, in place of an older one, which is not deleted before the new one is there.
+    """Give a finished folder its name, in place of an older one, which is not deleted before the
+    new one is there.
 
     Killed in between, the older one is at TARGET.old; `restore_folder` brings it back.
     """
@@ -307,7 +319,8 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def restore_folder(target: Path) -> None:
-    """After a kill inside `replace_folder`: the older folder under its name again, or deleted where it has followed."""
+    """After a kill inside `replace_folder`: the older folder under its name again, or deleted where
+    it has followed."""
     older = _older(target)
     if older.is_dir() and not target.exists():
         os.replace(older, target)
@@ -329,7 +342,8 @@ def write_json(path: Path, data: Any) -> None:
     write_atomic(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
-# JSON with a hash of itself ---------------------------------------------------------------------------
+# JSON with a hash of itself
+# ---------------------------------------------------------------------------
 
 
 def write_sealed(path: Path, data: dict[str, Any], indent: int | None = None) -> None:

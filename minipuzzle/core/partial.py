@@ -1,6 +1,8 @@
-"""Work done sample by sample, kept while it lasts: a file for each batch of samples, whole or absent.
+"""Work done sample by sample, kept while it lasts: a file for each batch of samples, whole or
+absent.
 
-A run that was stopped finds its batches again and counts no sample twice; several processes write into one folder.
+A run that was stopped finds its batches again and counts no sample twice; several processes write
+into one folder.
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ from pathlib import Path
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
-# what numpy and zipfile raise about a file of which bytes are missing or changed; a batch has a checksum
+# what numpy and zipfile raise about a file of which bytes are missing or changed; a batch has a
+# checksum
 _NOT_WHOLE = (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, struct.error, zlib.error,
               zipfile.BadZipFile)
 
 
 class Partial:
-    """A folder of batches `FIRST-STOP.npz`, of one piece of work; with no folder nothing is kept."""
+    """A folder of batches `FIRST-STOP.npz`, of one piece of work; with no folder nothing is
+    kept."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder

@@ -1,6 +1,8 @@
-"""Published models by name: their configurations, as data of the package (published.json), each with its source.
+"""Published models by name: their configurations, as data of the package (published.json), each
+with its source.
 
-Written from what NVIDIA published; that they are right is known from the parameter counts (tests/test_published.py).
+Written from what NVIDIA published; that they are right is known from the parameter counts
+(tests/test_published.py).
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from minipuzzle.core.files import read_json
 
 
 def published(name: str) -> dict[str, Any]:
-    """The config.json of a published model, as a new dict: "nemotron-h-56b", ...; upper and lower case are one.
+    """The config.json of a published model, as a new dict: "nemotron-h-56b", ...; upper and lower
+    case are one.
 
     Raises:
         InputError: no such name; the message has the nearest.
@@ -41,7 +44,8 @@ def published_source(name: str) -> str:
 
 
 def find_config(model: str) -> dict[str, Any]:
-    """The configuration that MODEL means: of a folder or a config.json if there is one, else of a published name.
+    """The configuration that MODEL means: of a folder or a config.json if there is one, else of a
+    published name.
 
     Raises:
         InputError: it is neither.

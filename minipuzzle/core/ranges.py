@@ -1,4 +1,5 @@
-"""Ranges as a recipe writes them: a number, `[low, high]` or `[low, high, step]`; "0.5x" is a part of the parent."""
+"""Ranges as a recipe writes them: a number, `[low, high]` or `[low, high, step]`; "0.5x" is a part
+of the parent."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ _RELATIVE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*x\s*")
 
 
 def parse_range(name: str, value: Any) -> list[int | Fraction]:
-    """[low, high] or [low, high, step] of a range as a recipe writes it: integers, and Fractions of the parent.
+    """[low, high] or [low, high, step] of a range as a recipe writes it: integers, and Fractions of
+    the parent.
 
     Raises:
         InputError: something that is no range of any parent.

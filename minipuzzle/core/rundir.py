@@ -1,9 +1,10 @@
-"""RunDir: a run on disk. Stages with manifests, so that the same command continues where it stopped.
+"""RunDir: a run on disk. Stages with manifests, so that the same command continues where it
+stopped.
 
-A stage is done if its manifest exists, its inputs are the ones asked for now, and its files are as they were written:
-by size and time where a finished stage is skipped, by the hash of every byte where the time differs and in `verify`.
-Files are written under a temporary name, flushed to disk and renamed; the manifest is last. One process at a time: a
-lock is held while the object lives.
+A stage is done if its manifest exists, its inputs are the ones asked for now, and its files are as
+they were written: by size and time where a finished stage is skipped, by the hash of every byte
+where the time differs and in `verify`. Files are written under a temporary name, flushed to disk
+and renamed; the manifest is last. One process at a time: a lock is held while the object lives.
 
     RUN/run.json            what the run is; its `stages` list is for people
     RUN/stages/NAME.json    {stage, inputs, files, seconds, sha256}: the truth about a stage
@@ -27,8 +28,8 @@ PIECES, PIECE_BYTES = 64, 2**16  # what `sampled_hash` reads of a file
 
 
 def sampled_hash(path: Path) -> str:
-    """Hash of a file's size and of up to 64 pieces of 64 KiB spread over it (all of it up to 4 MiB): tells a foreign
-    file again without reading all of it."""
+    """Hash of a file's size and of up to 64 pieces of 64 KiB spread over it (all of it up to 4
+    MiB): tells a foreign file again without reading all of it."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -93,7 +94,8 @@ class RunDir:
             self._lock.close()
 
     def discard_unused(self) -> None:
-        """Remove the run if no stage of it was ever finished: a refused request leaves nothing behind."""
+        """Remove the run if no stage of it was ever finished: a refused request leaves nothing
+        behind."""
         if self._lock is not None and not any((self.path / "stages").iterdir()):
             shutil.rmtree(self.path)
 
@@ -109,7 +111,8 @@ class RunDir:
         (self.path / "stages").mkdir()
         write_sealed(self.path / "run.json", {"schema": 1})
 
-    # stages ----------------------------------------------------------------------------------------
+    # stages
+    # ----------------------------------------------------------------------------------------
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """The manifest of a finished stage, or None.
@@ -132,7 +135,8 @@ class RunDir:
     def is_done(self, stage: str, inputs: dict[str, Any]) -> bool:
         """Whether the stage is finished with these inputs and its files are as they were written.
 
-        A file of the same size and time is taken for the same one; another time, as in a copy, has it hashed.
+        A file of the same size and time is taken for the same one; another time, as in a copy, has
+        it hashed.
 
         Raises:
             CorruptArtifact: finished, but its manifest is damaged, or a file is missing or changed.
@@ -144,7 +148,8 @@ class RunDir:
         return True
 
     def verify(self, stage: str) -> dict[str, Any] | None:
-        """The manifest of a finished stage, after every byte of its files was compared; None if it is not finished.
+        """The manifest of a finished stage, after every byte of its files was compared; None if it
+        is not finished.
 
         Raises:
             CorruptArtifact: its manifest is damaged, or a file is missing or changed.
@@ -177,7 +182,8 @@ class RunDir:
         (self.path / "stages" / f"{stage}.json").unlink(missing_ok=True)
 
     def differences(self, stage: str, inputs: dict[str, Any]) -> list[str]:
-        """`key: old -> new` for each input of a finished stage that is asked for differently now."""
+        """`key: old -> new` for each input of a finished stage that is asked for differently
+        now."""
         manifest = self.manifest(stage)
         if manifest is None:
             return []
@@ -191,7 +197,8 @@ def _just_begun(path: Path) -> bool:
 
 
 def _lost_its_name(path: Path) -> bool:
-    """Whether a folder without run.json has the manifest of a stage: a run whose run.json was deleted."""
+    """Whether a folder without run.json has the manifest of a stage: a run whose run.json was
+    deleted."""
     for file in path.glob("stages/*.json"):
         with contextlib.suppress(MinipuzzleError):
             if read_sealed(file, "").get("stage") == file.stem:

@@ -1,7 +1,7 @@
 """LayerScores and WidthScores: what was measured about layers and channels, with standard errors.
 
-`scores/layers.csv` is the layer table as a spreadsheet reads it; `search --scores` takes any such CSV
-with `layer,kind` and one metric column.
+`scores/layers.csv` is the layer table as a spreadsheet reads it; `search --scores` takes any such
+CSV with `layer,kind` and one metric column.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ COLUMNS = ("layer", "kind", "mse", "mse_stderr", "nmse", "kl", "kl_stderr", "los
 
 @dataclass(frozen=True)
 class LayerScores:
-    """One row per layer of the parent: `table` has COLUMNS (a CSV from elsewhere may have fewer), and from iterative
-    scoring `order`, the place in which the layer went (1 first, NaN never).
+    """One row per layer of the parent: `table` has COLUMNS (a CSV from elsewhere may have fewer),
+    and from iterative scoring `order`, the place in which the layer went (1 first, NaN never).
 
-    `interactions`: "mse" and "kl" -> [layers, layers], what pairs of layers do together (importance/layers.py).
-    `samples`: what each sample says, for the errors of sums: a metric -> [samples, layers], "pairs_mse" and "pairs_kl"
-    -> [samples, layers, layers], NaN where a race did not look; "added_METRIC" as in the table.
+    `interactions`: "mse" and "kl" -> [layers, layers], what pairs of layers do together
+    (importance/layers.py).
+    `samples`: what each sample says, for the errors of sums: a metric -> [samples, layers],
+    "pairs_mse" and "pairs_kl" -> [samples, layers, layers], NaN where a race did not look;
+    "added_METRIC" as in the table.
     """
 
     table: pd.DataFrame
@@ -59,14 +61,14 @@ class LayerScores:
 
     @property
     def order(self) -> np.ndarray | None:
-        """[layers] the place in which iterative scoring let each go. It also writes `added_METRIC`: another's `order`
-        is an extra column."""
+        """[layers] the place in which iterative scoring let each go. It also writes `added_METRIC`:
+        another's `order` is an extra column."""
         ours = any(f"added_{name}" in self.table.columns for name in LAYER_METRICS)
         return _numbers(self.table["order"]) if ours and "order" in self.table.columns else None
 
     def added(self, name: str) -> np.ndarray | None:
-        """[layers] what the removal of each added to the damage of those that went before it; NaN where it stayed, None
-        where this metric was not scored iteratively."""
+        """[layers] what the removal of each added to the damage of those that went before it; NaN
+        where it stayed, None where this metric was not scored iteratively."""
         return _numbers(self.table[f"added_{name}"]) if f"added_{name}" in self.table.columns else None
 
     @property
@@ -132,10 +134,11 @@ def _numbers(column: pd.Series) -> np.ndarray:
 
 @dataclass(frozen=True)
 class WidthScores:
-    """Activation scores: the L2 over samples of mean |x| (Group-Aware SSM Pruning, arXiv:2504.11409, eq. 19).
+    """Activation scores: the L2 over samples of mean |x| (Group-Aware SSM Pruning,
+    arXiv:2504.11409, eq. 19).
 
-    hidden: [D], summed over layers. layers: place -> layer -> scores, with a dimension for each axis that the family
-    scores there; "ffn" [F], "mamba" [heads, channels].
+    hidden: [D], summed over layers. layers: place -> layer -> scores, with a dimension for each
+    axis that the family scores there; "ffn" [F], "mamba" [heads, channels].
     """
 
     hidden: np.ndarray
@@ -174,14 +177,15 @@ class WidthScores:
 class WidthCurves:
     """What one axis alone costs at a few widths: measured by slicing the whole model, no training.
 
-    `table` has axis, width, and the layer metrics with their standard errors, against the full model; in the same
-    units as LayerScores, so that both may be added.
+    `table` has axis, width, and the layer metrics with their standard errors, against the full
+    model; in the same units as LayerScores, so that both may be added.
     """
 
     table: pd.DataFrame
 
     def damage(self, axis: str, metric: str, widths: np.ndarray, parent_width: int) -> np.ndarray:
-        """[n] damage at `widths`: linear between measured widths, 0 at the parent's, constant below the smallest."""
+        """[n] damage at `widths`: linear between measured widths, 0 at the parent's, constant below
+        the smallest."""
         rows = self.table[self.table["axis"] == axis]
         x = np.append(rows["width"].to_numpy(float), parent_width)
         y = np.append(rows[metric].to_numpy(float), 0.0)

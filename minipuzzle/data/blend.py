@@ -9,13 +9,15 @@ import numpy as np
 
 from minipuzzle.data.blocks import Blocks, TokenBlocks
 
-# Blocks of one round of the training order: each source has its exact share of a round, in random places.
+# Blocks of one round of the training order: each source has its exact share of a round, in random
+# places.
 ROUND = 1000
 
 
 @dataclass(frozen=True)
 class BlendedBlocks(Blocks):
-    """Blocks of `parts`, numbered one part after the other; `weights` are their shares of the training tokens."""
+    """Blocks of `parts`, numbered one part after the other; `weights` are their shares of the
+    training tokens."""
 
     parts: tuple[TokenBlocks, ...]
     weights: tuple[float, ...]
@@ -43,7 +45,8 @@ class BlendedBlocks(Blocks):
         return np.concatenate([p.first(n) for p, n in zip(self.parts, self.shares(count), strict=True) if n])
 
     def numbers(self, seed: int, first: int, count: int) -> list[int]:
-        """In every round of 1000 blocks each source has its share; a source's own blocks come once an epoch."""
+        """In every round of 1000 blocks each source has its share; a source's own blocks come once
+        an epoch."""
         shares, starts, out = self.shares(ROUND), self._starts, []
         for number in range(first // ROUND, (first + count - 1) // ROUND + 1):
             order = np.random.default_rng([seed, number, ROUND]).permutation(np.repeat(np.arange(len(shares)), shares))
@@ -57,7 +60,8 @@ class BlendedBlocks(Blocks):
         return out
 
     def shares(self, count: int) -> list[int]:
-        """`count` split by the weights, rounded so that it adds up; at least one for each source if it can be."""
+        """`count` split by the weights, rounded so that it adds up; at least one for each source if
+        it can be."""
         exact = np.array(self.weights) * count
         shares = np.maximum(np.floor(exact), 1 if count >= len(self.parts) else 0)
         while shares.sum() != count:

@@ -54,12 +54,13 @@ class Blocks(ABC):
 
     @abstractmethod
     def first(self, count: int) -> np.ndarray:
-        """`count` blocks spread evenly over the first `spread_tokens` of the corpus (all of them if there are fewer),
-        int64 [count, T]; of one that has no end the first."""
+        """`count` blocks spread evenly over the first `spread_tokens` of the corpus (all of them if
+        there are fewer), int64 [count, T]; of one that has no end the first."""
 
     @abstractmethod
     def numbers(self, seed: int, first: int, count: int) -> list[int]:
-        """The blocks at places first, first + 1, ... of the training order, a function of the seed alone."""
+        """The blocks at places first, first + 1, ... of the training order, a function of the seed
+        alone."""
 
     @property
     @abstractmethod
@@ -70,13 +71,15 @@ class Blocks(ABC):
         return np.stack([self.block(i) for i in self.numbers(seed, step * size, size)])
 
     def mask(self, ids: np.ndarray) -> np.ndarray:
-        """Whether the place's next token belongs to its own document: false where the document's end is read."""
+        """Whether the place's next token belongs to its own document: false where the document's
+        end is read."""
         return np.full(ids.shape, True) if self.end_token is None else ids != self.end_token
 
 
 @dataclass(frozen=True)
 class TokenBlocks(Blocks):
-    """Blocks of consecutive tokens over a memory-mapped file. `tokens` is [n] of uint16 or uint32."""
+    """Blocks of consecutive tokens over a memory-mapped file. `tokens` is [n] of uint16 or
+    uint32."""
 
     tokens: np.ndarray
     sequence_length: int
@@ -125,16 +128,19 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
              progress: Callable[[int], None] = lambda done: None, also_held_out: tuple[str, ...] = (),
              enough: Mapping[str, int | None] | None = None, least: int = 1) -> None:
-    """Write `train.bin`, `held_out.bin` and, last, `tokens.json` into `folder`; do nothing if they are there.
+    """Write `train.bin`, `held_out.bin` and, last, `tokens.json` into `folder`; do nothing if they
+    are there.
 
-    `enough`: how many tokens of each split do, None for all there are; a split that it leaves out is not tokenised
-    (held_out must be there: what it lacks in a small corpus is taken from train). Left out itself: all of both. What a
-    split gets depends on its own limit alone, so that all verbs read the same blocks.
+    `enough`: how many tokens of each split do, None for all there are; a split that it leaves out
+    is not tokenised (held_out must be there: what it lacks in a small corpus is taken from train).
+    Left out itself: all of both. What a split gets depends on its own limit alone, so that all
+    verbs read the same blocks.
 
-    `identity` (a hash of the tokenizer) is recorded; a cache made with another one is made again. Stopped, it goes on
-    where it was, if the documents up to there are still the same (progress.json holds their hash). `progress` hears
-    the number of documents done. In a small corpus the hash may choose too few documents for `least` tokens, a block:
-    then those with the lowest hashes are held out too (`also_held_out`), at most half of all.
+    `identity` (a hash of the tokenizer) is recorded; a cache made with another one is made again.
+    Stopped, it goes on where it was, if the documents up to there are still the same (progress.json
+    holds their hash). `progress` hears the number of documents done. In a small corpus the hash may
+    choose too few documents for `least` tokens, a block: then those with the lowest hashes are held
+    out too (`also_held_out`), at most half of all.
     """
     manifest, part = folder / "tokens.json", folder / "progress.json"
     limits = dict.fromkeys(SPLITS) if enough is None else dict(enough)
@@ -260,7 +266,8 @@ def _hash_start(path: Path, size: int) -> Any:
 
 
 def _made_before(folder: Path) -> dict[str, Any] | None:
-    """What tokens.json tells of tokens that are still as they were written, every byte; else None: made again."""
+    """What tokens.json tells of tokens that are still as they were written, every byte; else None:
+    made again."""
     try:
         about = read_sealed(folder / "tokens.json", "")
         if all(content_hash(folder / f"{split}.bin") == wanted for split, wanted in about["hashes"].items()):
@@ -271,7 +278,8 @@ def _made_before(folder: Path) -> dict[str, Any] | None:
 
 
 def _begun_before(part: Path) -> dict[str, Any]:
-    """What progress.json tells, which is checked by its hash of the documents; empty if it is damaged or not there."""
+    """What progress.json tells, which is checked by its hash of the documents; empty if it is
+    damaged or not there."""
     try:
         return read_sealed(part, "")
     except MinipuzzleError:

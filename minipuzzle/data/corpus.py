@@ -1,13 +1,15 @@
-"""Documents: the standard library's own source, a text, JSONL or parquet file or folder, or a data set of the Hub.
-Or a blend of several, `stdlib=0.7,my/texts=0.3`, whose weights are shares of the tokens.
+"""Documents: the standard library's own source, a text, JSONL or parquet file or folder, or a data
+set of the Hub. Or a blend of several, `stdlib=0.7,my/texts=0.3`, whose weights are shares of the
+tokens.
 
     stdlib                                         the source of Python's standard library
     hf:owner/name[:config][@revision][#split]      the only spelling that goes to the network; the split is train
     anything else                                  a path
 
-A document is (name, text). One in `HELD_OUT_EVERY` documents, chosen by the hash of its name, is set apart for
-evaluation and is never calibrated on or trained on. A long text file counts as several documents, cut at line ends;
-so does a short one that is all there is, for a part of it must be held out.
+A document is (name, text). One in `HELD_OUT_EVERY` documents, chosen by the hash of its name, is
+set apart for evaluation and is never calibrated on or trained on. A long text file counts as
+several documents, cut at line ends; so does a short one that is all there is, for a part of it must
+be held out.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ def check_sources(source: str) -> None:
     """Look at a source, or at each of a blend, before any work begins; nothing goes to the network.
 
     Raises:
-        InputError: nothing is there, or nothing that can be read; a Hub data set that is spelled wrongly.
+        InputError: nothing is there, or nothing that can be read; a Hub data set that is spelled
+        wrongly.
     """
     for name in parse_blend(source):
         if name.startswith(HUB):
@@ -164,7 +167,8 @@ def has_end(source: str) -> bool:
 
 
 def identity(source: str) -> str:
-    """What tells this state of the data from another: files with sizes and times, or the interpreter's version.
+    """What tells this state of the data from another: files with sizes and times, or the
+    interpreter's version.
 
     It is the same from every working directory. For a Hub data set it is the name alone.
     """
@@ -182,7 +186,8 @@ def identity(source: str) -> str:
 
 
 def absolute(source: str) -> str:
-    """The source with the absolute paths of what is there: it means the same from another working directory."""
+    """The source with the absolute paths of what is there: it means the same from another working
+    directory."""
     def one(name: str) -> str:
         known = name == "stdlib" or name.startswith(HUB) or not os.path.exists(name)
         return name if known else str(Path(name).absolute())
@@ -204,7 +209,8 @@ def _stdlib() -> Iterator[Document]:
 
 
 def _text(path: Path, name: str, least: int = 1) -> Iterator[Document]:
-    """In pieces of PIECE to 2 PIECE characters; shorter ones where there would be fewer than about `least`."""
+    """In pieces of PIECE to 2 PIECE characters; shorter ones where there would be fewer than about
+    `least`."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -1,9 +1,10 @@
-"""The held-out documents in two parts: what selects candidates and weights, and what the reported numbers come from.
+"""The held-out documents in two parts: what selects candidates and weights, and what the reported
+numbers come from.
 
-The longest document goes first, each to the part that has fewer tokens so far: the parts are of one size, hold
-documents of the same lengths, and share none. Where documents do not allow that (one is most of the text, or the
-tokenizer has no end of text), stretches of a sixteenth of the tokens take their place: then up to fifteen
-documents lie on both sides of a border.
+The longest document goes first, each to the part that has fewer tokens so far: the parts are of one
+size, hold documents of the same lengths, and share none. Where documents do not allow that (one is
+most of the text, or the tokenizer has no end of text), stretches of a sixteenth of the tokens take
+their place: then up to fifteen documents lie on both sides of a border.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ STRETCHES = 16
 
 
 def two_parts(blocks: Blocks, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(selection, final), int64 [n, T] each: `count` blocks spread evenly over each part, of all where there are fewer.
+    """(selection, final), int64 [n, T] each: `count` blocks spread evenly over each part, of all
+    where there are fewer.
 
     Of a blend each source is parted by itself, and has its share of both.
 

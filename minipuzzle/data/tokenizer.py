@@ -1,7 +1,7 @@
 """The tokenizer of a model folder, and what transformers raises about a folder, as ours.
 
-No code of the folder is run: where its tokenizer (or model) is a class of its own, transformers would ask on stdin
-whether to import it, unless `trust_remote_code` is False.
+No code of the folder is run: where its tokenizer (or model) is a class of its own, transformers
+would ask on stdin whether to import it, unless `trust_remote_code` is False.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ class Tokenizer(Protocol):
 def load_tokenizer(folder: Path, whole_documents: bool = True) -> Any:
     """The tokenizer of a model folder, tried on a few words; its configurations are tried too.
 
-    `whole_documents`: without the model's own maximum, for texts that are cut into blocks afterwards.
+    `whole_documents`: without the model's own maximum, for texts that are cut into blocks
+    afterwards.
 
     Raises:
         InputError: the folder has none.
-        UnsupportedModel: it is code of the folder, or of a class that this transformers does not have.
+        UnsupportedModel: it is code of the folder, or of a class that this transformers does not
+        have.
         CorruptArtifact: its files are damaged.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -76,7 +78,8 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 @contextmanager
 def stock_errors(folder: Path | str, what: str) -> Iterator[None]:
-    """A block in which transformers reads `what` of a folder: whatever it raises is about the folder.
+    """A block in which transformers reads `what` of a folder: whatever it raises is about the
+    folder.
 
     Its readers raise some forty classes, plain `Exception` and Rust's panics among them.
     """

@@ -1,12 +1,14 @@
 """Distillation: students learn their parent's logits.
 
-    loss = KL(teacher || student), summed over the vocabulary, mean over tokens, nats; other terms only if asked for
+    loss = KL(teacher || student), summed over the vocabulary, mean over tokens, nats; other terms
+    only if asked for
 
-(Nemotron-H arXiv:2504.03624, section 3; Minitron arXiv:2407.14679, table 8: KL alone is best.) AdamW, linear
-warm-up, cosine. The data of a step is a function of (seed, step), the state is written whole or not at all:
-stopping and resuming changes nothing, and may change the number of processes. A run may pause at a token count and go
-on from its own state: the tournament and the long run of its winner are one cosine. Several students can be trained
-in lock-step: the teacher reads each batch once for all of them.
+(Nemotron-H arXiv:2504.03624, section 3; Minitron arXiv:2407.14679, table 8: KL alone is best.)
+AdamW, linear warm-up, cosine. The data of a step is a function of (seed, step), the state is
+written whole or not at all: stopping and resuming changes nothing, and may change the number of
+processes. A run may pause at a token count and go
+on from its own state: the tournament and the long run of its winner are one cosine. Several
+students can be trained in lock-step: the teacher reads each batch once for all of them.
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
 
 SAVE_EVERY_S = 120.0
-# Tokens of one forward and backward pass: a step adds up the gradients of as many as its batch needs.
+# Tokens of one forward and backward pass: a step adds up the gradients of as many as its batch
+# needs.
 PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run did: tokens seen in all, seconds of this call, steps skipped, the step of the best evaluation."""
+    """What a run did: tokens seen in all, seconds of this call, steps skipped, the step of the best
+    evaluation."""
 
     tokens: int
     seconds: float
@@ -53,15 +57,18 @@ def distill_model(student: HybridLM, teacher: Model | Teacher | None, blocks: Bl
                   evaluate: Callable[[HybridLM], dict[str, float]] | None = None, evaluate_every: int = 0,
                   progress: Callable[[int, Row], None] = lambda tokens, row: None, layers: Sequence[int] = (),
                   ranks: Ranks | None = None, track: Callable[[Row], None] = lambda row: None) -> Trained:
-    """Train `student` in place up to `stop_at_tokens` of the budget; continue from `folder` if it holds a state.
+    """Train `student` in place up to `stop_at_tokens` of the budget; continue from `folder` if it
+    holds a state.
 
-    `folder` gets the state, the best weights, and metrics.jsonl. `evaluate(student)` looks before the first step, every
-    `evaluate_every` steps and at the end, and adds `eval_*` fields to the metrics of those steps; the weights with the
-    least `kl` (or `loss`) of them are kept as `best`. `progress` hears (tokens done, the metrics of the step), `track`
-    the metrics. Under several `ranks` each takes its part of every batch, and student and teacher are sharded.
+    `folder` gets the state, the best weights, and metrics.jsonl. `evaluate(student)` looks before
+    the first step, every `evaluate_every` steps and at the end, and adds `eval_*` fields to the
+    metrics of those steps; the weights with the least `kl` (or `loss`) of them are kept as `best`.
+    `progress` hears (tokens done, the metrics of the step), `track` the metrics. Under several
+    `ranks` each takes its part of every batch, and student and teacher are sharded.
 
     Raises:
-        InputError: settings that do not go together. Diverged: too many steps with a non-finite loss.
+        InputError: settings that do not go together. Diverged: too many steps with a non-finite
+        loss.
         CorruptArtifact: the state in `folder` cannot be read.
         Interrupted: raised by `progress`; the state has been saved.
     """
@@ -73,8 +80,8 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
                      settings: TrainSettings, stop_at_tokens: int | None = None, evaluate_every: int = 0,
                      progress: Callable[[int, Row], None] = lambda tokens, row: None, ranks: Ranks | None = None,
                      track: Callable[[Row], None] = lambda row: None) -> list[Trained]:
-    """`distill_model` for several students on the same batches: each learns what it would learn alone. `progress` hears
-    the metrics of the one with the least training loss.
+    """`distill_model` for several students on the same batches: each learns what it would learn
+    alone. `progress` hears the metrics of the one with the least training loss.
 
     One that diverges is left where it is, and says so (`Pupil.diverged`); the others go on.
 
@@ -146,7 +153,8 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
 
 
 def _agree(ranks: Ranks, signum: int, save: bool) -> tuple[int, bool]:
-    """What all processes do now: stop if one was told to, save when the main one's clock says so."""
+    """What all processes do now: stop if one was told to, save when the main one's clock says
+    so."""
     if ranks.size == 1:
         return signum, save
     votes = torch.tensor([signum, int(save and ranks.main)], device=ranks.device)
@@ -169,7 +177,7 @@ def _teacher(teacher: Model | Teacher | None, settings: TrainSettings, ranks: Ra
 
 
 def training_loss(row: Row) -> float:
-    """What the step minimised, from its metrics: the KL, or the next-token loss where there is no teacher; infinite
-    where it was not finite."""
+    """What the step minimised, from its metrics: the KL, or the next-token loss where there is no
+    teacher; infinite where it was not finite."""
     value = row["kl"] if "kl" in row else row["loss"]
     return math.inf if value is None else float(value)

@@ -1,13 +1,15 @@
-"""The losses, from hidden states and LM heads in chunks over tokens: neither logits nor their gradient outlive a chunk.
+"""The losses, from hidden states and LM heads in chunks over tokens: neither logits nor their
+gradient outlive a chunk.
 
-    kl(t) = sum_v p_v (log p_v - log q_v),  p = softmax(teacher's logits / tau),  q = softmax(student's / tau)
-    lm(t) = -log softmax(student's logits)[next token]
+    kl(t) = sum_v p_v (log p_v - log q_v),  p = softmax(teacher's logits / tau),  q =
+    softmax(student's / tau) lm(t) = -log softmax(student's logits)[next token]
     loss  = kl_scale sum_t kl(t) + lm_scale sum_t lm(t)                           nats
 
-Forward KL on logits only is the default (Nemotron-H, arXiv:2504.03624, section 3; Minitron, arXiv:2407.14679, eq. 5),
-without the factor tau squared. A teacher known by its top k words and the mass of the rest is compared on k + 1 events:
-the k words, and all others together. The gradient by the logits is (q - p) / tau in both cases; in the second, p of
-the rest is the teacher's mass spread as the student spreads its own.
+Forward KL on logits only is the default (Nemotron-H, arXiv:2504.03624, section 3; Minitron,
+arXiv:2407.14679, eq. 5), without the factor tau squared. A teacher known by its top k words and the
+mass of the rest is compared on k + 1 events: the k words, and all others together. The gradient by
+the logits is (q - p) / tau in both cases; in the second, p of the rest is the teacher's mass spread
+as the student spreads its own.
 
 Shapes: n tokens, D hidden, V vocabulary, K words of a cached teacher.
 """
@@ -24,7 +26,8 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class Target:
-    """What the teacher says of n tokens: activations and LM head, or its top words at the run's temperature.
+    """What the teacher says of n tokens: activations and LM head, or its top words at the run's
+    temperature.
 
     With `top_k` the head's distribution is reduced to its top words, as a cache would hold it.
     """
@@ -53,19 +56,21 @@ class Target:
 
 
 def top_words(log_p_nV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(words [n, k], their log-probabilities [n, k], log of the mass of all others [n], -inf if there is none)"""
+    """(words [n, k], their log-probabilities [n, k], log of the mass of all others [n], -inf if
+    there is none)"""
     log_p, words = log_p_nV.topk(k, dim=-1)
     return words, log_p, log_p_nV.scatter(-1, words, -torch.inf).logsumexp(-1)
 
 
 def chunk_tokens(vocab_size: int, device: torch.device) -> int:
-    """Tokens of a chunk: logits of about 2 MB on CPU, which stay in the cache, 1 GB elsewhere. At least 64, since the
-    head and its gradient are read once a chunk."""
+    """Tokens of a chunk: logits of about 2 MB on CPU, which stay in the cache, 1 GB elsewhere. At
+    least 64, since the head and its gradient are read once a chunk."""
     return max(64, (2**19 if device.type == "cpu" else 2**28) // vocab_size)
 
 
 def loss_kernel(vocab_size: int, device: torch.device) -> str:
-    """What computes the loss, for run.json. Liger's was slower on CPU (docs/results.md) and was not tried on a GPU."""
+    """What computes the loss, for run.json. Liger's was slower on CPU (docs/results.md) and was not
+    tried on a GPU."""
     return f"minipuzzle, {chunk_tokens(vocab_size, device)} tokens at a time"
 
 
@@ -145,10 +150,11 @@ class _ChunkedLoss(torch.autograd.Function):
 def distillation_loss(hidden_nD: torch.Tensor, head_VD: torch.Tensor, target: Target | None,
                       labels_n: torch.Tensor | None, *, kl_scale: float, lm_scale: float = 0.0,
                       temperature: float = 1.0, chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, [sum of kl, sum of lm] over the tokens, not scaled); the loss is differentiable in hidden and head.
+    """(loss, [sum of kl, sum of lm] over the tokens, not scaled); the loss is differentiable in
+    hidden and head.
 
-    `target` may be None if `kl_scale` is 0, `labels_n` if `lm_scale` is; a label of -1 has no lm term. With labels the
-    sum of lm is found whatever its scale; that of kl is 0 where its scale is.
+    `target` may be None if `kl_scale` is 0, `labels_n` if `lm_scale` is; a label of -1 has no lm
+    term. With labels the sum of lm is found whatever its scale; that of kl is 0 where its scale is.
     """
     loss, sums = _ChunkedLoss.apply(hidden_nD, head_VD, target, labels_n, temperature, kl_scale,  # type: ignore[no-untyped-call]
                                     lm_scale, chunk or chunk_tokens(len(head_VD), head_VD.device))

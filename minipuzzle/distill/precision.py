@@ -6,8 +6,9 @@ FP8 with per-tensor current scaling, hybrid format (Nemotron-H, arXiv:2504.03624
     y = q(x) q(w)' / (s_x s_w)                   x, w in E4M3
     dx = q(g) q(w) / (s_g s_w),  dw = q(g)' q(x) / (s_g s_x)       g in E5M2
 
-for every matrix product of a block but those of the first and last two layers, which stay bf16 with everything else.
-On a GPU the products are Transformer Engine's. The emulation on CPU multiplies the rounded values in bf16, which holds
+for every matrix product of a block but those of the first and last two layers, which stay bf16 with
+everything else. On a GPU the products are Transformer Engine's. The emulation on CPU multiplies the
+rounded values in bf16, which holds
 them exactly: it is for checking the recipe, not fast.
 """
 
@@ -51,7 +52,8 @@ def fp8_note(device: torch.device) -> str:
 
 
 def _engine() -> Any:
-    """The module transformer_engine, whose `pytorch` needs a GPU to be imported; InputError without it."""
+    """The module transformer_engine, whose `pytorch` needs a GPU to be imported; InputError without
+    it."""
     try:
         importlib.import_module("transformer_engine.pytorch")
         return importlib.import_module("transformer_engine")
@@ -61,7 +63,8 @@ def _engine() -> Any:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """What the forward pass runs under. RMSNorm, the scan and the losses stay float32 in all cases."""
+    """What the forward pass runs under. RMSNorm, the scan and the losses stay float32 in all
+    cases."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=torch.bfloat16)
 
 
@@ -69,7 +72,8 @@ def use_fp8(student: HybridLM, device: torch.device) -> None:
     """FP8 products in the blocks between the first and last two.
 
     Raises:
-        InputError: no layer lies between them; a weight's sides are no multiples of 16, which a GPU needs.
+        InputError: no layer lies between them; a weight's sides are no multiples of 16, which a GPU
+        needs.
     """
     inner = list(student.blocks)[EDGE_LAYERS:-EDGE_LAYERS]
     if not inner:
@@ -120,8 +124,9 @@ def _emulated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class EngineProduct:
     """x w' by Transformer Engine (extra `fp8`), on a GPU.
 
-    One te.Linear of each shape, without memory of its own: the weight of the call takes its parameter's place, so that
-    what is trained, sharded and saved stays the student's. Current scaling keeps no state between calls.
+    One te.Linear of each shape, without memory of its own: the weight of the call takes its
+    parameter's place, so that what is trained, sharded and saved stays the student's. Current
+    scaling keeps no state between calls.
     """
 
     def __init__(self) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """`tokens` is the whole budget and the length of the cosine; `batch_tokens` are the tokens of a step."""
+    """`tokens` is the whole budget and the length of the cosine; `batch_tokens` are the tokens of a
+    step."""
 
     tokens: int
     batch_tokens: int

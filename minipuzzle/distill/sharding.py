@@ -12,8 +12,9 @@ from minipuzzle.models.ranks import Ranks
 
 
 def shard(model: HybridLM, ranks: Ranks) -> None:
-    """Split the weights over the processes, block by block. Embeddings, last norm and LM head are one more part, whole
-    from the forward pass to the backward pass: the loss reads the head after the former."""
+    """Split the weights over the processes, block by block. Embeddings, last norm and LM head are
+    one more part, whole from the forward pass to the backward pass: the loss reads the head after
+    the former."""
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)

@@ -1,18 +1,20 @@
-"""Training states on disk, each whole or not there: one format for any number of processes, safetensors and JSON.
+"""Training states on disk, each whole or not there: one format for any number of processes,
+safetensors and JSON.
 
     FOLDER/state-STEP/rank-00000-of-00002.safetensors    what one process held of each tensor
     FOLDER/state-STEP/index.json                         {about, tensors, files, sha256}; written last
         tensors: name -> {dtype, shape, shards: [{file, offsets, shape}]}
         files:   name -> {bytes, sha256}
 
-Each process writes its own shards and reads only the parts that overlap with its own: N processes read what M wrote,
-and none holds a whole copy. The folder is written as `state.tmp`, flushed and renamed; earlier states are removed after
-that. Hashes are made from what was just written, and compared before anything is used: the processes that load a state
-share its files, so each is hashed by one of them. Weights of the best evaluation are kept the same way, as `best-STEP`.
-Tensors are named `model.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`.
+Each process writes its own shards and reads only the parts that overlap with its own: N processes
+read what M wrote, and none holds a whole copy. The folder is written as `state.tmp`, flushed and
+renamed; earlier states are removed after that. Hashes are made from what was just written, and
+compared before anything is used: the processes that load a state share its files, so each is hashed
+by one of them. Weights of the best evaluation are kept the same way, as `best-STEP`. Tensors are
+named `model.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`.
 
-Not torch.distributed.checkpoint: its metadata is a pickle. Its safetensors storage writes none, but has no hashes and
-nothing that says whether a sharded checkpoint is complete.
+Not torch.distributed.checkpoint: its metadata is a pickle. Its safetensors storage writes none, but
+has no hashes and nothing that says whether a sharded checkpoint is complete.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ REMEDY = "run with --redo, or delete it, to train again from the start"
 
 
 def save(folder: Path, name: str, tensors: Tensors, about: dict[str, Any], ranks: Ranks) -> None:
-    """Write tensors (plain ones are the main process's) and `about`, which holds `step`; remove what was there before.
+    """Write tensors (plain ones are the main process's) and `about`, which holds `step`; remove
+    what was there before.
 
     Raises:
         ResourceError: the disk is full, of any process: all raise it.
@@ -77,7 +80,8 @@ def find(folder: Path, name: str = "state") -> tuple[Path, dict[str, Any]] | Non
 
 
 def find_resumable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The latest state, if a training can go on from it: not if the best weights that it tells of are gone."""
+    """The latest state, if a training can go on from it: not if the best weights that it tells of
+    are gone."""
     found = find(folder)
     return None if found is not None and found[1].get("best") and find(folder, "best") is None else found
 
@@ -99,7 +103,8 @@ def verify(path: Path, ranks: Ranks | None = None) -> None:
 
 
 def load(path: Path, tensors: Tensors, ranks: Ranks | None = None) -> None:
-    """Fill `tensors` (plain or sharded) in place, after `verify`. Without `ranks` this process checks all files.
+    """Fill `tensors` (plain or sharded) in place, after `verify`. Without `ranks` this process
+    checks all files.
 
     Raises:
         CorruptArtifact: damaged, or the state of another student.
@@ -187,7 +192,8 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def _hashed(path: Path) -> dict[str, Any]:
-    """Of what was just written the pages are still in memory: 0.16 s for 300 MB, where writing took 0.7 s."""
+    """Of what was just written the pages are still in memory: 0.16 s for 300 MB, where writing took
+    0.7 s."""
     with reading(path), path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 

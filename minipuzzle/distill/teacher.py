@@ -1,11 +1,13 @@
-"""Teachers: a model in memory, alone or sharded with the student; or a cache of its top words on disk.
+"""Teachers: a model in memory, alone or sharded with the student; or a cache of its top words on
+disk.
 
     CACHE/teacher.json              what it was made from, and which blocks lie in which shard
     CACHE/shard-00000.safetensors   words [blocks, T, K], log_p [blocks, T, K] float16, log_rest [blocks, T] float16
 
-Log-probabilities are at the run's temperature; log_rest is the log of the mass of all other words. A token takes
-4 K + 2 bytes (6 K + 2 with more than 65,536 words). What K costs in quality: docs/distillation.md. A shard holds a hash
-of each of its blocks, which is compared whenever the block is read: no process hashes more than what it uses.
+Log-probabilities are at the run's temperature; log_rest is the log of the mass of all other words.
+A token takes 4 K + 2 bytes (6 K + 2 with more than 65,536 words). What K costs in quality:
+docs/distillation.md. A shard holds a hash of each of its blocks, which is compared whenever the
+block is read: no process hashes more than what it uses.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class Teacher(Protocol):
     """Says something about blocks of tokens."""
 
     def look(self, ids_BT: torch.Tensor, numbers: Sequence[int], layers: Sequence[int]) -> tuple[Target, Streams]:
-        """What it says of the B T tokens of these blocks, and the streams [B, T, D] that enter some of its layers."""
+        """What it says of the B T tokens of these blocks, and the streams [B, T, D] that enter some
+        of its layers."""
         ...
 
 
@@ -98,9 +101,11 @@ class CachedTeacher:
 
 def cache_teacher(folder: Path, teacher: Callable[[], Teacher], blocks: Blocks, wanted: Sequence[int],
                   key: dict[str, Any], ranks: Ranks, progress: Callable[[int], None] = lambda done: None) -> None:
-    """Write what `teacher()` says of the blocks `wanted`, but for those in `folder`; continues where it stopped.
+    """Write what `teacher()` says of the blocks `wanted`, but for those in `folder`; continues
+    where it stopped.
 
-    `key` says of what the cache is (teacher, data, top_k, temperature); the teacher is made only if a shard is missing.
+    `key` says of what the cache is (teacher, data, top_k, temperature); the teacher is made only if
+    a shard is missing.
 
     Raises:
         InputError: the folder is the cache of something else, or no cache.

@@ -32,8 +32,8 @@ def say(row: Row) -> str:
 
 
 def load_student(folder: Path, student: HybridLM, name: str = "state", ranks: Ranks | None = None) -> Row:
-    """Put the weights of the state in `folder` (or of its `best`) into `student`; what is known about it, with `step`.
-    All of its files are verified.
+    """Put the weights of the state in `folder` (or of its `best`) into `student`; what is known
+    about it, with `step`. All of its files are verified.
 
     Raises:
         CorruptArtifact: there is none, or it cannot be read.
@@ -46,8 +46,9 @@ def load_student(folder: Path, student: HybridLM, name: str = "state", ranks: Ra
 
 
 def load_best(folder: Path, student: HybridLM, ranks: Ranks | None = None) -> Row:
-    """Put the best weights that the looks saw into `student`, those before the first step among them; which they are:
-    `step` of `steps`, `kl` and `loss` there, and at the end `last_kl` and `last_loss` (null if not finite).
+    """Put the best weights that the looks saw into `student`, those before the first step among
+    them; which they are: `step` of `steps`, `kl` and `loss` there, and at the end `last_kl` and
+    `last_loss` (null if not finite).
 
     Raises:
         CorruptArtifact: no look found a finite number, or the weights cannot be read.

@@ -36,7 +36,8 @@ class Diverged(InputError):
 
 @dataclass
 class Pupil:
-    """A student with its folder. `layers`: the teacher's layer of each of its own, for the cosine on streams.
+    """A student with its folder. `layers`: the teacher's layer of each of its own, for the cosine
+    on streams.
     `evaluate`: a look at held-out blocks, with `kl` or `loss`. `looks`: what each found,
     by its step; the state keeps them under its hash. `diverged`: why its training was given up."""
 
@@ -53,7 +54,8 @@ class Pupil:
 
 @dataclass(frozen=True)
 class Batch:
-    """A process's part of a step, and the places of the whole step: with a KL, with a next token."""
+    """A process's part of a step, and the places of the whole step: with a KL, with a next
+    token."""
 
     ids_BT: torch.Tensor
     mask_BT: torch.Tensor
@@ -173,7 +175,8 @@ class Trainer:
         return row
 
     def evaluate(self, row: Row) -> None:
-        """Add what the pupil's look finds to the row, if it has one; keep the weights if they are the best so far."""
+        """Add what the pupil's look finds to the row, if it has one; keep the weights if they are
+        the best so far."""
         if self.pupil.evaluate is None:
             return
         found = self.pupil.evaluate(self.pupil.student)
@@ -191,7 +194,8 @@ class Trainer:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    # state -----------------------------------------------------------------------------------------
+    # state
+    # -----------------------------------------------------------------------------------------
 
     def _weights(self) -> state.Tensors:
         return {f"model.{name}": p.detach() for name, p in self.parameters.items()}
@@ -232,7 +236,8 @@ def _number(value: float) -> float | None:
 
 
 def _trim_metrics(path: Path, step: int) -> None:
-    """Drop rows after the saved state, and what a kill left half written: those steps will be made again."""
+    """Drop rows after the saved state, and what a kill left half written: those steps will be made
+    again."""
     if path.is_file():
         lines = path.read_text(errors="replace").splitlines()
         kept = [line for line in lines if _step_of(line) <= step]

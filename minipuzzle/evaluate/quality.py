@@ -1,4 +1,5 @@
-"""Measured quality on held-out blocks: of one model, or of hundreds of candidates in one walk over the parent."""
+"""Measured quality on held-out blocks: of one model, or of hundreds of candidates in one walk over
+the parent."""
 
 from __future__ import annotations
 
@@ -30,9 +31,11 @@ _VALUES = ("loss", "kl", "accuracy", "agreement")
 
 
 class Reference:
-    """The parent's final activations on the evaluation blocks, computed once for all that are measured one by one.
+    """The parent's final activations on the evaluation blocks, computed once for all that are
+    measured one by one.
 
-    `stream_bytes`: memory for the streams of a parent that is read from the disk; left out: what is fastest.
+    `stream_bytes`: memory for the streams of a parent that is read from the disk; left out: what is
+    fastest.
     """
 
     def __init__(self, source: Source, ids_NT: torch.Tensor, stream_bytes: int | None = None) -> None:
@@ -62,14 +65,14 @@ class Reference:
 
 
 def measure(model: Model, reference: Reference) -> dict[str, float]:
-    """loss (nats per token), accuracy, kl to the reference (nats per token), agreement; loss, kl, and the difference of
-    the loss to the reference's with stderr."""
+    """loss (nats per token), accuracy, kl to the reference (nats per token), agreement; loss, kl,
+    and the difference of the loss to the reference's with stderr."""
     return reference.compare(model.arch, model.head, lambda first, ids: final_hidden(model, ids))
 
 
 def check_finite(quality: Mapping[str, float], name: object, model: Model, ids_NT: torch.Tensor) -> None:
-    """Raise CorruptArtifact if a loss or a KL of the model called `name` is not finite; it names the layer where that
-    begins."""
+    """Raise CorruptArtifact if a loss or a KL of the model called `name` is not finite; it names
+    the layer where that begins."""
     if all(math.isfinite(quality[key]) for key in ("loss", "kl") if key in quality):
         return
     try:
@@ -83,7 +86,8 @@ def check_finite(quality: Mapping[str, float], name: object, model: Model, ids_N
 def measure_paths(parts: Parts, full: Path, paths: Sequence[Path], run: Pass) -> list[dict[str, float]]:
     """`measure` of every path against the full model, in one pass.
 
-    Each is what its written checkpoint would give: the parts are cut and rounded as surgery writes them.
+    Each is what its written checkpoint would give: the parts are cut and rounded as surgery writes
+    them.
     """
     def make(first: int, ids_BT: torch.Tensor) -> Arrays:
         reference, *hidden = walk(parts, [full, *paths], ids_BT)
@@ -102,10 +106,11 @@ def _values(found: Sequence[TokenMetrics]) -> np.ndarray:
 
 
 def summary(values: np.ndarray, parent_losses: np.ndarray) -> dict[str, float]:
-    """Means over samples of [value, sample], with standard errors of loss and kl; and the loss minus the parent's.
+    """Means over samples of [value, sample], with standard errors of loss and kl; and the loss
+    minus the parent's.
 
-    That difference is paired: its standard error is of the differences sample by sample, from which most of what makes
-    a text easy or hard has gone.
+    That difference is paired: its standard error is of the differences sample by sample, from which
+    most of what makes a text easy or hard has gone.
     """
     rows = dict(zip(_VALUES, values, strict=True))
     rows["loss_minus_parent"] = rows["loss"] - parent_losses

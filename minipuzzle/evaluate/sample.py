@@ -1,4 +1,5 @@
-"""Greedy continuation, for a look at what a model writes. Recomputes the prefix: for short samples only."""
+"""Greedy continuation, for a look at what a model writes. Recomputes the prefix: for short samples
+only."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Architecture: the layers and widths of a hybrid language model, and their spelling in a config.json.
+"""Architecture: the layers and widths of a hybrid language model, and their spelling in a
+config.json.
 
-A pattern is the string of the blocks, one character a layer: a letter of the family's kinds. A block has its norm and
-its residual; a decoder layer of the dense family `nemotron` is two of them.
+A pattern is the string of the blocks, one character a layer: a letter of the family's kinds. A
+block has its norm and its residual; a decoder layer of the dense family `nemotron` is two of them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from minipuzzle.families.base import HIDDEN, Config, Dims, Family, Sizes, length
 class Architecture:
     """Layers and widths, all as they are built, none left to a default of others.
 
-    `ffn_size` is one number, or one for each layer that has it, in order. `mtp_pattern` are the multi-token-prediction
-    depths, joined by `/`: no part of the layers. The sizes of experts are those of every MoE layer; without one they
-    are 0.
+    `ffn_size` is one number, or one for each layer that has it, in order. `mtp_pattern` are the
+    multi-token-prediction depths, joined by `/`: no part of the layers. The sizes of experts are
+    those of every MoE layer; without one they are 0.
 
     Raises:
         UnsupportedModel: no such family or kind of layer, sizes that do not divide.
@@ -60,7 +61,8 @@ class Architecture:
     def family(self) -> Family:
         return registry.family_of(self.model_type)
 
-    # layers ----------------------------------------------------------------------------------------
+    # layers
+    # ----------------------------------------------------------------------------------------
 
     @property
     def num_layers(self) -> int:
@@ -78,7 +80,8 @@ class Architecture:
         return len(self.units)
 
     def layers_of(self, unit: str) -> tuple[int, ...]:
-        """0-based indices of the layers of a kind; for a run of kinds, of the first layer of each such unit."""
+        """0-based indices of the layers of a kind; for a run of kinds, of the first layer of each
+        such unit."""
         if len(unit) > 1:
             return tuple(layers[0] for found, layers in self.units if found == unit)
         return tuple(i for i, k in enumerate(self.pattern) if k == unit)
@@ -88,7 +91,8 @@ class Architecture:
         return {i for _, unit in self.units if layers & set(unit) for i in unit} if self.family.units else layers
 
     def keep(self, layers: tuple[int, ...]) -> Architecture:
-        """The architecture with only these layers, in their order, and without MTP, which was made for all of them."""
+        """The architecture with only these layers, in their order, and without MTP, which was made
+        for all of them."""
         pattern = "".join(self.pattern[i] for i in layers)
         kinds = self.family.kinds
         used = frozenset[str]().union(*(kinds[k].axes for k in pattern))
@@ -102,10 +106,12 @@ class Architecture:
                 changes[field.name] = field.default  # of a kind of layer that is gone
         return dataclasses.replace(self, pattern=pattern, mtp_pattern="", **changes)
 
-    # sizes -----------------------------------------------------------------------------------------
+    # sizes
+    # -----------------------------------------------------------------------------------------
 
     def sizes(self, layer: int | None = None) -> Sizes:
-        """Every field by name; of a layer, its own width where layers differ, and 0 if it has none."""
+        """Every field by name; of a layer, its own width where layers differ, and 0 if it has
+        none."""
         values = vars(self)
         if layer is None or not any(isinstance(v, tuple) for v in values.values()):
             return values
@@ -142,7 +148,8 @@ class Architecture:
         return dict(self.family.kinds[self.pattern[layer]].weights(vars(self)))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name on disk -> shape, for the whole model: what a checkpoint must hold, no more, no less."""
+        """Name on disk -> shape, for the whole model: what a checkpoint must hold, no more, no
+        less."""
         sizes = self.sizes()
         out = {name: tuple(length(d, sizes) for d in dims) for name, dims in self.top_weights().items()}
         for i in range(self.num_layers):
@@ -161,7 +168,8 @@ class Architecture:
                  if axis.text and name in used and values[name]]
         return f"{self.num_layers} layers ({counts}), {', '.join(parts)}"
 
-    # json ------------------------------------------------------------------------------------------
+    # json
+    # ------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
         return {n: list(v) if isinstance(v, tuple) else v for n, v in vars(self).items()}
@@ -171,19 +179,22 @@ class Architecture:
         values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items()}
         return cls(**values)
 
-    # config.json -----------------------------------------------------------------------------------
+    # config.json
+    # -----------------------------------------------------------------------------------
 
     @classmethod
     def from_config(cls, config: Config) -> Architecture:
         """Read a Hugging Face config.json of one of the families, in any spelling.
 
         Raises:
-            UnsupportedModel: another family, sizes that are no numbers or do not divide, unknown layers.
+            UnsupportedModel: another family, sizes that are no numbers or do not divide, unknown
+            layers.
         """
         return cls(**registry.family_of(config.get("model_type")).read(config))
 
     def to_config(self, parent: Config) -> Config:
-        """The parent's config.json with this architecture, in the spelling that all engines read (docs/method.md).
+        """The parent's config.json with this architecture, in the spelling that all engines read
+        (docs/method.md).
 
         Raises:
             UnsupportedModel: a family or layers that cannot be pruned, widths that differ.
@@ -192,7 +203,8 @@ class Architecture:
             raise UnsupportedModel(self.refusal)
         return self.family.write(vars(self), parent)
 
-    # what can be done with it ----------------------------------------------------------------------
+    # what can be done with it
+    # ----------------------------------------------------------------------
 
     @property
     def refusal(self) -> str:
@@ -206,8 +218,8 @@ class Architecture:
         return ""
 
     def check_prunable(self, config: Config) -> None:
-        """Raise UnsupportedModel if the model of this config.json cannot be pruned: see `refusal`, or a setting that
-        is not computed."""
+        """Raise UnsupportedModel if the model of this config.json cannot be pruned: see `refusal`,
+        or a setting that is not computed."""
         if self.refusal:
             raise UnsupportedModel(self.refusal)
         for key, (value, why) in self.family.needed.items():

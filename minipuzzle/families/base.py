@@ -1,14 +1,18 @@
-"""What a model family is, as data: kinds of layers, named axes, and how a checkpoint spells them. No torch here.
+"""What a model family is, as data: kinds of layers, named axes, and how a checkpoint spells them.
+No torch here.
 
-An *axis* is a size of the Architecture: its field, its name in candidates.json, and where it can be cut its key in a
-recipe's `space`. Each dimension of each weight is a sum of products of axes, written as text:
+An *axis* is a size of the Architecture: its field, its name in candidates.json, and where it can be
+cut its key in a recipe's `space`. Each dimension of each weight is a sum of products of axes,
+written as text:
 
     "mixer.up_proj.weight": ("ffn_size", "hidden_size")
-    "mixer.conv1d.weight":  ("mamba_num_heads * mamba_head_dim + 2 * n_groups * state_size", "1", "conv_kernel")
+    "mixer.conv1d.weight":  ("mamba_num_heads * mamba_head_dim + 2 * n_groups * state_size", "1",
+    "conv_kernel")
 
-The shapes that a checkpoint must have, the index lists of a cut (families/selection.py) and every cost
-(families/cost.py) follow from this table. `a|b` is axis a, or b in a model where a is 0. A name such as
-`experts.{num_experts}.up_proj.weight` stands for one weight for each index of that axis.
+The shapes that a checkpoint must have, the index lists of a cut (families/selection.py) and every
+cost (families/cost.py) follow from this table. `a|b` is axis a, or b in a model where a is 0. A
+name such as `experts.{num_experts}.up_proj.weight` stands for one weight for each index of that
+axis.
 
 docs/adding-a-family.md walks through a family of one's own.
 """
@@ -32,7 +36,8 @@ HIDDEN = "hidden_size"  # the axis of the residual stream, which every family ha
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
-# dimensions -----------------------------------------------------------------------------------------
+# dimensions
+# -----------------------------------------------------------------------------------------
 
 
 @cache
@@ -89,18 +94,21 @@ def axes_of(dim: str) -> set[str]:
     return {axis for _, names in terms(dim) for name in names for axis in name.split("|")}
 
 
-# the tables -----------------------------------------------------------------------------------------
+# the tables
+# -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Mixer:
-    """A function of the normed stream and all that is known of it without torch. families/blocks.py has some."""
+    """A function of the normed stream and all that is known of it without torch. families/blocks.py
+    has some."""
 
     name: str  # of the function in families/mixers.py
     weights: Mapping[str, Dims]
     writes: tuple[str, str]  # the matrix that writes to the stream, and the probe's place of its input
     reads: tuple[str, ...]  # the matrices that read the norm's output
-    # settings of the architecture, with spaces between them -> weights that are there if all are set
+    # settings of the architecture, with spaces between them -> weights that are there if all are
+    # set
     when: Mapping[str, Mapping[str, Dims]] = field(default_factory=dict)
     scores: Mapping[str, Dims] = field(default_factory=dict)  # probe's place -> the axes that are scored there
     unquantised: tuple[str, ...] = ()  # matrices that stay at 16 bit at every precision
@@ -149,7 +157,8 @@ class Kind:
 
     @cached_property
     def writes(self) -> tuple[tuple[str, str], ...]:
-        """(a matrix that writes to the stream, the probe's place of its input), one for each mixer."""
+        """(a matrix that writes to the stream, the probe's place of its input), one for each
+        mixer."""
         return tuple((prefix + m.writes[0], m.writes[1]) for prefix, m in self.mixers.items())
 
     @cached_property
@@ -184,7 +193,8 @@ class Kind:
         return _weights(self, self.settings(sizes))
 
     def amount(self, what: str, sizes: Sizes) -> Any:
-        """A cost of one layer: of Mixer's, or "matrices", "others" (parameters), "idle" (of both, for a token)."""
+        """A cost of one layer: of Mixer's, or "matrices", "others" (parameters), "idle" (of both,
+        for a token)."""
         return evaluate(_amount(self, what, self.settings(sizes)), sizes)
 
 
@@ -273,7 +283,8 @@ class Family:
 
     @cached_property
     def drops(self) -> dict[str, str]:
-        """Key in a recipe -> the layer, or run of layers, that it drops; those without a KV cache first.
+        """Key in a recipe -> the layer, or run of layers, that it drops; those without a KV cache
+        first.
 
         Layers that cannot be pruned are left out.
         """
@@ -300,7 +311,8 @@ class Family:
             at += len(unit)
         return out
 
-    # names ------------------------------------------------------------------------------------------
+    # names
+    # ------------------------------------------------------------------------------------------
 
     def top_readers(self) -> dict[str, tuple[str, ...]]:
         """The norm outside the layers -> the matrices that read its output."""

@@ -1,4 +1,5 @@
-"""Reading a config.json, which may come from a stranger: values that are what they should be, or one line.
+"""Reading a config.json, which may come from a stranger: values that are what they should be, or
+one line.
 
 All raise UnsupportedModel.
 """

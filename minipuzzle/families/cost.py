@@ -1,12 +1,14 @@
 """What an architecture costs: parameters, bytes at a workload, FLOPs per token. Exact integers.
 
-Parameters are the sum of the shapes in the family's tables; what a kind of layer keeps and computes beside them is told
-by its mixers (families/blocks.py). The reference is the model that transformers builds on the meta device; the tests
-compare. Sizes may be int64 arrays: so a search prices a whole grid by these same functions (search/prices.py).
+Parameters are the sum of the shapes in the family's tables; what a kind of layer keeps and computes
+beside them is told by its mixers (families/blocks.py). The reference is the model that transformers
+builds on the meta device; the tests
+compare. Sizes may be int64 arrays: so a search prices a whole grid by these same functions
+(search/prices.py).
 
-Not among the parameters: buffers, and multi-token prediction. Each of its depths: 2 H H (eh_proj) + 3 norms (enorm,
-hnorm, final) + its blocks and their norms. As in the published checkpoints and vLLM; transformers does not build it,
-and no total, byte or FLOP here has it.
+Not among the parameters: buffers, and multi-token prediction. Each of its depths: 2 H H (eh_proj) +
+3 norms (enorm, hnorm, final) + its blocks and their norms. As in the published checkpoints and
+vLLM; transformers does not build it, and no total, byte or FLOP here has it.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ class Cost:
 class Amounts(NamedTuple):
     """Costs of a part of a model; integers, or int64 arrays of many at once.
 
-    Weights and KV cache are counted in half bits, 16 to a byte, since an NVFP4 weight takes 9/2 bit.
+    Weights and KV cache are counted in half bits, 16 to a byte, since an NVFP4 weight takes 9/2
+    bit.
     """
 
     parameters: Any = 0
@@ -71,7 +74,8 @@ def half_bits(workload: Workload, name: str) -> int:
 
 
 def of_layer(kind: Kind, sizes: Sizes, workload: Workload) -> Amounts:
-    """A layer of a kind with its norm. At 16 bit stay: what has one dimension, the conv, the router gate."""
+    """A layer of a kind with its norm. At 16 bit stay: what has one dimension, the conv, the router
+    gate."""
     matrices, others, idle = (kind.amount(what, sizes) for what in ("matrices", "others", "idle"))
     norm = len(kind.norm) * sizes[HIDDEN]
     products = matrices + others - idle
@@ -89,7 +93,8 @@ def of_layer(kind: Kind, sizes: Sizes, workload: Workload) -> Amounts:
 
 
 def of_top(family: Family, sizes: Sizes, workload: Workload) -> Amounts:
-    """What is outside the layers: embedding, LM head (one table where they are tied), the last norm."""
+    """What is outside the layers: embedding, LM head (one table where they are tied), the last
+    norm."""
     table, norm = sizes["vocab_size"] * sizes[HIDDEN], len(family.norm_names) * sizes[HIDDEN]
     bits = half_bits(workload, "embedding")
     if not sizes["tie_word_embeddings"]:
@@ -109,8 +114,9 @@ def total(arch: Architecture, workload: Workload) -> Amounts:
 def cost(arch: Architecture, workload: Workload) -> Cost:
     """All costs of an architecture at a workload. FLOPs count 2 for a multiply-add.
 
-    flops_per_token: to decode one token at the end of the context. prefill_flops_per_token: for a token of a prompt as
-    long as the context, which sees (context + 1) / 2 tokens on average; the LM head sees only the last and is left out.
+    flops_per_token: to decode one token at the end of the context. prefill_flops_per_token: for a
+    token of a prompt as long as the context, which sees (context + 1) / 2 tokens on average; the LM
+    head sees only the last and is left out.
     """
     all_, embedding = total(arch, workload), arch.vocab_size * arch.hidden_size
     weights, cache, state = _bytes(all_.weights, 16), _bytes(all_.cache, 16), _bytes(all_.state, 8)
@@ -124,9 +130,11 @@ def workspace_bytes(arch: Architecture, workload: Workload) -> int:
     """Peak of what is held for a moment, as one simple sum; not in `memory_bytes`.
 
         batch x V x 4                  the logits of a decode step, float32
-        + tokens x (2 H + widest) x 2  a chunk of prefill at 16 bit: the stream, its norm, the widest block's inside
+        + tokens x (2 H + widest) x 2  a chunk of prefill at 16 bit: the stream, its norm, the
+        widest block's inside
 
-    with tokens = min(context x batch, 2048). What kernels and allocators take beside these is not counted.
+    with tokens = min(context x batch, 2048). What kernels and allocators take beside these is not
+    counted.
     """
     tokens = min(workload.context * workload.batch, PREFILL_CHUNK)
     widest = max(kind.amount("widest", sizes) for kind, sizes, _ in _layers(arch))
@@ -142,7 +150,8 @@ def layer_parameters(arch: Architecture, layer: int) -> int:
 def parameters_by_kind(arch: Architecture) -> dict[str, int]:
     """total, active, embedding (with the LM head), one for each kind by its name, norm, mtp.
 
-    `total` is the sum of the kinds without mtp; `active` leaves out the experts that a token is not sent to.
+    `total` is the sum of the kinds without mtp; `active` leaves out the experts that a token is not
+    sent to.
     """
     sizes = arch.sizes()
     norms = len(arch.family.norm_names) * arch.hidden_size
@@ -165,7 +174,8 @@ def mtp_parameters(arch: Architecture) -> int:
 
 
 def inspect(arch: Architecture, workload: Workload) -> dict[str, Any]:
-    """What `minipuzzle inspect --json` prints. `num_layers` are blocks, `num_hidden_layers` is config.json's number."""
+    """What `minipuzzle inspect --json` prints. `num_layers` are blocks, `num_hidden_layers` is
+    config.json's number."""
     priced = cost(arch, workload)
     return {
         "model_type": arch.model_type,

@@ -1,6 +1,7 @@
 """The mixers of families/blocks.py in torch: what a layer does with the normed stream.
 
-Each takes (architecture, weights by the table's names, x [B, T, D], probe or None) and gives what its layer adds.
+Each takes (architecture, weights by the table's names, x [B, T, D], probe or None) and gives what
+its layer adds.
 
 Shapes: B batch, T time, D hidden, H Mamba heads, P channels of a head, G groups, N state, I = H P.
 """
@@ -27,7 +28,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
-    """RMSNorm of y * silu(z), one mean square for each group: fewer heads in a group change its mean."""
+    """RMSNorm of y * silu(z), one mean square for each group: fewer heads in a group change its
+    mean."""
     wide = y.to(torch.promote_types(y.dtype, torch.float32)) * F.silu(z.to(torch.promote_types(z.dtype, torch.float32)))
     parts = wide.view(*wide.shape[:-1], groups, -1)
     parts = parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + eps)
@@ -44,8 +46,8 @@ def mamba2(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | N
     xbc = F.silu(causal_conv(xbc, w["conv1d.weight"], w.get("conv1d.bias")))
     state = groups * arch.state_size
     x, b, c = xbc.split([inner, state, state], dim=-1)  # type: ignore[no-untyped-call]
-    # dt has no lower limit: as in the original code and in serving engines. transformers' own prefill
-    # clamps it at 0.001, its decode step does not (docs/method.md, "The dt limit").
+    # dt has no lower limit: as in the original code and in serving engines. transformers' own
+    # prefill clamps it at 0.001, its decode step does not (docs/method.md, "The dt limit").
     wide = torch.promote_types(dt_BTH.dtype, torch.float32)  # dt and A set how long the state remembers
     y = ssd(
         x.view(bsz, seq, heads, -1),

@@ -1,4 +1,5 @@
-"""Nemotron-4 and Minitron: dense decoder layers, each attention and then an FFN. Only counted so far.
+"""Nemotron-4 and Minitron: dense decoder layers, each attention and then an FFN. Only counted so
+far.
 
 Defaults are those of transformers' NemotronConfig. Its LayerNorm1P has a bias beside the weight.
 """

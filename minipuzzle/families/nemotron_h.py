@@ -1,17 +1,21 @@
-"""Nemotron-H (arXiv:2504.03624) and its MoE successors: Mamba-2, attention, squared-ReLU FFN and MoE blocks.
+"""Nemotron-H (arXiv:2504.03624) and its MoE successors: Mamba-2, attention, squared-ReLU FFN and
+MoE blocks.
 
     h <- h + mixer(RMSNorm(h))        one mixer a layer, no positions, no linear bias, LM head not tied
 
 What is read of config.json is what transformers reads. So, as there:
 
 - a missing key has the default of `NemotronHConfig`, except the layers, which must be told;
-- `layer_types` wins over `layers_block_type`, and that over `hybrid_override_pattern`; an older alias
-  (`mamba_n_groups`) wins over the key (`n_groups`); `num_hidden_layers` counts for nothing beside them;
-- `attention_head_dim` (published configs have it; 128 is also the default of `head_dim`), `attention_bias`,
-  `tie_word_embeddings` (the LM head stays apart) and `n_shared_experts` (there is one, as wide as
-  `moe_shared_expert_intermediate_size` says) are not read. MTP layers are not built; they are counted apart.
+- `layer_types` wins over `layers_block_type`, and that over `hybrid_override_pattern`; an older
+  alias (`mamba_n_groups`) wins over the key (`n_groups`); `num_hidden_layers` counts for nothing
+  beside them;
+- `attention_head_dim` (published configs have it; 128 is also the default of `head_dim`),
+  `attention_bias`, `tie_word_embeddings` (the LM head stays apart) and `n_shared_experts` (there is
+  one, as wide as `moe_shared_expert_intermediate_size` says) are not read. MTP layers are not
+  built; they are counted apart.
 
-Beyond it: `|` (pipeline stages) and `/` (MTP depths) in a pattern, as Megatron writes them, and FFN widths as a list.
+Beyond it: `|` (pipeline stages) and `/` (MTP depths) in a pattern, as Megatron writes them, and FFN
+widths as a list.
 """
 
 from __future__ import annotations
@@ -60,8 +64,8 @@ _MOE_KEYS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_g
              "routed_scaling_factor", "output_router_logits", "num_nextn_predict_layers")
 _DROPPED_KEYS = (*_MOE_KEYS, "layers_block_type", "layer_types", "time_step_limit", "mamba_dt_limit", "mamba_dt_min",
                  "auto_map", "_provenance", "use_mamba_kernels", "_name_or_path", "dtype")
-# The original code and the serving engines do not bound dt. transformers takes `time_step_min` for its lower bound
-# where it reads a prompt. Not 0: an initialiser there takes its logarithm.
+# The original code and the serving engines do not bound dt. transformers takes `time_step_min` for
+# its lower bound where it reads a prompt. Not 0: an initialiser there takes its logarithm.
 NO_DT_LIMIT = 1e-30
 # field of an Architecture -> its default, and its keys in config.json; the last is written
 _FIELDS: dict[str, tuple[int, *tuple[str, ...]]] = {
@@ -91,7 +95,8 @@ def read_pattern(config: Config) -> str:
 def read_mtp_pattern(config: Config) -> str:
     """The multi-token-prediction depths, joined by `/`; empty without them.
 
-    Either in the layer string itself (`M-M*-/*E/*E`), or one pattern for `num_nextn_predict_layers` depths.
+    Either in the layer string itself (`M-M*-/*E/*E`), or one pattern for `num_nextn_predict_layers`
+    depths.
     """
     told = spelled(config, "hybrid_override_pattern").split("/")[1:]
     if any(told):
@@ -107,7 +112,8 @@ def read_mtp_pattern(config: Config) -> str:
 
 
 def _read(config: Config) -> Config:
-    """Mamba-2, attention, FFN and MoE blocks; the numbers are the defaults of transformers' NemotronHConfig."""
+    """Mamba-2, attention, FFN and MoE blocks; the numbers are the defaults of transformers'
+    NemotronHConfig."""
     pattern, mtp_pattern = read_pattern(config), read_mtp_pattern(config)
     ffn_size = _widths(config, 21504)
     values: Config = {name: size(config, default, *keys) for name, (default, *keys) in _FIELDS.items()} | {
@@ -161,9 +167,9 @@ def _pattern_of(names: Any) -> str:
 def _write(values: Sizes, parent: Config) -> Config:
     """The parent's config.json with these sizes, in the spelling that all engines read.
 
-    `time_step_min` is for equal logits in transformers, `d_head` for llama.cpp's converter, which wants a Mamba inner
-    size that it divides and else takes 64. Left out: the layer list, MoE and MTP keys of a dense model, infinities,
-    remote code. (docs/method.md)
+    `time_step_min` is for equal logits in transformers, `d_head` for llama.cpp's converter, which
+    wants a Mamba inner size that it divides and else takes 64. Left out: the layer list, MoE and
+    MTP keys of a dense model, infinities, remote code. (docs/method.md)
 
     Raises:
         UnsupportedModel: FFN widths that differ.
@@ -185,8 +191,8 @@ def _write(values: Sizes, parent: Config) -> Config:
 
 
 def _rename(name: str) -> str:
-    """The names of transformers' own modules, and a slip of its 5.14, as published checkpoints have them. MTP layers
-    are no part of the model, as in transformers."""
+    """The names of transformers' own modules, and a slip of its 5.14, as published checkpoints have
+    them. MTP layers are no part of the model, as in transformers."""
     if name.startswith("mtp."):
         return ""
     name = "backbone." + name.removeprefix("model.") if name.startswith("model.") else name

@@ -1,8 +1,9 @@
-"""What of a parent is kept: layers, and index lists along axes. From scores to the rows and columns of each weight.
+"""What of a parent is kept: layers, and index lists along axes. From scores to the rows and columns
+of each weight.
 
-How a place is ranked (Group-Aware SSM Pruning, arXiv:2504.11409, eq. 20-24, for Mamba heads x channels): the last axis
-first, by the L2 over the others, one order for all of them; then the one before, by the L2 over what is left, with the
-same number in each group where the axis has groups.
+How a place is ranked (Group-Aware SSM Pruning, arXiv:2504.11409, eq. 20-24, for Mamba heads x
+channels): the last axis first, by the L2 over the others, one order for all of them; then the one
+before, by the L2 over what is left, with the same number in each group where the axis has groups.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Indices = Mapping[str, np.ndarray]  # axis -> what is kept of it, ascending; an 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is kept of a parent: layers, channels of the stream, and of each parent's layer its own axes."""
+    """What is kept of a parent: layers, channels of the stream, and of each parent's layer its own
+    axes."""
 
     kept_layers: tuple[int, ...]
     stream: Indices = field(default_factory=dict)
@@ -40,7 +42,8 @@ def top(scores: np.ndarray, keep: int) -> np.ndarray:
 
 
 def choose(scores: np.ndarray, keep: Sequence[int], groups: Sequence[int]) -> tuple[np.ndarray, ...]:
-    """The kept indices along each axis of `scores`; `groups`: contiguous parts of an axis that keep as much each."""
+    """The kept indices along each axis of `scores`; `groups`: contiguous parts of an axis that keep
+    as much each."""
     kept: list[np.ndarray] = []
     for axis in reversed(range(scores.ndim)):
         others = tuple(i for i in range(scores.ndim) if i != axis)

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 
 
 def best_chunk(channels: int, state: int) -> int:
-    """Small chunks make the [l, s] decay matrices cheap, larger ones make fewer hand-overs of the [P, N] state: 32 is
-    fastest at the bundled model's 16 x 16, 128 at the 8B's 64 x 128 (forward and backward on CPU)."""
+    """Small chunks make the [l, s] decay matrices cheap, larger ones make fewer hand-overs of the
+    [P, N] state: 32 is fastest at the bundled model's 16 x 16, 128 at the 8B's 64 x 128 (forward
+    and backward on CPU)."""
     return 32 if channels * state < 4096 else 128
 
 
@@ -66,8 +67,9 @@ def ssd(
 ) -> torch.Tensor:
     """y_BTHP of the scan. `dt` is already softplus'ed, `a` negative.
 
-    Computes in float32 or better, forward and backward, under autocast too: its bf16 products would lose four digits.
-    (Call `backward` outside autocast, as PyTorch advises; inside, it casts the products of the backward pass.)
+    Computes in float32 or better, forward and backward, under autocast too: its bf16 products would
+    lose four digits. (Call `backward` outside autocast, as PyTorch advises; inside, it casts the
+    products of the backward pass.)
     """
     with torch.autocast(x_BTHP.device.type, enabled=False):
         triton = _triton() if x_BTHP.is_cuda else None

@@ -1,7 +1,8 @@
-"""Width curves: what one axis costs when it alone is cut, measured by slicing the model, at a few widths.
+"""Width curves: what one axis costs when it alone is cut, measured by slicing the model, at a few
+widths.
 
-The search adds them to the layer scores; both are in the same units. `mse` compares the input of the LM head, with
-what was cut counted as zero (which is what the LM head sees of it).
+The search adds them to the layer scores; both are in the same units. `mse` compares the input of
+the LM head, with what was cut counted as zero (which is what the LM head sees of it).
 """
 
 from __future__ import annotations

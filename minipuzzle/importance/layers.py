@@ -11,9 +11,10 @@ and for pairs of layers, with e_i = h - h_without_i and d_i the change of the lo
 
     G_ij = mean e_i e_j,    K_ij = 1/2 Cov_p(d_i, d_j):    x'Gx and x'Kx foretell what leaving out the set x does
 
-One-shot, or iterative (Nemotron Nano 2, arXiv:2508.14444): the least important layer goes, the others are scored again
-without it. All come from one walk over the layers for each batch of samples, per sample, so that each has its standard
-error; the widths' scores come from the full model's stream in the same walk.
+One-shot, or iterative (Nemotron Nano 2, arXiv:2508.14444): the least important layer goes, the
+others are scored again without it. All come from one walk over the layers for each batch of
+samples, per sample, so that each has its standard error; the widths' scores come from the full
+model's stream in the same walk.
 
 Shapes: L layers, N samples, B samples of a batch.
 """
@@ -45,7 +46,8 @@ MEMO_BYTES = 2**31
 
 @dataclass(frozen=True)
 class Scored:
-    """What a pass found. `samples` were spent of `available`; `forwards` layers were applied, counted in samples."""
+    """What a pass found. `samples` were spent of `available`; `forwards` layers were applied,
+    counted in samples."""
 
     layers: LayerScores
     widths: WidthScores
@@ -55,7 +57,8 @@ class Scored:
 
 
 def score(run: Pass, race: Race | None = None) -> Scored:
-    """Score all layers and widths, one-shot. With a `race`, layers whose place is certain are not ablated further."""
+    """Score all layers and widths, one-shot. With a `race`, layers whose place is certain are not
+    ablated further."""
     if race:
         _refuse_units(run)
     arch, total = run.source.arch, len(run.ids_NT)
@@ -89,9 +92,9 @@ def score(run: Pass, race: Race | None = None) -> Scored:
 
 
 def _interactions(parts: Sequence[Arrays], values: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """("mse", "kl" -> [L, L], "pairs_mse", "pairs_kl" -> [N, L, L]): G and K, and what each sample says of them. In a
-    race a pair is of the samples on which both were ablated, moved to all as the layers are. Empty where there were
-    more variants than memory to walk them together."""
+    """("mse", "kl" -> [L, L], "pairs_mse", "pairs_kl" -> [N, L, L]): G and K, and what each sample
+    says of them. In a race a pair is of the samples on which both were ablated, moved to all as the
+    layers are. Empty where there were more variants than memory to walk them together."""
     pairs = {metric: np.concatenate([p[f"gram_{metric}"] for p in parts]) for metric in ("mse", "kl")}
     if any(np.isnan(of_samples).all(0).any() for of_samples in pairs.values()):
         return {}, {}
@@ -101,11 +104,13 @@ def _interactions(parts: Sequence[Arrays], values: np.ndarray) -> tuple[dict[str
 
 
 def score_iteratively(run: Pass, race: Race, memo_bytes: int = MEMO_BYTES) -> Scored:
-    """Score one-shot, then find the order in which layers go: the one whose removal, on top of those that went before,
-    does least by `race.metric`; of each kind as many as `race.drops` says, and never the last of all layers.
+    """Score one-shot, then find the order in which layers go: the one whose removal, on top of
+    those that went before, does least by `race.metric`; of each kind as many as `race.drops` says,
+    and never the last of all layers.
 
-    The table gets `order` (1 first) and `added_METRIC`, the damage that each removal added. A walk starts at the layer
-    that went last, with the streams that came to it, if those of all variants fit into `memo_bytes`.
+    The table gets `order` (1 first) and `added_METRIC`, the damage that each removal added. A walk
+    starts at the layer that went last, with the streams that came to it, if those of all variants
+    fit into `memo_bytes`.
     """
     _refuse_units(run)
     scored, arch = score(run), run.source.arch
@@ -166,7 +171,8 @@ def _groups(chosen: Sequence[int], together: int) -> list[list[int]]:
 def _ablate(source: Source, chosen: Sequence[int], together: int, first: int, ids_BT: torch.Tensor) -> Arrays:
     """values [metric, L, B], NaN for layers that were not chosen; sums over samples of the rest.
 
-    More than `together` ablations go in several walks: then pairs of them are not compared, and G and K are NaN.
+    More than `together` ablations go in several walks: then pairs of them are not compared, and G
+    and K are NaN.
     """
     arch, bsz = source.arch, len(ids_BT)
     sums: dict[str, torch.Tensor] = {}
@@ -195,9 +201,11 @@ def _ablate(source: Source, chosen: Sequence[int], together: int, first: int, id
 def damage(parts: Parts, full: torch.Tensor, variants: Sequence[torch.Tensor], roots: Sequence[Hashable],
            ids_BT: torch.Tensor, expand: Callable[[torch.Tensor], torch.Tensor] = lambda x: x, gram: bool = False
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mse, nmse, kl, loss_delta [4, variants, B]; with `gram` each sample's G and K, [B, variants, variants]).
+    """(mse, nmse, kl, loss_delta [4, variants, B]; with `gram` each sample's G and K, [B, variants,
+    variants]).
 
-    `roots`: of the full model and of each variant; `expand` brings a variant's [..., k] to the parent's [..., D].
+    `roots`: of the full model and of each variant; `expand` brings a variant's [..., k] to the
+    parent's [..., D].
     """
     errors = torch.stack([expand(v) - full for v in variants])
     mse = errors.double().square().mean((-1, -2))

@@ -3,9 +3,10 @@
     a_c = sqrt( sum_b ( mean_t |x_btc| )^2 )        mean over the sequence, L2 over samples
     (Minitron, arXiv:2407.14679, section 2.2: the best of its aggregations)
 
-x is, for an FFN neuron, the input of down_proj; for an embedding channel, the output of each block's norm (a_c
-summed over layers); for Mamba heads and channels, the x part of in_proj's output, before the convolution
-(Group-Aware SSM Pruning, arXiv:2504.11409, eq. 19). Heads and channels are ranked in families/selection.py.
+x is, for an FFN neuron, the input of down_proj; for an embedding channel, the output of each
+block's norm (a_c summed over layers); for Mamba heads and channels, the x part of in_proj's output,
+before the convolution (Group-Aware SSM Pruning, arXiv:2504.11409, eq. 19). Heads and channels are
+ranked in families/selection.py.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
 """Cross entropy, KL and agreement from hidden states: no [tokens, vocabulary] outlives a chunk.
 
-    kl(t) = sum_v p_v (log p_v - log q_v) in nats,  p = softmax(z), z = h_ref W_ref';  q = softmax(z'), z' = h W'
-    gram_ij(t) = 1/2 Cov_p(z_i - z, z_j - z): the KL to second order is its quadratic form (docs/method.md, "Sets")
+    kl(t) = sum_v p_v (log p_v - log q_v) in nats,  p = softmax(z), z = h_ref W_ref';  q =
+    softmax(z'), z' = h W' gram_ij(t) = 1/2 Cov_p(z_i - z, z_j - z): the KL to second order is its
+    quadratic form (docs/method.md, "Sets")
 
-The LM heads come in chunks of the vocabulary, for heads that do not fit into memory. log-sum-exps are kept running.
+The LM heads come in chunks of the vocabulary, for heads that do not fit into memory. log-sum-exps
+are kept running.
 
-Shapes: M variants, B samples, T tokens of a sample, D hidden, V vocabulary, n tokens of a chunk, v words of a chunk.
+Shapes: M variants, B samples, T tokens of a sample, D hidden, V vocabulary, n tokens of a chunk, v
+words of a chunk.
 """
 
 from __future__ import annotations
@@ -18,14 +21,16 @@ import torch.nn.functional as F
 
 # Rows [start, stop) of every LM head, the reference's first.
 HeadRows = Callable[[int, int], Sequence[torch.Tensor]]
-# Numbers of one chunk of logits: on CPU those that stay in the cache, elsewhere about 1 GB in float32.
+# Numbers of one chunk of logits: on CPU those that stay in the cache, elsewhere about 1 GB in
+# float32.
 CHUNK_FLOATS = {"cpu": 2**19}
 WORDS = 2**14  # rows of an LM head at a time, on CPU
 
 
 @dataclass(frozen=True)
 class TokenMetrics:
-    """Means over the tokens of each sample, [B] float64. KL and agreement are against the reference."""
+    """Means over the tokens of each sample, [B] float64. KL and agreement are against the
+    reference."""
 
     loss: torch.Tensor
     accuracy: torch.Tensor
@@ -38,10 +43,11 @@ def compare(reference_BTD: torch.Tensor, variants_BTD: Sequence[torch.Tensor], w
             head_rows: HeadRows, vocab: int, ids_BT: torch.Tensor, gram: bool = False,
             words: int | None = None, tokens: int | None = None
             ) -> tuple[TokenMetrics, list[TokenMetrics], torch.Tensor | None]:
-    """(reference, each variant, gram [B, M, M]) over the first T - 1 places, whose next token is known.
+    """(reference, each variant, gram [B, M, M]) over the first T - 1 places, whose next token is
+    known.
 
-    `which[m]` is the place of variant m's head in what `head_rows` returns. `words`, `tokens`: size of a chunk.
-    The reference's probabilities are computed once for all variants.
+    `which[m]` is the place of variant m's head in what `head_rows` returns. `words`, `tokens`: size
+    of a chunk. The reference's probabilities are computed once for all variants.
     """
     bsz, seq = ids_BT.shape
     device, count = ids_BT.device, len(variants_BTD)
@@ -112,7 +118,8 @@ def compare(reference_BTD: torch.Tensor, variants_BTD: Sequence[torch.Tensor], w
 
 
 def _add_gram(second_BMM: torch.Tensor, differences_Mnv: torch.Tensor, p_nv: torch.Tensor, at: slice, seq: int) -> None:
-    """Add sum over tokens and words of p d_i d_j to the sample that each token of the chunk belongs to."""
+    """Add sum over tokens and words of p d_i d_j to the sample that each token of the chunk belongs
+    to."""
     differences_Mnv *= p_nv.sqrt()
     for sample in range(at.start // seq, (at.stop - 1) // seq + 1):
         inside = slice(max(at.start, sample * seq) - at.start, min(at.stop, (sample + 1) * seq) - at.start)
@@ -123,7 +130,8 @@ def _add_gram(second_BMM: torch.Tensor, differences_Mnv: torch.Tensor, p_nv: tor
 def token_metrics(hiddens_BTD: Sequence[torch.Tensor], head_VD: torch.Tensor, ids_BT: torch.Tensor,
                   reference_BTD: torch.Tensor | None = None, reference_head_VD: torch.Tensor | None = None,
                   chunk_tokens: int | None = None) -> list[TokenMetrics]:
-    """`compare` for variants of one head in memory. Without a reference each is its own: kl 0, agreement 1."""
+    """`compare` for variants of one head in memory. Without a reference each is its own: kl 0,
+    agreement 1."""
     if reference_BTD is None or reference_head_VD is None:
         return [compare(h, (), (), lambda a, b: (head_VD[a:b],), len(head_VD), ids_BT, tokens=chunk_tokens)[0]
                 for h in hiddens_BTD]

@@ -1,6 +1,7 @@
 """A trainable model: the family's blocks with their weights as torch parameters.
 
-Parameters keep their names on disk (`parameters_by_name`), so that what is trained is what is written.
+Parameters keep their names on disk (`parameters_by_name`), so that what is trained is what is
+written.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from minipuzzle.models import forward
 class Block(nn.Module):
     """x + mixer(norm(x)) for one layer.
 
-    `context` is entered around its computation, again where the backward pass repeats it; `recompute` keeps only the
-    input for the backward pass (activation checkpointing).
+    `context` is entered around its computation, again where the backward pass repeats it;
+    `recompute` keeps only the input for the backward pass (activation checkpointing).
     """
 
     context: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -72,7 +73,8 @@ class HybridLM(nn.Module):
         return self.top()[self.family.head_name]
 
     def forward(self, ids_BT: torch.Tensor, streams: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
-        """`streams`: its values are replaced by the stream [B, T, D] that enters the layer of each key."""
+        """`streams`: its values are replaced by the stream [B, T, D] that enters the layer of each
+        key."""
         top = self.top()
         x = forward.embed(self.family, top, ids_BT)
         for i, block in enumerate(self.blocks):

@@ -1,4 +1,5 @@
-"""The processes of a run: one, or those that torchrun started. Samples are split over them, files are written by one.
+"""The processes of a run: one, or those that torchrun started. Samples are split over them, files
+are written by one.
 
 The run directory is read by all of them: on several machines it lies on a shared file system.
 """
@@ -80,8 +81,9 @@ _joined = False  # this process has been in a group
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit now. The interpreter is not taken down: a thread of gloo may still be about to let go of the last
-    collective's tensors, and asking for Python's lock then aborts the process (before Python 3.14)."""
+    """Exit now. The interpreter is not taken down: a thread of gloo may still be about to let go of
+    the last collective's tensors, and asking for Python's lock then aborts the process (before
+    Python 3.14)."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -98,7 +100,8 @@ def open_ranks(device: torch.device) -> Ranks:
     """Join the processes that torchrun started (gloo on CPU, nccl on GPU); alone without torchrun.
 
     Raises:
-        InputError: the environment's numbers are none. ResourceError: more processes on this machine than it has GPUs.
+        InputError: the environment's numbers are none. ResourceError: more processes on this
+        machine than it has GPUs.
     """
     environment.check_group()
     size = environment.world_size()

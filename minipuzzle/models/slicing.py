@@ -18,7 +18,8 @@ from minipuzzle.families.selection import Selection, positions
 
 def slice_weights(parent: Architecture, target: Architecture, selection: Selection, weights: Weights,
                   layer: int | None, place: int | None) -> dict[str, torch.Tensor]:
-    """The parent's weights of a layer (None: those outside the layers, any of them) cut to `target`, where it is layer
+    """The parent's weights of a layer (None: those outside the layers, any of them) cut to
+    `target`, where it is layer
     `place`. Nothing is cut: the parent's tensors, bit for bit."""
     table = parent.top_weights() if layer is None else parent.layer_weights(layer)
     before, after, kept = parent.sizes(layer), target.sizes(place), selection.of(layer)

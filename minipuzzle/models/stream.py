@@ -1,7 +1,8 @@
 """A checkpoint larger than memory: one layer at a time from the safetensors shards.
 
-The shards are memory-mapped; the next layer is read and cast by a thread while this one computes. Two layers are held
-in the computing dtype, embeddings are gathered by row, and the LM head comes in pieces.
+The shards are memory-mapped; the next layer is read and cast by a thread while this one computes.
+Two layers are held in the computing dtype, embeddings are gathered by row, and the LM head comes in
+pieces.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class StreamedModel:
 
     @classmethod
     def open(cls, folder: ModelFolder, device: torch.device) -> StreamedModel:
-        """Raises CorruptArtifact if the embedding or the LM head, which are read piece by piece, hold NaN."""
+        """Raises CorruptArtifact if the embedding or the LM head, which are read piece by piece,
+        hold NaN."""
         for name in (folder.family.embedding_name, folder.family.head_name):
             folder.read(name)
         return cls(folder, device)

@@ -1,13 +1,14 @@
 """The engine: many variants of one model in one walk over its layers.
 
-A variant is a path: for each layer of the parent, how the layer is taken (whole, cut to some widths, or not at all).
-Paths that begin alike share their beginning: at layer l there is one stream for each different beginning (a node of a
-trie), and the layer is applied once to each. So
+A variant is a path: for each layer of the parent, how the layer is taken (whole, cut to some
+widths, or not at all). Paths that begin alike share their beginning: at layer l there is one stream
+for each different beginning (a node of a trie), and the layer is applied once to each. So
 
-- all ablations of single layers cost L(L+1)/2 layer-forwards, not L x L: a variant starts where its layer is left out;
+- all ablations of single layers cost L(L+1)/2 layer-forwards, not L x L: a variant starts where its
+  layer is left out;
 - candidates that differ only in late layers share the early ones;
-- every weight is touched once per batch of samples, whatever the number of variants: models/stream.py reads a
-  checkpoint larger than memory one layer at a time.
+- every weight is touched once per batch of samples, whatever the number of variants:
+  models/stream.py reads a checkpoint larger than memory one layer at a time.
 
 Shapes: L layers, B samples, T tokens, D hidden of the parent, k hidden of a variant, V vocabulary.
 """
@@ -51,7 +52,8 @@ class Source(Protocol):
     def norms(self) -> Weights:
         """The small ones of them."""
     def stream(self, needed: Collection[int]) -> Iterator[Weights]:
-        """The weights of these layers, in ascending order; those of a layer are not used once the next is asked for."""
+        """The weights of these layers, in ascending order; those of a layer are not used once the
+        next is asked for."""
     def embed(self, ids_BT: torch.Tensor) -> torch.Tensor: ...
     def head_rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows of the LM head, [stop - start, D]."""
@@ -114,7 +116,8 @@ class Model:
 
 @torch.no_grad()
 def final_hidden(model: Model, ids_BT: torch.Tensor, probe: LayerProbe | None = None) -> torch.Tensor:
-    """The activations that enter the LM head, after the final norm, [B, T, D]: one model in memory, no variants."""
+    """The activations that enter the LM head, after the final norm, [B, T, D]: one model in memory,
+    no variants."""
     x = embed(model.family, model.top, ids_BT)
     for i, kind in enumerate(model.arch.pattern):
         x = x + block(model.arch, kind, model.layers[i], x, _at(probe, i))
@@ -125,7 +128,8 @@ def _at(probe: LayerProbe | None, layer: int) -> Callable[[str, torch.Tensor], N
     return None if probe is None else lambda place, tensor: probe(layer, place, tensor)
 
 
-# Variants --------------------------------------------------------------------------------------------------------
+# Variants
+# --------------------------------------------------------------------------------------------------------
 
 # (root, how each layer before this one is taken): what two paths have in common
 Prefix = tuple[Hashable, tuple[Hashable, ...]]
@@ -133,7 +137,8 @@ Prefix = tuple[Hashable, tuple[Hashable, ...]]
 
 @dataclass(frozen=True)
 class Path:
-    """A variant. `root` names its stream (embedding, norm, LM head); `steps[i]`: how layer i is taken, None: not."""
+    """A variant. `root` names its stream (embedding, norm, LM head); `steps[i]`: how layer i is
+    taken, None: not."""
 
     root: Any
     steps: tuple[Any, ...]
@@ -160,7 +165,8 @@ class Cuts(Parts, Protocol):
     def path(self, target: Architecture, kept_layers: tuple[int, ...]) -> Path:
         """A candidate as a path."""
     def expand(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What enters a small model's LM head, [..., k], as the parent's LM head would see it, [..., D]."""
+        """What enters a small model's LM head, [..., k], as the parent's LM head would see it,
+        [..., D]."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +193,8 @@ class Whole:
 
 
 def heads_of(parts: Parts, roots: Sequence[Hashable]) -> tuple[list[int], Callable[[int, int], list[torch.Tensor]]]:
-    """What models/logits.py's `compare` asks for: (which head each variant has, rows of the different heads), where
-    `roots` are those of the reference and of the variants."""
+    """What models/logits.py's `compare` asks for: (which head each variant has, rows of the
+    different heads), where `roots` are those of the reference and of the variants."""
     different = list(dict.fromkeys(roots))
 
     def rows(start: int, stop: int) -> list[torch.Tensor]:
@@ -209,11 +215,13 @@ def walk(parts: Parts, paths: Sequence[Path], ids_BT: torch.Tensor, probe: Layer
          watch: Watch | None = None, memo: dict[int, dict[Prefix, torch.Tensor]] | None = None) -> list[torch.Tensor]:
     """The activations that enter the LM head for each path, [B, T, k of its root].
 
-    `probe` sees the insides of the first path's blocks, `watch` its stream. `memo` keeps the streams that enter each
-    layer, for the next walk over the same samples: it starts at the last layer that all its paths come to as before.
+    `probe` sees the insides of the first path's blocks, `watch` its stream. `memo` keeps the
+    streams that enter each layer, for the next walk over the same samples: it starts at the last
+    layer that all its paths come to as before.
 
     Raises:
-        CorruptArtifact: the first path's stream is not finite after a layer, or too large for the next norm.
+        CorruptArtifact: the first path's stream is not finite after a layer, or too large for the
+        next norm.
     """
     source, pattern = parts.source, parts.source.arch.pattern
     first, nodes = _begin(parts, paths, ids_BT, memo)
@@ -279,15 +287,18 @@ def _apply(arch: Architecture, kind: str, weights: Weights, x_BTk: torch.Tensor,
     return after
 
 
-# Memory ----------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------
 
-# Activations inside a block, held at once. A CPU is fastest when they stay near its cache; a GPU when they fill it.
+# Activations inside a block, held at once. A CPU is fastest when they stay near its cache; a GPU
+# when they fill it.
 BLOCK_BYTES = {"cpu": 2**25, "cuda": 2**32}
 
 
 @lru_cache
 def floats_per_sample(arch: Architecture, tokens: int) -> int:
-    """About how many numbers a block holds at once for a sample: a few times its widest activation."""
+    """About how many numbers a block holds at once for a sample: a few times its widest
+    activation."""
     sizes, kinds = arch.widest(), [arch.family.kinds[k] for k in set(arch.pattern)]
     # a scan holds its input, gate, output and more
     inside = max(kind.writer_inputs(sizes) * (4 if kind.has_state else 1) for kind in kinds)
@@ -295,10 +306,12 @@ def floats_per_sample(arch: Architecture, tokens: int) -> int:
 
 
 def batches(x_N: torch.Tensor, floats: int) -> tuple[torch.Tensor, ...]:
-    """Split samples so that `floats` float32 numbers for each fit into BLOCK_BYTES, at least one at a time."""
+    """Split samples so that `floats` float32 numbers for each fit into BLOCK_BYTES, at least one at
+    a time."""
     return torch.split(x_N, max(1, BLOCK_BYTES.get(x_N.device.type, 2**28) // (4 * floats)))
 
 
 def samples_per_walk(arch: Architecture, tokens: int, variants: int, memory_bytes: int) -> int:
-    """Samples whose streams fit into `memory_bytes` for so many variants (and one more, being made): at least one."""
+    """Samples whose streams fit into `memory_bytes` for so many variants (and one more, being
+    made): at least one."""
     return max(1, memory_bytes // (4 * tokens * arch.hidden_size * (2 * variants + 2)))

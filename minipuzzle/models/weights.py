@@ -1,7 +1,7 @@
 """Hugging Face folders: read weights by name from safetensors shards, write them shard by shard.
 
-Safetensors only. A name that is missing or one too many, a shape that the config does not ask for, a
-truncated shard: all are errors here, before anything is computed.
+Safetensors only. A name that is missing or one too many, a shape that the config does not ask for,
+a truncated shard: all are errors here, before anything is computed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model on disk: its config, and where each weight lies (name -> (file, name in the file))."""
+    """A model on disk: its config, and where each weight lies (name -> (file, name in the
+    file))."""
 
     path: Path
     config: dict[str, Any]
@@ -62,7 +63,8 @@ class ModelFolder:
         return tensor
 
     def mapped(self, name: str) -> torch.Tensor:
-        """One weight where it lies in its file, mapped into memory: pages come when they are touched. Not checked.
+        """One weight where it lies in its file, mapped into memory: pages come when they are
+        touched. Not checked.
 
         Raises:
             CorruptArtifact: it can't be read.
@@ -82,7 +84,8 @@ class ModelFolder:
         return self.dtypes(())[self.family.embedding_name]
 
     def dtypes(self, kept_layers: tuple[int, ...]) -> dict[str, torch.dtype]:
-        """Name in a child with these of our layers -> the dtype that the weight has here (A_log is float32 in some)."""
+        """Name in a child with these of our layers -> the dtype that the weight has here (A_log is
+        float32 in some)."""
         family = self.family
         origin = {name: name for name in self.arch.top_weights()}
         for new, old in enumerate(kept_layers):
@@ -95,12 +98,14 @@ class ModelFolder:
         return out
 
     def zero_matrices(self) -> list[str]:
-        """Names of the matrices that are all zero, of those by which a layer reads the stream or writes to it.
+        """Names of the matrices that are all zero, of those by which a layer reads the stream or
+        writes to it.
 
         Cheap for any model: of a matrix that has a number in its first row no more is read.
 
         Raises:
-            CorruptArtifact: all of them are, or the embeddings, the last norm or the LM head: every logit is the same
+            CorruptArtifact: all of them are, or the embeddings, the last norm or the LM head: every
+            logit is the same
                 then.
         """
         family, names = self.family, list[str]()
@@ -132,7 +137,8 @@ class ModelFolder:
 
     @property
     def sampled(self) -> str:
-        """How much of the weights the fingerprint is of, in words: a change elsewhere is not seen."""
+        """How much of the weights the fingerprint is of, in words: a change elsewhere is not
+        seen."""
         sizes = [path.stat().st_size for path in _files_of(self)]
         read = sum(min(size, PIECES * PIECE_BYTES) for size in sizes)
         rest = "" if read == sum(sizes) else f" ({PIECES} pieces of each file; what lies between is not compared)"
@@ -144,7 +150,8 @@ def _files_of(folder: ModelFolder) -> list[Path]:
 
 
 def tensors_hash(tensors: Mapping[str, torch.Tensor], about: Any = None) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes on CPU, and of `about`, which is anything JSON can hold."""
+    """SHA-256 of names, dtypes, shapes and bytes on CPU, and of `about`, which is anything JSON can
+    hold."""
     found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -153,7 +160,8 @@ def tensors_hash(tensors: Mapping[str, torch.Tensor], about: Any = None) -> str:
 
 
 def open_model(path: Path) -> ModelFolder:
-    """Open a model folder and check every weight's name and shape against its config; reads headers only.
+    """Open a model folder and check every weight's name and shape against its config; reads headers
+    only.
 
     Raises:
         InputError, UnsupportedModel, CorruptArtifact: as the parts do.
@@ -218,7 +226,8 @@ def _check_names(path: Path, wanted: set[str], found: set[str]) -> None:
 
 
 def check_finite(what: str, stream: torch.Tensor) -> None:
-    """Raise CorruptArtifact if the stream is not finite, or if its squares, which the next norm adds up, are not."""
+    """Raise CorruptArtifact if the stream is not finite, or if its squares, which the next norm
+    adds up, are not."""
     wide = torch.promote_types(stream.dtype, torch.float32)
     low, high = (float(x) for x in stream.aminmax())
     largest = max(-low, high)
@@ -230,7 +239,8 @@ def check_finite(what: str, stream: torch.Tensor) -> None:
 
 def write_model(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]],
                 companions_from: Path | None = None, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a model folder so that it is whole or absent: all files under a temporary name, then one rename.
+    """Write a model folder so that it is whole or absent: all files under a temporary name, then
+    one rename.
 
     Tensors are written as they come, a shard at a time; no more than a shard is held.
     """

@@ -51,7 +51,8 @@ def read_controls(files: Mapping[str, Path]) -> list[Candidate]:
 
 
 def read_tournament(files: Mapping[str, Path]) -> dict[str, Any]:
-    """`winner`, `found` (name -> quality at the tournament's share), `key` of the states' folders."""
+    """`winner`, `found` (name -> quality at the tournament's share), `key` of the states'
+    folders."""
     about: dict[str, Any] = read_json(files[TOURNAMENT], hint=AGAIN)
     return about
 
@@ -69,7 +70,8 @@ def _read(path: Path) -> list[Candidate]:
 
 @lru_cache(maxsize=4)
 def _parsed(path: Path, mtime_ns: int, size: int) -> tuple[Candidate, ...]:
-    """Of a file in this state: every stage asks, and thousands of candidates take a second to read."""
+    """Of a file in this state: every stage asks, and thousands of candidates take a second to
+    read."""
     found = read_json(path, hint=AGAIN, top=list, limit=CANDIDATES_BYTES)
     with reading(path, hint=AGAIN):
         return tuple(Candidate.from_json(c) for c in found)

@@ -1,4 +1,5 @@
-"""Distillation alone: a student's folder and its teacher's -> OUTPUT_DIR/model/, in one process or under torchrun."""
+"""Distillation alone: a student's folder and its teacher's -> OUTPUT_DIR/model/, in one process or
+under torchrun."""
 
 from __future__ import annotations
 
@@ -48,12 +49,13 @@ ALONE = Stage("distill", lambda given: [], settings=("distillation", "evaluation
 def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir: Path, seed: int, device: str,
             reporter: Reporter, command: str = "", cache_teacher: Path | None = None,
             track: str | None = None, redo: bool = False) -> dict[str, Any]:
-    """Distil one folder from another -> OUTPUT_DIR/model/, through the reload gate; the same command continues.
+    """Distil one folder from another -> OUTPUT_DIR/model/, through the reload gate; the same
+    command continues.
 
-    Under torchrun the processes share the batches and the weights. `cache_teacher`: a folder with the teacher's top
-    words, made first where something is missing; then training needs no teacher, and no KL is measured. `track`: also
-    send the metrics to tensorboard or wandb. `redo`: make damaged tokens again, and start anew where the
-    settings are others.
+    Under torchrun the processes share the batches and the weights. `cache_teacher`: a folder with
+    the teacher's top words, made first where something is missing; then training needs no teacher,
+    and no KL is measured. `track`: also send the metrics to tensorboard or wandb. `redo`: make
+    damaged tokens again, and start anew where the settings are others.
 
     Raises:
         InputError: no tokens, different vocabularies, settings that do not go together.
@@ -127,7 +129,8 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
 
 
 def _check(recipe: Recipe, small: ModelFolder, big: ModelFolder, layers: tuple[int, ...], cached: bool) -> None:
-    """Raise InputError where there is nothing to train, or the two and the recipe do not go together."""
+    """Raise InputError where there is nothing to train, or the two and the recipe do not go
+    together."""
     d = recipe.distillation
     if d.tokens == 0:
         raise InputError("distillation.tokens is 0: nothing to do; set it with --set distillation.tokens=10M")
@@ -146,7 +149,8 @@ def _check_alone(recipe: Recipe, big: ModelFolder, reads: tuple[str, ...]) -> No
 
 
 def _inputs(runner: Runner, small: ModelFolder) -> dict[str, Any]:
-    """What decides the numbers: another student, teacher, data or setting is another run of training."""
+    """What decides the numbers: another student, teacher, data or setting is another run of
+    training."""
     recipe = runner.recipe
     return {"student": small.fingerprint, "teacher": runner.world.folder.fingerprint,
             "data": {name: runner.world.identities[f"{name}.data"]() for name in SECTIONS},
@@ -183,8 +187,8 @@ def _begin(runner: Runner, inputs: dict[str, Any], cached: bool, redo: bool) -> 
 def _finish(given: Given, small: ModelFolder, layers: tuple[int, ...], weights: dict[str, torch.Tensor],
             before: dict[str, float], compared: bool, done: Trained,
             exported: Row) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
-    """(the report of OUTPUT_DIR/model, its quality, the teacher's if known): written, through the gate, measured,
-    with its card."""
+    """(the report of OUTPUT_DIR/model, its quality, the teacher's if known): written, through the
+    gate, measured, with its card."""
     unchecked, final, final_ids = given.folder / "model-unchecked", given.folder / "model", given.final_ids()
     ids = final_ids[:2]
     wanted = sample_logits(small.family, small.arch, weights.items(), ids)
@@ -243,8 +247,8 @@ def _measure(model: Model, ids_NT: torch.Tensor, reference: Reference | None) ->
 
 @torch.no_grad()
 def _sharded_loss(student: HybridLM, ids_NT: torch.Tensor, ranks: Ranks) -> dict[str, float]:
-    """Held-out loss of a student in shards: each process reads its part. All read equally many blocks, since they
-    put each layer together; what comes again does not count."""
+    """Held-out loss of a student in shards: each process reads its part. All read equally many
+    blocks, since they put each layer together; what comes again does not count."""
     own = range(ranks.rank, -(-len(ids_NT) // ranks.size) * ranks.size, ranks.size)
     losses = []
     for part in torch.split(ids_NT[[i % len(ids_NT) for i in own]], 4):

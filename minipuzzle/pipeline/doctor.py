@@ -1,6 +1,8 @@
-"""Is this installation able and right? Versions, devices, kernels, and whether the SSM path of transformers is causal.
+"""Is this installation able and right? Versions, devices, kernels, and whether the SSM path of
+transformers is causal.
 
-transformers 5.6 to 5.14 computes Mamba-2 wrongly past one chunk without the CUDA kernels, and a small random model
+transformers 5.6 to 5.14 computes Mamba-2 wrongly past one chunk without the CUDA kernels, and a
+small random model
 hides it: its SSM adds nothing. So the check scales the SSM up.
 """
 
@@ -58,8 +60,9 @@ def examine(model: str | None = None) -> list[dict[str, Any]]:
 
 
 def examine_run(run: Path) -> list[dict[str, Any]]:
-    """A list of {name, value, ok} of a run: every byte of its finished stages and training states is compared with the
-    hashes that were written with it, and its parent with what was sampled of it."""
+    """A list of {name, value, ok} of a run: every byte of its finished stages and training states
+    is compared with the hashes that were written with it, and its parent with what was sampled of
+    it."""
     checks = [_whole("run.json", lambda: f"stages: {_done(read_about(run))}")]
     for folder in (run, *sorted(p for p in run.glob("candidates/*") if p.is_dir())):
         place = "" if folder == run else f" of {folder.name}"
@@ -157,7 +160,8 @@ def _fp8() -> dict[str, Any]:
 
 
 def _model(model: str) -> list[dict[str, Any]]:
-    """Whether `model` is of a kind that can be pruned, and whether this machine can do it with the default recipe."""
+    """Whether `model` is of a kind that can be pruned, and whether this machine can do it with the
+    default recipe."""
     there = Path(model).is_dir()
     try:
         config = config_of(model)
@@ -211,7 +215,8 @@ def _chunks() -> dict[str, Any]:
 def _transformers() -> list[dict[str, Any]]:
     """Causality and agreement with our own forward pass, past one chunk, with an SSM that matters.
 
-    On a GPU if there is one: where mamba-ssm is installed transformers takes its kernels, which need one.
+    On a GPU if there is one: where mamba-ssm is installed transformers takes its kernels, which
+    need one.
     """
     from transformers import NemotronHConfig, NemotronHForCausalLM
     from transformers.utils import logging

@@ -28,10 +28,12 @@ from minipuzzle.recipes.schema import Recipe
 
 def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, device: str = "cpu",
              speed: bool = False, task_names: Sequence[str] = (), limit: int | None = None) -> dict[str, Any]:
-    """Held-out loss (nats per token and per byte), perplexity, accuracy; against a teacher KL, agreement, and the
-    paired difference of the losses. On the final part of the held-out blocks, the one that `prune` reports.
+    """Held-out loss (nats per token and per byte), perplexity, accuracy; against a teacher KL,
+    agreement, and the paired difference of the losses. On the final part of the held-out blocks,
+    the one that `prune` reports.
 
-    With `speed` also latency, at the recipe's context and batch; with `task_names` also lm-eval's results.
+    With `speed` also latency, at the recipe's context and batch; with `task_names` also lm-eval's
+    results.
     """
     if world_size() > 1:
         raise InputError("evaluate runs in one process; start it without torchrun")

@@ -67,16 +67,19 @@ def distill(given: Given) -> list[Path]:
 
 
 def show_metrics(result: Path, state: Path) -> None:
-    """RESULT/metrics.jsonl leads to the rows of the training that runs; a copy of them replaces it at the end."""
+    """RESULT/metrics.jsonl leads to the rows of the training that runs; a copy of them replaces it
+    at the end."""
     link = result / "metrics.jsonl"
     link.unlink(missing_ok=True)
     link.symlink_to(os.path.relpath(state / "metrics.jsonl", result))
 
 
 def export(given: Given) -> list[Path]:
-    """The chosen candidate's weights, through the reload gate; measured on the folder that was written.
+    """The chosen candidate's weights, through the reload gate; measured on the folder that was
+    written.
 
-    The model card is written before the folder gets its name: the manifest covers all of RESULT/model/.
+    The model card is written before the folder gets its name: the manifest covers all of
+    RESULT/model/.
     """
     parent, ids = given.parent, given.final_ids()
     candidate, key = chosen_one(given.files, given.candidate), read_tournament(given.files)["key"]

@@ -39,8 +39,8 @@ def look_at(folder: Path, step: int) -> dict[str, float | None]:
 
 
 def forget_damaged_training(given: Given, folder: Path, look: int | None = None) -> None:
-    """With --redo: what is damaged is trained again. `look`: the step whose held-out loss must be known if the training
-    has come so far."""
+    """With --redo: what is damaged is trained again. `look`: the step whose held-out loss must be
+    known if the training has come so far."""
     if not given.redo:
         return
     try:
@@ -58,7 +58,8 @@ def forget_damaged_training(given: Given, folder: Path, look: int | None = None)
 
 
 def forget_unusable_training(runner: Runner, given: Given) -> None:
-    """Forget a finished training whose state is not there, where the export still needs it; and training and export of
+    """Forget a finished training whose state is not there, where the export still needs it; and
+    training and export of
     another candidate: a tournament that was made again may have another winner.
 
     Raises:

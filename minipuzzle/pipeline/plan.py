@@ -27,7 +27,8 @@ from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.space import Space, resolve_space
 from minipuzzle.surgery.refit import refit_bytes, samples_needed, writer_inputs
 
-# key, the only value that exists so far, and what to say. Accepting and ignoring a setting would be a lie.
+# key, the only value that exists so far, and what to say. Accepting and ignoring a setting would be
+# a lie.
 _NOT_YET = (("search.export", "uniform"),)
 HELD_OUT_TOKENS = 2**20  # of a source
 EVALUATIONS = 12  # looks at the selection part of the held-out blocks during a whole distillation
@@ -52,7 +53,8 @@ def budget_of(settings: Recipe, parent: Architecture) -> Budget:
 
 
 def curve_widths(space: Space, parent: Architecture) -> dict[str, tuple[int, ...]]:
-    """The widths of each axis at which curves are measured: spread over the space, its ends among them."""
+    """The widths of each axis at which curves are measured: spread over the space, its ends among
+    them."""
     out = {}
     for axis, values in space.widths.items():
         widths = sorted(w for w in values if w != parent.sizes()[axis])
@@ -70,9 +72,9 @@ def refit_samples(settings: Recipe, parent: Architecture) -> int:
 
 def tokens_needed(settings: Recipe, parent: Architecture,
                   data: Mapping[str, str]) -> dict[str, dict[str, int | None]]:
-    """source -> split -> tokens that do for what is read; None: all there are. `data`: section of the recipe -> what it
-    reads. Training goes over all of a source that has an end; calibration and evaluation spread their blocks over the
-    first `spread_tokens` and HELD_OUT_TOKENS of it."""
+    """source -> split -> tokens that do for what is read; None: all there are. `data`: section of
+    the recipe -> what it reads. Training goes over all of a source that has an end; calibration and
+    evaluation spread their blocks over the first `spread_tokens` and HELD_OUT_TOKENS of it."""
     c, d = settings.calibration, settings.distillation
     # two parts, and a quarter more: documents are shared out whole
     held_out = 5 * settings.evaluation.samples * c.sequence_length // 2
@@ -92,8 +94,8 @@ def tokens_needed(settings: Recipe, parent: Architecture,
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved request. `points` and `feasible` count architectures of the space and those within the budget;
-    `memory_bytes` is what may be used."""
+    """The resolved request. `points` and `feasible` count architectures of the space and those
+    within the budget; `memory_bytes` is what may be used."""
 
     parent: Architecture
     recipe: Recipe
@@ -112,8 +114,8 @@ class Plan:
 
     @property
     def students_bytes(self) -> int:
-        """Of the largest student in float32: with gradient and two moments where it is trained, else as it was cut, as
-        it was written, and plainly sliced. Nothing where none is made."""
+        """Of the largest student in float32: with gradient and two moments where it is trained,
+        else as it was cut, as it was written, and plainly sliced. Nothing where none is made."""
         return 4 * (4 if self.recipe.distillation.tokens else 3) * self.largest.parameters if self.feasible else 0
 
     @property
@@ -124,14 +126,16 @@ class Plan:
 
     @property
     def resident(self) -> bool:
-        """Whether the parent is held in memory from the first stage to the last: in float32, twice if it is rotated."""
+        """Whether the parent is held in memory from the first stage to the last: in float32, twice
+        if it is rotated."""
         copies = 2 if self.recipe.surgery.hidden == "rotate" else 1
         needed = 4 * self.parent_cost.parameters * copies + self.students_bytes + self.refit_bytes
         return needed + SPARE_BYTES <= self.memory_bytes
 
     @property
     def layers_bytes(self) -> int:
-        """Of the layers that a pass from the disk holds, in float32: two that are read, one that is cut."""
+        """Of the layers that a pass from the disk holds, in float32: two that are read, one that is
+        cut."""
         arch = self.parent
         return 12 * max(layer_parameters(arch, i) for i in range(arch.num_layers))
 
@@ -158,7 +162,8 @@ class Plan:
                 f"float32), {where}; {human_bytes(self.memory_bytes)} to use")
 
     def estimates(self) -> dict[str, float]:
-        """Seconds that each stage may take here, from its FLOPs and a quick look at this machine's speed."""
+        """Seconds that each stage may take here, from its FLOPs and a quick look at this machine's
+        speed."""
         r = self.recipe
         speed = _matmul_flops_per_second(self.parent) * EFFICIENCY
         parent, child = self.parent_cost.flops_per_token, self.largest.flops_per_token
@@ -214,8 +219,9 @@ class Plan:
 
 def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
               memory_bytes: int | None = None, reads: tuple[str, ...] = DATA_SECTIONS) -> Plan:
-    """Resolve a recipe for a parent. Scoring alone does not need the budget to be met. `memory_bytes`: what may be
-    used, the machine's if left out. `reads`: the sections whose data are read.
+    """Resolve a recipe for a parent. Scoring alone does not need the budget to be met.
+    `memory_bytes`: what may be used, the machine's if left out. `reads`: the sections whose data
+    are read.
 
     Raises:
         InputError: a setting that is wrong, does not fit the parent, or is not built yet.
@@ -254,8 +260,8 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
 
 
 def check_disk(plan: Plan, folder: Path) -> None:
-    """Room for the states of the tournament and of the winner (weights, two moments and the best weights, float32), and
-    for the result.
+    """Room for the states of the tournament and of the winner (weights, two moments and the best
+    weights, float32), and for the result.
 
     Raises:
         ResourceError: too little.
@@ -299,8 +305,8 @@ def machine_memory(device: torch.device | None = None) -> int:
 
 
 def check_memory(plan: Plan, device: torch.device) -> None:
-    """Room for what cannot be read layer by layer: a student, the teacher where it is trained, a refit; for scoring
-    alone the layers themselves.
+    """Room for what cannot be read layer by layer: a student, the teacher where it is trained, a
+    refit; for scoring alone the layers themselves.
 
     Raises:
         ResourceError: too little.
@@ -323,7 +329,8 @@ def check_memory(plan: Plan, device: torch.device) -> None:
 
 
 def _matmul_flops_per_second(arch: Architecture) -> float:
-    """The fastest of some matrix products of the model's own shape: what another process takes does not count."""
+    """The fastest of some matrix products of the model's own shape: what another process takes does
+    not count."""
     tokens, hidden, wide = 2048, arch.hidden_size, writer_inputs(arch)
     x, w = torch.randn(tokens, hidden), torch.randn(wide, hidden)
     x @ w.T

@@ -1,4 +1,5 @@
-"""Progress: which stage runs, how far it is, how long it and the whole run will still take. On stderr."""
+"""Progress: which stage runs, how far it is, how long it and the whole run will still take. On
+stderr."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ Update = Callable[[float, str], None]
 
 
 class Reporter:
-    """Says nothing, but lets an interruption through: what library users get. `seconds` collects stage times."""
+    """Says nothing, but lets an interruption through: what library users get. `seconds` collects
+    stage times."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -32,7 +34,8 @@ class Reporter:
 
     @contextmanager
     def stage(self, name: str, total: float) -> Iterator[Update]:
-        """Run a stage; call the given function with (amount done of `total`, a word on the state)."""
+        """Run a stage; call the given function with (amount done of `total`, a word on the
+        state)."""
         begin = time.perf_counter()
         with self._show(name, total) as update:
             yield update
@@ -47,7 +50,8 @@ class Reporter:
 
 
 class Terminal(Reporter):
-    """Bars with an ETA on a terminal. Where stderr is a file: a line per stage, and one a minute in between.
+    """Bars with an ETA on a terminal. Where stderr is a file: a line per stage, and one a minute in
+    between.
 
     `verbose`: a line every few seconds, on a terminal too.
     """

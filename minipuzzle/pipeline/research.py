@@ -52,7 +52,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one budget allows. `feasible` counts the architectures within it; null where they are not enumerated."""
+    """What one budget allows. `feasible` counts the architectures within it; null where they are
+    not enumerated."""
 
     budget: Budget
     candidates: list[Candidate]
@@ -66,13 +67,15 @@ def research(recipe: Recipe, run: Path | None, config: Path | None, scores: Path
              ) -> tuple[Path, dict[str, Any], pd.DataFrame]:
     """(folder, what it holds as JSON, a table): search the model of `config`, or of a run again.
 
-    `config`: a model folder, a config.json or a published name. `scores`: a run, its scores folder, or a CSV of layers
-    alone; without them the search only enumerates and prices. A `run` brings both. The folder is `output_dir`, or a
-    function of the request in RUN/searches/ or searches/. The table has a row per candidate, best first; of a sweep,
-    a row per budget with its best candidate.
+    `config`: a model folder, a config.json or a published name. `scores`: a run, its scores folder,
+    or a CSV of layers alone; without them the search only enumerates and prices. A `run` brings
+    both. The folder is `output_dir`, or a function of the request in RUN/searches/ or searches/.
+    The table has a row per candidate, best first; of a sweep, a row per budget with its best
+    candidate.
 
     Raises:
-        InputError: neither or both of run and config, a folder that is not ours, a setting that does not fit.
+        InputError: neither or both of run and config, a folder that is not ours, a setting that
+        does not fit.
         Infeasible: no architecture meets the budget (of a sweep: none of them).
     """
     if (run is None) == (config is None):
@@ -98,14 +101,15 @@ def research(recipe: Recipe, run: Path | None, config: Path | None, scores: Path
 
 def candidates_document(budget: Budget, workload: Workload, parent_name: str, parent: Architecture,
                         candidates: list[Candidate], warnings: list[str] | None = None) -> dict[str, Any]:
-    """candidates.json: the budget, the parent, and every candidate with its cost and quality; `warnings` where the
-    order does not tell all."""
+    """candidates.json: the budget, the parent, and every candidate with its cost and quality;
+    `warnings` where the order does not tell all."""
     about = {"name": parent_name, "architecture": parent.to_json(), "cost": cost(parent, workload).to_json()}
     return {"schema": 1, "budget": budget.to_json(), "workload": workload.to_json(), "parent": about,
             "warnings": warnings or [], "candidates": [c.to_json() for c in candidates]}
 
 
-# what is asked ----------------------------------------------------------------------------------------
+# what is asked
+# ----------------------------------------------------------------------------------------
 
 
 def parent_of_config(config: Path) -> tuple[str, Architecture]:
@@ -116,7 +120,8 @@ def parent_of_config(config: Path) -> tuple[str, Architecture]:
 
 
 def parent_of_run(run: Path) -> tuple[str, Architecture]:
-    """(name, architecture) of a run's parent: from its model folder, or if that is gone from the run's candidates.
+    """(name, architecture) of a run's parent: from its model folder, or if that is gone from the
+    run's candidates.
 
     Raises:
         InputError: not a run, or nothing tells its architecture any more.
@@ -138,7 +143,8 @@ def run_recipe(run: Path, budget: Mapping[str, str], settings: Mapping[str, Any]
 
 
 def read_scores(path: Path | None) -> tuple[LayerScores | None, WidthCurves | None]:
-    """The layer scores of a run, of its scores folder or of a CSV; with a folder its width curves, if there."""
+    """The layer scores of a run, of its scores folder or of a CSV; with a folder its width curves,
+    if there."""
     if path is None:
         return None, None
     layers = LayerScores.read(path)
@@ -173,15 +179,17 @@ def _read(path: Path, missing: str) -> dict[str, Any]:
         return dict(read_json(path, limit=CANDIDATES_BYTES))
 
 
-# the search -------------------------------------------------------------------------------------------
+# the search
+# -------------------------------------------------------------------------------------------
 
 
 def find_candidates(recipe: Recipe, parent: Architecture, space: Space, budget: Budget, workload: Workload,
                     scores: LayerScores | None, curves: WidthCurves | None) -> tuple[list[Candidate], int, int | None]:
-    """(candidates best predicted first, architectures of the space, those within the budget) by the recipe's strategy.
+    """(candidates best predicted first, architectures of the space, those within the budget) by the
+    recipe's strategy.
 
-    The grid enumerates all and keeps search.keep. Integer programs find one at a time, as many as will be measured,
-    and do not count the feasible (null).
+    The grid enumerates all and keeps search.keep. Integer programs find one at a time, as many as
+    will be measured, and do not count the feasible (null).
 
     Raises:
         InputError: settings that exclude each other or are not built; as search_architectures.
@@ -215,7 +223,8 @@ def ranking_notes(question: Question) -> list[str]:
 
 
 def _answer(question: Question, texts: Mapping[str, str]) -> Answer:
-    """Search for one budget. That nothing meets it is a note here; an error if it holds for all that were asked."""
+    """Search for one budget. That nothing meets it is a note here; an error if it holds for all
+    that were asked."""
     q = question
     budget, begin = Budget.parse(texts, cost(q.parent, q.workload).to_json()), time.perf_counter()
     try:
@@ -225,7 +234,8 @@ def _answer(question: Question, texts: Mapping[str, str]) -> Answer:
     return Answer(budget, found, points, feasible, time.perf_counter() - begin)
 
 
-# what is written --------------------------------------------------------------------------------------
+# what is written
+# --------------------------------------------------------------------------------------
 
 
 def _folder_name(question: Question) -> str:

@@ -45,8 +45,8 @@ WORSE = 1.1  # times the best: noise does not move the last looks of a cosine th
 
 
 def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """report.json (docs/files.md). Losses in nats per token; those of the result are all on the final part of the
-    held-out blocks, those of the candidates on the part that selects.
+    """report.json (docs/files.md). Losses in nats per token; those of the result are all on the
+    final part of the held-out blocks, those of the candidates on the part that selects.
 
     `given`: of the export; `found`: what it measured. `stages`: with the seconds that each took.
     """
@@ -88,7 +88,8 @@ def distilled_report(given: Given, student: Architecture, kept_layers: Sequence[
                      trained: Trained, exported: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of a model that was distilled alone, in the keys of report.json: for its card.
 
-    `measured`: `parent`, `pruned` and `distilled` as evaluate/quality.py gives them; without a teacher `parent` is
+    `measured`: `parent`, `pruned` and `distilled` as evaluate/quality.py gives them; without a
+    teacher `parent` is
     empty. `exported`: as distill/loop.py's `load_best` tells it.
     """
     alerts = _alerts(exported, measured)
@@ -135,12 +136,14 @@ def _about(given: Given, parent: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _paired(quality: Mapping[str, float]) -> dict[str, float | None]:
-    """The loss minus the parent's on the same blocks, and its standard error; null without a parent."""
+    """The loss minus the parent's on the same blocks, and its standard error; null without a
+    parent."""
     return {"loss_minus_parent": quality.get("loss_minus_parent"), "stderr": quality.get("loss_minus_parent_stderr")}
 
 
 def _alerts(exported: Mapping[str, Any] | None, found: Mapping[str, Any]) -> list[str]:
-    """What nobody may miss: training that made the model worse. `found`: `pruned` and `distilled`."""
+    """What nobody may miss: training that made the model worse. `found`: `pruned` and
+    `distilled`."""
     if exported is None:
         return []
     out, name = [], "kl" if "kl" in exported else "loss"
@@ -181,8 +184,10 @@ def _scoring(given: Given) -> dict[str, Any]:
 
 
 def width_shares(scores: WidthScores, parent: Architecture, chosen: Candidate) -> dict[str, Any]:
-    """widths: how much of the squared importance the best channels hold, lowest, median and highest layer, at up to
-    33 widths per axis. kept_importance: the share that each kept layer's cut leaves, by the parent's layer."""
+    """widths: how much of the squared importance the best channels hold, lowest, median and highest
+    layer, at up to
+    33 widths per axis. kept_importance: the share that each kept layer's cut leaves, by the
+    parent's layer."""
     axes = {HIDDEN: [scores.hidden.astype(float)]}
     places = {place: names for kind in parent.family.kinds.values() for place, names in kind.places.items()}
     for place, arrays in scores.layers.items():
@@ -226,7 +231,8 @@ def _distillation(given: Given, candidates: list[Candidate], seconds: dict[str, 
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a finalist, for a figure; none where they are damaged: the result is finished without them."""
+    """The rows of a finalist, for a figure; none where they are damaged: the result is finished
+    without them."""
     try:
         return read_metrics(folder)
     except CorruptArtifact:

@@ -28,8 +28,8 @@ def _figure(draw: Draw) -> Callable[[Run], Figure | None]:
 class Run:
     """A finished run, or the result of one of its candidates (RUN/candidates/NAME).
 
-    `candidates` has a row per candidate: first what is in `model/`, then best first. The figures are those of the
-    report.
+    `candidates` has a row per candidate: first what is in `model/`, then best first. The figures
+    are those of the report.
     """
 
     path: Path

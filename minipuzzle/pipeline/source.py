@@ -46,7 +46,8 @@ def find_model(model: str | Path) -> Path:
 
 
 def config_of(model: str) -> dict[str, Any]:
-    """The configuration of a folder, a config.json, a published name or a Hub id, of which nothing else is fetched.
+    """The configuration of a folder, a config.json, a published name or a Hub id, of which nothing
+    else is fetched.
 
     Raises:
         InputError: none of them.
@@ -73,7 +74,8 @@ def _hub(model: str, what: str) -> Iterator[None]:
 
 
 def licence_of(folder: Path) -> dict[str, str]:
-    """The licence keys of a model card, as the folder has them: what comes of a model inherits its licence."""
+    """The licence keys of a model card, as the folder has them: what comes of a model inherits its
+    licence."""
     try:
         _, front, _ = read_text(folder / "README.md").split("---\n", 2)
         card = parse_yaml(front)

@@ -150,7 +150,8 @@ class Given:
             self.settings.evaluation.samples, self.settings.calibration.sequence_length)
 
     def passes(self, ids_NT: torch.Tensor, note: str = "") -> Pass:
-        """A pass of the parent over samples, split over the processes; finished batches are kept."""
+        """A pass of the parent over samples, split over the processes; finished batches are
+        kept."""
         return Pass(self.parent.source, ids_NT, Partial(self._partial), self.ranks,
                     self.parent.memory.stream_bytes, lambda done: self.update(done / len(ids_NT), note))
 

@@ -1,6 +1,7 @@
 """All stages of `prune`, in the order of the data.
 
-    data -> tokens -> LayerScores, WidthScores, WidthCurves -> [Candidate] -> measured -> distilled -> model/
+    data -> tokens -> LayerScores, WidthScores, WidthCurves -> [Candidate] -> measured -> distilled
+    -> model/
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def student_of(given: Given, candidate: Candidate, key: str) -> HybridLM:
 
 
 def state_folder(given: Given, candidate: Candidate, key: str) -> Path:
-    """Where its training state lies. `key`: of the tournament; another recipe gets another folder."""
+    """Where its training state lies. `key`: of the tournament; another recipe gets another
+    folder."""
     return given.run / "distillation" / f"{candidate.name}-{key}"
 
 
@@ -87,7 +88,8 @@ def say_training(given: Given, name: str, before: float, per_token: float) -> Ca
 
 
 def rounded(student: HybridLM, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, weight as the checkpoint will hold it); shards are put together, by all processes at once."""
+    """(name, weight as the checkpoint will hold it); shards are put together, by all processes at
+    once."""
     return ((n, whole(p.detach()).to(dtypes[n])) for n, p in student.parameters_by_name().items())
 
 

@@ -1,6 +1,7 @@
 """The verbs that make a run: the whole pipeline, and scoring alone. A verb is a list of stages.
 
-Every stage leaves files and a manifest (core/rundir.py): the same command continues where it stopped.
+Every stage leaves files and a manifest (core/rundir.py): the same command continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ from minipuzzle.search.candidate import to_frame
 def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_dir: str | Path | None = None, *,
           seed: int = 0, device: str = "cpu", redo: bool = False, fresh: bool = False, candidate: str | None = None,
           reporter: Reporter | None = None, command: str = "", memory_bytes: int | None = None) -> Run:
-    """Make a model smaller: the whole pipeline. Left out: the bundled model, the default recipe, their own folder.
+    """Make a model smaller: the whole pipeline. Left out: the bundled model, the default recipe,
+    their own folder.
 
-    `candidate`: of a run that has come to its candidates (`output_dir`, or `model` alone) distil this one too. It goes
-    to RUN/candidates/NAME/ and the run's own result stays; the Run that comes back is that folder. `memory_bytes`: what
-    may be used (left out: the machine's); a parent that does not fit is read from the disk layer by layer, by all
-    stages but distillation.
+    `candidate`: of a run that has come to its candidates (`output_dir`, or `model` alone) distil
+    this one too. It goes to RUN/candidates/NAME/ and the run's own result stays; the Run that comes
+    back is that folder. `memory_bytes`: what may be used (left out: the machine's); a parent that
+    does not fit is read from the disk layer by layer, by all stages but distillation.
 
     Raises:
         MinipuzzleError: one of its kinds, each with its exit code (core/errors.py).
@@ -102,7 +104,8 @@ def prepare(model: str | Path | None, recipe: Recipe, device: str = "cpu",
     """Find the model, check its headers, and plan for the device; reads no weight.
 
     Raises:
-        InputError, UnsupportedModel, Infeasible, ...: what `prune` refuses before it opens its folder.
+        InputError, UnsupportedModel, Infeasible, ...: what `prune` refuses before it opens its
+        folder.
         ResourceError: no such device here.
     """
     where = find_device(device)
@@ -140,11 +143,12 @@ def report(runner: Runner) -> Run:
 
 def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int, device: str, reporter: Reporter,
           command: str = "", memory_bytes: int | None = None, redo: bool = False) -> tuple[Path, pd.DataFrame]:
-    """(OUTPUT_DIR/scores, the layer table): the first stages of `prune`, which would go on from here.
+    """(OUTPUT_DIR/scores, the layer table): the first stages of `prune`, which would go on from
+    here.
 
-    A parent that does not fit into `memory_bytes` (left out: the machine's) is read from the disk layer by layer. Under
-    torchrun the samples are split over the processes. `redo`: make the damaged stages again, and those that a changed
-    recipe invalidates.
+    A parent that does not fit into `memory_bytes` (left out: the machine's) is read from the disk
+    layer by layer. Under torchrun the samples are split over the processes. `redo`: make the
+    damaged stages again, and those that a changed recipe invalidates.
     """
     folder, where = open_model(find_model(model)), find_device(device)
     plan = make_plan(folder.arch, recipe, need_budget=False, memory_bytes=memory_to_use(memory_bytes, where),
@@ -182,7 +186,8 @@ def open_run(path: Path, device: Any) -> tuple[Ranks, RunDir]:
 
 
 def write_about(runner: Runner, **more: Any) -> None:
-    """run.json: what the run is, for people and for `search RUN`. Another candidate's result leaves it as it is."""
+    """run.json: what the run is, for people and for `search RUN`. Another candidate's result leaves
+    it as it is."""
     world = runner.world
     if not runner.ranks.main or world.candidate is not None:
         return

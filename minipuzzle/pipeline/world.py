@@ -1,4 +1,5 @@
-"""What a run works on beside its recipe: the parent, its tokenizer, the texts, the machine, the seed.
+"""What a run works on beside its recipe: the parent, its tokenizer, the texts, the machine, the
+seed.
 
 Each is read when it is first asked for. `World.identities` tells this state of each from another;
 stages name those that they read (pipeline/stage.py).
@@ -123,7 +124,8 @@ class World:
     def tokenizer(self) -> Any:
         return load_tokenizer(self.folder.path)
 
-    # data ------------------------------------------------------------------------------------------
+    # data
+    # ------------------------------------------------------------------------------------------
 
     def source(self, section: str) -> str:
         """What the section of the recipe reads."""

@@ -30,7 +30,8 @@ from minipuzzle.core.ranges import parse_range
 from minipuzzle.data.corpus import absolute
 
 DATA_SECTIONS = ("calibration", "evaluation", "distillation")
-# Upper bounds are far beyond what is of use: a number above is a typing error, which would fill the memory or the disk
+# Upper bounds are far beyond what is of use: a number above is a typing error, which would fill the
+# memory or the disk
 _SAMPLES, _LENGTH, _TOKENS = 10**7, 2**24, 10**15
 
 
@@ -85,7 +86,8 @@ class ScoresSection(_Section):
 
 
 class SpaceSection(_Section):
-    """Ranges `[low, high]` or `[low, high, step]`; numbers, or parts of the parent such as `0.5x`."""
+    """Ranges `[low, high]` or `[low, high, step]`; numbers, or parts of the parent such as
+    `0.5x`."""
 
     drop_mamba: Range = [0, "0.5x"]
     drop_ffn: Range = [0, "0.8x"]
@@ -106,8 +108,9 @@ class SearchSection(_Section):
 
 
 class EvaluationSection(_Section):
-    """Held-out documents, about every 50th, never calibrated on or trained on. `samples` blocks of them select
-    candidates and weights; as many of other documents are measured only for the report."""
+    """Held-out documents, about every 50th, never calibrated on or trained on. `samples` blocks of
+    them select candidates and weights; as many of other documents are measured only for the
+    report."""
 
     data: str = Field("stdlib", min_length=1)
     samples: int = Field(64, ge=2, le=_SAMPLES)
@@ -154,7 +157,8 @@ class Recipe(_Section):
         """A shipped recipe by name, or a YAML file. `overrides`: see `with_overrides`.
 
         Raises:
-            InputError: no such recipe, not YAML, a key that does not exist, or a value that does not fit.
+            InputError: no such recipe, not YAML, a key that does not exist, or a value that does
+            not fit.
         """
         text, origin = recipe_text(str(name_or_file))
         return cls.parse(text, origin).with_overrides(**overrides) if overrides else cls.parse(text, origin)
@@ -187,7 +191,8 @@ class Recipe(_Section):
 
     def with_overrides(self, budget: Mapping[str, str] | None = None, data: str | None = None,
                        settings: Mapping[str, Any] | None = None) -> Recipe:
-        """A copy with another budget (in place of the recipe's), other data everywhere, and `a.b` settings."""
+        """A copy with another budget (in place of the recipe's), other data everywhere, and `a.b`
+        settings."""
         values = self.model_dump()
         if data is not None:
             for section in DATA_SECTIONS:
@@ -204,7 +209,8 @@ class Recipe(_Section):
         return _validate(values, "settings", {})
 
     def located(self) -> Recipe:
-        """A copy whose data have absolute paths: it means the same from another working directory."""
+        """A copy whose data have absolute paths: it means the same from another working
+        directory."""
         values = self.model_dump()
         for section in DATA_SECTIONS:
             values[section]["data"] = absolute(values[section]["data"])
@@ -269,7 +275,8 @@ def _where(origin: str, lines: dict[tuple[Any, ...], int], path: tuple[Any, ...]
 
 
 def _explain(error: ValidationError, origin: str, lines: dict[tuple[Any, ...], int]) -> str:
-    """The first problem of a ValidationError in one line, with its line number and the nearest right key."""
+    """The first problem of a ValidationError in one line, with its line number and the nearest
+    right key."""
     first = error.errors()[0]
     path = tuple(first["loc"][:2])  # further parts are places in a list, and pydantic's names of union members
     name = ".".join(str(part) for part in path)

@@ -25,12 +25,13 @@ MEMORY_PARTS = (("weights_bytes", "weights", MUTED), ("kv_cache_bytes", "KV cach
                 ("mamba_state_bytes", "Mamba state", KIND_COLORS[_STATES]))
 
 
-# widths ----------------------------------------------------------------------------------------------
+# widths
+# ----------------------------------------------------------------------------------------------
 
 
 def widths(report: dict[str, Any]) -> Figure | None:
-    """One column per axis: above, the share of importance that the best channels hold; below, the measured damage of
-    cutting that axis alone. The chosen width and the parent's are marked."""
+    """One column per axis: above, the share of importance that the best channels hold; below, the
+    measured damage of cutting that axis alone. The chosen width and the parent's are marked."""
     first = at(report, "scores", "metric") or "kl"
     rows = [r for r in at(report, "scores", "curves") or [] if at(r, "width") is not None]
     metric = next((m for m in (first, "kl", "mse", "loss_delta") if any(r.get(m) is not None for r in rows)), first)
@@ -123,7 +124,8 @@ def _mark_width(panel: Axes, report: dict[str, Any], name: str) -> None:
         panel.axvline(chosen, color=CHOSEN, lw=2)
 
 
-# training --------------------------------------------------------------------------------------------
+# training
+# --------------------------------------------------------------------------------------------
 
 
 def _series(curve: Any, x: str, y: str) -> tuple[list[float], list[float]]:
@@ -193,8 +195,8 @@ def tournament(report: dict[str, Any]) -> Figure | None:
 
 
 def distillation(report: dict[str, Any]) -> Figure | None:
-    """The result's KL over training, in training batches and on held-out blocks; and the held-out loss of each step
-    from the parent to the result, all on the same blocks."""
+    """The result's KL over training, in training batches and on held-out blocks; and the held-out
+    loss of each step from the parent to the result, all on the same blocks."""
     curve = at(report, "distillation", "curve")
     tokens, train = _series(curve, "tokens", "kl")
     if len(tokens) < 2:
@@ -240,11 +242,13 @@ def _losses(axis: Axes, report: dict[str, Any]) -> None:
     axis.grid(axis="y", visible=False)
 
 
-# memory and time -------------------------------------------------------------------------------------
+# memory and time
+# -------------------------------------------------------------------------------------
 
 
 def memory(report: dict[str, Any]) -> Figure | None:
-    """Weights, KV cache and Mamba state of parent and result as the context grows; the rest as in the workload."""
+    """Weights, KV cache and Mamba state of parent and result as the context grows; the rest as in
+    the workload."""
     both = [(name, facts.architecture_of(at(report, name))) for name in ("parent", "result")]
     both = [(name, arch) for name, arch in both if arch is not None]
     if len(both) < 2:

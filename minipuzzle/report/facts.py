@@ -1,4 +1,5 @@
-"""What the report says in words and numbers, read from the dict of report.json; any part of it may be missing."""
+"""What the report says in words and numbers, read from the dict of report.json; any part of it may
+be missing."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def at(data: Any, *keys: str) -> Any:
 
 
 def clean(value: Any) -> Any:
-    """The same as plain JSON values: NaN and infinity become None, numpy's numbers Python's, paths text."""
+    """The same as plain JSON values: NaN and infinity become None, numpy's numbers Python's, paths
+    text."""
     if isinstance(value, Mapping):
         return {str(k): clean(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -68,7 +70,8 @@ def workload_of(report: dict[str, Any]) -> Workload:
     return Workload(**known | {"keep_16bit": tuple(known.get("keep_16bit", ()))})
 
 
-# formats ---------------------------------------------------------------------------------------------
+# formats
+# ---------------------------------------------------------------------------------------------
 
 
 def number(value: float | None, form: str = ".3f") -> str:
@@ -97,7 +100,8 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-# candidates ------------------------------------------------------------------------------------------
+# candidates
+# ------------------------------------------------------------------------------------------
 
 
 def candidates(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -114,7 +118,8 @@ def controls(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def prediction(report: dict[str, Any]) -> str:
-    """How well predicted damage orders what was measured, where it was chosen by and in the whole space."""
+    """How well predicted damage orders what was measured, where it was chosen by and in the whole
+    space."""
     chosen, drawn = (at(report, "rank_correlation", key) for key in ("measured", "controls"))
     if chosen is None and drawn is None:
         return ""
@@ -208,7 +213,8 @@ def candidate_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-# words -----------------------------------------------------------------------------------------------
+# words
+# -----------------------------------------------------------------------------------------------
 
 
 def widths_text(value: Any) -> str:
@@ -255,7 +261,8 @@ def choice(report: dict[str, Any]) -> str:
 
 
 def cut(report: dict[str, Any]) -> bool:
-    """Whether it was cut here: `distill` takes a student as it comes, pruned, distilled before, or neither."""
+    """Whether it was cut here: `distill` takes a student as it comes, pruned, distilled before, or
+    neither."""
     return at(report, "result", "candidate") is not None
 
 
@@ -310,7 +317,8 @@ def removed(report: dict[str, Any]) -> str:
 
 
 def strip(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parent's layers in order: kind, whether the result keeps it, and a line on it. [] where that is not known."""
+    """The parent's layers in order: kind, whether the result keeps it, and a line on it. [] where
+    that is not known."""
     parent, kept = architecture_of(at(report, "parent")), at(report, "result", "kept_layers")
     if parent is None or kept is None:
         return []

@@ -70,7 +70,8 @@ def environment() -> Environment:
 
 
 def render_html(report: dict[str, Any]) -> str:
-    """The page of a report; a part that the report lacks is left out. The same report gives the same bytes."""
+    """The page of a report; a part that the report lacks is left out. The same report gives the
+    same bytes."""
     report = facts.clean(report)
     sections = []
     for name, heading, figures in FIGURES:
@@ -88,7 +89,8 @@ def render_html(report: dict[str, Any]) -> str:
 
 
 def figures_of(data: Any, heading: str, figures: Iterable[tuple[Draw, str]]) -> list[dict[str, Any]]:
-    """What the template needs to show figures of `data`; those with nothing to draw are left out."""
+    """What the template needs to show figures of `data`; those with nothing to draw are left
+    out."""
     out = []
     for function, caption in figures:
         label = f"{heading}. {caption}"
@@ -164,7 +166,8 @@ def showing(name: str) -> Iterator[None]:
 
 
 def write_report(report: dict[str, Any], folder: Path) -> Path:
-    """Write report.json and report.html into `folder`, each whole or not at all; returns the page's path."""
+    """Write report.json and report.html into `folder`, each whole or not at all; returns the page's
+    path."""
     page = render_html(report)
     data = json.dumps(facts.clean(report), indent=1, ensure_ascii=False, allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""The figures about layers and candidates: report -> matplotlib Figure, or None where there is nothing to draw."""
+"""The figures about layers and candidates: report -> matplotlib Figure, or None where there is
+nothing to draw."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ METRIC_WORDS = {"mse": "mean squared error at the LM head", "nmse": "relative sq
 
 
 def wide_scale(axis: Axes, which: str, values: Any, factor: float = 30) -> None:
-    """A logarithmic axis where the values range over more than `factor`; linear near zero if some are not positive."""
+    """A logarithmic axis where the values range over more than `factor`; linear near zero if some
+    are not positive."""
     values = np.asarray([v for v in values if v is not None], float)
     positive = values[values > 0]
     if len(positive) < 2 or np.abs(values).max() <= factor * positive.min():
@@ -69,7 +71,8 @@ def in_units(key: str, largest: float) -> tuple[float, str]:
     return step**power, names[power]
 
 
-# candidates ------------------------------------------------------------------------------------------
+# candidates
+# ------------------------------------------------------------------------------------------
 
 
 def damage_words(report: dict[str, Any]) -> str:
@@ -113,10 +116,11 @@ def _by_role(report: dict[str, Any], points: list[_Point]) -> list[tuple[_Role, 
 
 
 def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric: str) -> bool:
-    """Points of one quality against cost, with front, finalists and the result. False if there is none.
+    """Points of one quality against cost, with front, finalists and the result. False if there is
+    none.
 
-    Finalists are hollow before training; a line leads to the filled mark after the tournament, or after the whole
-    distillation for the result.
+    Finalists are hollow before training; a line leads to the filled mark after the tournament, or
+    after the whole distillation for the result.
     """
     key, limit = facts.budget_of(report)
     column = BUDGET_KEYS[key][0]
@@ -163,7 +167,8 @@ def _trained(report: dict[str, Any], candidate: dict[str, Any], metric: str) -> 
 
 
 def tradeoff(report: dict[str, Any]) -> Figure | None:
-    """Cost against measured quality; also against predicted damage where few candidates were measured."""
+    """Cost against measured quality; also against predicted damage where few candidates were
+    measured."""
     metric = facts.quality(report)
     panels = [("measured", metric, f"measured {METRIC_WORDS[metric]}")]
     if len(facts.measured(report)) < 8:
@@ -206,7 +211,8 @@ def prediction(report: dict[str, Any]) -> Figure | None:
     return figure
 
 
-# layers ----------------------------------------------------------------------------------------------
+# layers
+# ----------------------------------------------------------------------------------------------
 
 
 def kind_legend(figure: Figure, kinds: Iterable[str], extra: list[Line2D] | None = None) -> None:
@@ -222,7 +228,8 @@ def in_order(letters: Iterable[str]) -> list[str]:
 
 
 def layer_ticks(axis: Axes, kinds: str) -> None:
-    """Letters of the kinds under the layers, with a number every five; numbers only where the layers are many."""
+    """Letters of the kinds under the layers, with a number every five; numbers only where the
+    layers are many."""
     if len(kinds) <= 64:
         axis.set_xticks(range(len(kinds)), [f"{k}\n{i if i % 5 == 0 else ' '}" for i, k in enumerate(kinds)])
     axis.set_xlim(-0.7, len(kinds) - 0.3)
@@ -238,7 +245,8 @@ def layer_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def layers(report: dict[str, Any]) -> Figure | None:
-    """Importance of each layer with standard errors by the metric of the search; removed layers are hollow."""
+    """Importance of each layer with standard errors by the metric of the search; removed layers are
+    hollow."""
     return _layers(report, _metrics(report)[:1])
 
 
@@ -313,7 +321,8 @@ def kept_grid(report: dict[str, Any]) -> Figure | None:
 
 def grid_of_layers(rows: list[dict[str, Any]], pattern: str, names: list[str], notes: list[str], heading: str,
                    bold: bool = False) -> Figure:
-    """The grid: `rows` have kept_layers; on their left a name, on their right a note under a heading."""
+    """The grid: `rows` have kept_layers; on their left a name, on their right a note under a
+    heading."""
     figure = Figure(figsize=(WIDE, 0.19 * len(rows) + 1.15), layout="constrained")
     axis = figure.subplots()
     axis.grid(False)
@@ -336,7 +345,8 @@ def grid_of_layers(rows: list[dict[str, Any]], pattern: str, names: list[str], n
 
 
 def _grid_cells(axis: Axes, rows: list[dict[str, Any]], pattern: str) -> None:
-    """A coloured cell for each kept layer, which says what it is, and a dot for each removed one."""
+    """A coloured cell for each kept layer, which says what it is, and a dot for each removed
+    one."""
     for kind in in_order(pattern):
         cells = [(x, y, c) for y, c in enumerate(rows) for x in c["kept_layers"]
                  if x < len(pattern) and pattern[x] == kind]

@@ -1,7 +1,9 @@
-"""From a matplotlib figure to SVG that lives inside a page: its colours are CSS variables, its points have titles.
+"""From a matplotlib figure to SVG that lives inside a page: its colours are CSS variables, its
+points have titles.
 
-The colours below are ordinary ones in a figure, and are replaced by variables of the page in the SVG, so that one
-drawing serves light and dark. The same figure gives the same bytes: fixed hash salt, no date.
+The colours below are ordinary ones in a figure, and are replaced by variables of the page in the
+SVG, so that one drawing serves light and dark. The same figure gives the same bytes: fixed hash
+salt, no date.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from matplotlib.figure import Figure
 from minipuzzle.families import registry
 
 INK, MUTED, LINE, CARD = "#1a1b1c", "#6a6b6c", "#d8d9da", "#fdfefe"
-# Okabe and Ito's palette; the dark page lightens the blue. A kind also has its marker and its letter.
+# Okabe and Ito's palette; the dark page lightens the blue. A kind also has its marker and its
+# letter.
 _KINDS = registry.kinds()
 KIND_COLORS = dict(zip(_KINDS, cycle(("#0072b2", "#d55e00", "#009e73", "#7a4ea3")), strict=False))
 KIND_MARKERS = dict(zip(_KINDS, cycle("os^D"), strict=False))
@@ -61,7 +64,8 @@ def styled(function: Draw, report: Any) -> Figure | None:
 
 
 def draw(function: Draw, report: Any, label: str, small: bool = False) -> str:
-    """Inline SVG of `function(report)`, `small` for a phone; '' where the report has nothing to draw."""
+    """Inline SVG of `function(report)`, `small` for a phone; '' where the report has nothing to
+    draw."""
     name = function.__name__ + ("-small" if small else "")
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = function(report)

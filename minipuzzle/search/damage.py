@@ -4,8 +4,9 @@
     additive:   layers = sum_i score(i)                                      over the dropped layers i
     quadratic:  layers = sum_i score(i) + sum_{i != j} interaction(i, j)     exact for one layer, second order for sets
 
-For kl the interaction is half the covariance of the changes of the logits under the parent's probabilities, for mse the
-mean product of the errors (importance/layers.py). rank.py says how well it predicts what was measured.
+For kl the interaction is half the covariance of the changes of the logits under the parent's
+probabilities, for mse the mean product of the errors (importance/layers.py). rank.py says how well
+it predicts what was measured.
 The suffixes: L = layers, C = combinations of layer counts, W = combinations of widths, A = axes.
 """
 
@@ -25,7 +26,8 @@ from minipuzzle.search.space import Space
 
 @dataclass(frozen=True)
 class Damage:
-    """What each layer [L] and each value of each axis is predicted to do; None where nothing was scored."""
+    """What each layer [L] and each value of each axis is predicted to do; None where nothing was
+    scored."""
 
     orders: tuple[list[int], ...]  # of each kind, in the order in which layers go
     values_L: np.ndarray | None
@@ -37,7 +39,8 @@ class Damage:
     pairs_NLL: np.ndarray | None = None
 
     def widths_stderr(self, index_WA: np.ndarray) -> np.ndarray | None:
-        """[W] standard error of `widths`, with the axes' errors independent; NaN where it was not measured."""
+        """[W] standard error of `widths`, with the axes' errors independent; NaN where it was not
+        measured."""
         if self.axes_stderr is None:
             return None
         errors_AW = np.stack([values[index_WA[:, i]] for i, values in enumerate(self.axes_stderr)])
@@ -58,8 +61,9 @@ class Damage:
         return sums if self.pairs_LL is None else sums + _dropped_pairs(self.pairs_LL, self.orders, space)
 
     def layers_stderr(self, space: Space) -> np.ndarray | None:
-        """[C] its standard error; NaN where it was not measured. Layers share their samples, so that their errors go
-        together; only where no samples came with the scores (a CSV from elsewhere) they count as independent."""
+        """[C] its standard error; NaN where it was not measured. Layers share their samples, so
+        that their errors go together; only where no samples came with the scores (a CSV from
+        elsewhere) they count as independent."""
         if self.stderr_L is None:
             return None
         if self.values_NL is None:
@@ -78,9 +82,10 @@ class Damage:
                 ) -> np.ndarray:
         """Of an estimate that is a linear function of means over samples.
 
-        A mean is a sum of 1/n of each of its n samples, so the estimate is one of what each sample adds, and its
-        variance is the sum of theirs. In a race the later samples know fewer layers: those of one look add alike, and
-        the variance of what one adds is taken over all samples up to it, which know these layers too.
+        A mean is a sum of 1/n of each of its n samples, so the estimate is one of what each sample
+        adds, and its variance is the sum of theirs. In a race the later samples know fewer layers:
+        those of one look add alike, and the variance of what one adds is taken over all samples up
+        to it, which know these layers too.
         """
         assert self.values_NL is not None
         known_NL, variance = ~np.isnan(self.values_NL), np.zeros(())
@@ -96,7 +101,8 @@ class Damage:
         return np.asarray(np.sqrt(variance))
 
     def _pairs_add(self, begin: int, end: int) -> np.ndarray | None:
-        """[end, L, L] what each sample adds to the interactions known at sample `begin`, about their mean."""
+        """[end, L, L] what each sample adds to the interactions known at sample `begin`, about
+        their mean."""
         if self.pairs_NLL is None:
             return None
         known_NLL = ~np.isnan(self.pairs_NLL)
@@ -106,8 +112,9 @@ class Damage:
 
 def predict(parent: Architecture, space: Space, scores: LayerScores | None, curves: WidthCurves | None,
             metric: str, damage: str = "auto") -> Damage:
-    """Look up what is known about every layer and width of the space. `damage`: additive, quadratic, or auto, which is
-    what each removal added where layers were scored iteratively, else quadratic where interactions were measured.
+    """Look up what is known about every layer and width of the space. `damage`: additive,
+    quadratic, or auto, which is what each removal added where layers were scored iteratively, else
+    quadratic where interactions were measured.
 
     Raises:
         InputError: scores of another model, no such metric, an axis that was not measured.
@@ -178,12 +185,13 @@ def _interactions(scores: LayerScores | None, metric: str, asked: bool) -> np.nd
 
 def drop_order(parent: Architecture, kind: str, values_L: np.ndarray | None,
                order_L: np.ndarray | None = None) -> list[int]:
-    """Layers of a kind (the first of each run that goes together) in the order in which they go: by `order_L` where
-    iterative scoring found one, then lowest score first; of equals the later one goes first.
+    """Layers of a kind (the first of each run that goes together) in the order in which they go: by
+    `order_L` where iterative scoring found one, then lowest score first; of equals the later one
+    goes first.
 
-    (The published scores of the 56B have one such tie at the cut, FFN 85 and 96, and 96 went.) Without scores
-    there is no ranking, and those nearest to the middle of the stack go first: in every published profile the
-    first and last layers matter most.
+    (The published scores of the 56B have one such tie at the cut, FFN 85 and 96, and 96 went.)
+    Without scores there is no ranking, and those nearest to the middle of the stack go first: in
+    every published profile the first and last layers matter most.
     """
     layers = np.array(parent.layers_of(kind), int)
     keys = np.abs(2 * layers - (parent.num_layers - 1)) if values_L is None else values_L[layers]

@@ -1,8 +1,10 @@
-"""MiniPuzzle's conditional search (Nemotron-H, arXiv:2504.03624, section 3): price every point, keep the best.
+"""MiniPuzzle's conditional search (Nemotron-H, arXiv:2504.03624, section 3): price every point,
+keep the best.
 
 A point is a number of layers of each kind to drop, and the widths. Its layers are not searched: the
 lowest-scored of each kind go (damage.py has the formula).
-The suffixes: C = combinations of layer counts, W = combinations of widths, P = points, K = kinds, A = axes.
+The suffixes: C = combinations of layer counts, W = combinations of widths, P = points, K = kinds, A
+= axes.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ MAX_POINTS = 10**9  # about two minutes
 
 @dataclass(frozen=True)
 class SearchResult:
-    """`candidates` best predicted first; `points` of the space, of which `feasible` meet the budget."""
+    """`candidates` best predicted first; `points` of the space, of which `feasible` meet the
+    budget."""
 
     candidates: list[Candidate]
     points: int
@@ -42,7 +45,8 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class _Points:
-    """Points with what they are ordered by: least damage, then most parameters, then the lowest number."""
+    """Points with what they are ordered by: least damage, then most parameters, then the lowest
+    number."""
 
     damage_P: np.ndarray
     parameters_P: np.ndarray
@@ -62,14 +66,17 @@ class _Points:
 def search_architectures(parent: Architecture, space: Space, budget: Budget, workload: Workload,
                          scores: LayerScores | None = None, curves: WidthCurves | None = None,
                          metric: str = "mse", keep: int = 10000, damage: str = "auto") -> SearchResult:
-    """All points of the space that meet the budget, priced exactly; the `keep` best predicted as candidates.
+    """All points of the space that meet the budget, priced exactly; the `keep` best predicted as
+    candidates.
 
-    Order: predicted damage, then more parameters, then the point's place in the space. Without scores and curves
-    nothing is predicted (null, not zero) and the largest come first; layers then go from the middle of the stack.
+    Order: predicted damage, then more parameters, then the point's place in the space. Without
+    scores and curves nothing is predicted (null, not zero) and the largest come first; layers then
+    go from the middle of the stack.
 
     Raises:
         Infeasible: no point meets the budget.
-        InputError: scores of another model, no such metric, a space that is too large, costs beyond int64.
+        InputError: scores of another model, no such metric, a space that is too large, costs beyond
+        int64.
         CorruptArtifact: scores that are not finite.
     """
     if space.num_points > MAX_POINTS:
@@ -89,9 +96,9 @@ def search_architectures(parent: Architecture, space: Space, budget: Budget, wor
 def random_architectures(parent: Architecture, space: Space, budget: Budget, workload: Workload,
                          scores: LayerScores | None, curves: WidthCurves | None, metric: str, damage: str,
                          count: int, seed: int) -> list[Candidate]:
-    """`count` of the architectures within the budget (all where there are fewer), each as likely as any other: those
-    that draw the lowest numbers, a function of (seed, place in the space). Named r1, r2, ...; they say how well the
-    predicted damage orders the whole space.
+    """`count` of the architectures within the budget (all where there are fewer), each as likely as
+    any other: those that draw the lowest numbers, a function of (seed, place in the space). Named
+    r1, r2, ...; they say how well the predicted damage orders the whole space.
 
     Raises:
         As search_architectures.
@@ -123,8 +130,8 @@ def kept_counts(parent: Architecture, space: Space) -> np.ndarray:
 
 def _scan(parent: Architecture, space: Space, budget: Budget, workload: Workload, counts_CK: np.ndarray,
           damage: Damage, keep: int, seed: int | None = None) -> tuple[_Points, int]:
-    """(the best `keep` points, the number of feasible ones), in chunks of bounded memory. With a `seed` the best are
-    those that draw the lowest numbers."""
+    """(the best `keep` points, the number of feasible ones), in chunks of bounded memory. With a
+    `seed` the best are those that draw the lowest numbers."""
     shape_A = tuple(len(values) for values in space.widths.values())
     num_widths, feasible, worst = math.prod(shape_A), 0, np.inf
     best = _Points(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
@@ -155,7 +162,8 @@ def _scan(parent: Architecture, space: Space, budget: Budget, workload: Workload
 
 
 def _smallest(keys: list[np.ndarray], keep: int) -> np.ndarray:
-    """Indices, in no order, of the `keep` smallest by the first key, ties by the next. The last key has no ties."""
+    """Indices, in no order, of the `keep` smallest by the first key, ties by the next. The last key
+    has no ties."""
     if len(keys[0]) <= keep:
         return np.arange(len(keys[0]))
     cut = np.partition(keys[0], keep - 1)[keep - 1]

@@ -1,6 +1,8 @@
-"""What to say when nothing meets the budget: which limit binds, the least this space can do, what would help.
+"""What to say when nothing meets the budget: which limit binds, the least this space can do, what
+would help.
 
-Every cost grows with every count and every width, so one point, the smallest architecture of the space, has the
+Every cost grows with every count and every width, so one point, the smallest architecture of the
+space, has the
 least of all costs at once: budgets that are each feasible alone are always feasible together.
 """
 
@@ -74,7 +76,8 @@ def _advice(parent: Architecture, smallest: Architecture, budget: Budget, worklo
 
 
 def _wider(parent: Architecture, smallest: Architecture) -> Iterator[tuple[Architecture, str]]:
-    """The smallest architecture with one axis cut in half, as far as it goes, and how to ask for it."""
+    """The smallest architecture with one axis cut in half, as far as it goes, and how to ask for
+    it."""
     axes, family = bounds_of(dataclasses.replace(parent, **parent.widest())), parent.family
     counts = [len(smallest.layers_of(unit)) for unit in family.drops.values()]
     widths = [smallest.sizes()[name] for name in family.widths]

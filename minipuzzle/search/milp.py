@@ -1,4 +1,5 @@
-"""The search as integer programs (Puzzle, arXiv:2411.19146, section 4, with dropped layers and exact costs).
+"""The search as integer programs (Puzzle, arXiv:2411.19146, section 4, with dropped layers and
+exact costs).
 
     minimise    sum_io damage[i, o] x[i, o]               layer i takes option o: keep, drop, or an FFN width
     subject to  sum_o x[i, o] = 1                         each layer takes one
@@ -7,22 +8,25 @@
                 cost(n, w) <= limit                       for each budget, divided by its limit
                 sum_i x[i, found[i]] <= layers - 1        for each solution found before
 
-    damage[i, drop] = score(i);  damage[i, o] = curve(ffn_size, width[o]) score(i) / (sum of scores of all FFN layers)
+    damage[i, drop] = score(i);  damage[i, o] = curve(ffn_size, width[o]) score(i) / (sum of scores
+    of all FFN layers)
 
-The last is a first order: the measured curve, which narrows all FFN layers at once, is shared out by how much each
-matters, so that narrowing all costs what was measured, and dropping one saves its share. Unlike the grid this may drop
-a layer in place of a lower-scored one, and with `per_layer` give each FFN layer its own width.
+The last is a first order: the measured curve, which narrows all FFN layers at once, is shared out
+by how much each matters, so that narrowing all costs what was measured, and dropping one saves its
+share. Unlike the grid this may drop a layer in place of a lower-scored one, and with `per_layer`
+give each FFN layer its own width.
 
-All layers of a kind cost the same, so the budgets need only n and w; as integers of their own they make the program
-fifty times as fast at 118 layers x 9 widths. Hidden size, Mamba heads and channels multiply each other, so they are
-enumerated outside, with a program for each combination; so is the FFN width of `uniform`, since a binary that all
-layers share makes the bound weak. Combinations wait in the order of a bound, the damage of the grid's best layers with
-the narrowest FFN; most are never solved.
+All layers of a kind cost the same, so the budgets need only n and w; as integers of their own they
+make the program fifty times as fast at 118 layers x 9 widths. Hidden size, Mamba heads and channels
+multiply each other, so they are enumerated outside, with a program for each combination; so is the
+FFN width of `uniform`, since a binary that all layers share makes the bound weak. Combinations wait
+in the order of a bound, the damage of the grid's best layers with the narrowest FFN; most are never
+solved.
 
-HiGHS counts in floats: each solution is priced again in integers, and if it breaks a budget by a byte, it is thrown
-out with all that are at least as large. Ties go to more parameters, then to the solution that changes later layers, by
-terms of 1e-5 and 1e-9 of the largest damage in the objective: damages that differ by less, far below any standard
-error, count as tied.
+HiGHS counts in floats: each solution is priced again in integers, and if it breaks a budget by a
+byte, it is thrown out with all that are at least as large. Ties go to more parameters, then to the
+solution that changes later layers, by terms of 1e-5 and 1e-9 of the largest damage in the
+objective: damages that differ by less, far below any standard error, count as tied.
 The suffixes: L = layers, O = options of all layers, W = combinations of widths.
 """
 
@@ -57,7 +61,8 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True)
 class Solved:
-    """`candidates` best predicted first, out of `points` architectures; `programs` were solved to find them."""
+    """`candidates` best predicted first, out of `points` architectures; `programs` were solved to
+    find them."""
 
     candidates: list[Candidate]
     points: int
@@ -108,7 +113,8 @@ class _Problem:
 def solve_architectures(parent: Architecture, space: Space, budget: Budget, workload: Workload,
                         scores: LayerScores | None, curves: WidthCurves | None = None, metric: str = "mse",
                         keep: int = 64, per_layer: bool = False) -> Solved:
-    """The `keep` best architectures of the space within the budget, with any choice of layers, as candidates.
+    """The `keep` best architectures of the space within the budget, with any choice of layers, as
+    candidates.
 
     `per_layer`: every FFN layer has its own width out of those of the space.
 
@@ -179,8 +185,9 @@ def _problem(parent: Architecture, space: Space, budget: Budget, workload: Workl
 def _best_first(problem: _Problem, keep: int) -> tuple[list[Candidate], int]:
     """(candidates in order of the objective, programs solved).
 
-    A heap of bounds: the lowest is taken. If it is a bound, its program is solved, and its solution waits in its turn;
-    if it is a solution, it is the best of all that is left, and its program waits with it as the bound of its next.
+    A heap of bounds: the lowest is taken. If it is a bound, its program is solved, and its solution
+    waits in its turn; if it is a solution, it is the best of all that is left, and its program
+    waits with it as the bound of its next.
     """
     index_WA = _combinations(problem)
     heap: list[tuple[float, int, Candidate | None]] = [
@@ -205,7 +212,8 @@ def _best_first(problem: _Problem, keep: int) -> tuple[list[Candidate], int]:
 
 
 def _combinations(problem: _Problem) -> np.ndarray:
-    """[W, A] indices of the widths that are the same in all layers; the FFN's is the widest where each has its own."""
+    """[W, A] indices of the widths that are the same in all layers; the FFN's is the widest where
+    each has its own."""
     places = [range(len(values)) for values in problem.space.widths.values()]
     if problem.per_layer:
         places[problem.ffn_axis] = places[problem.ffn_axis][-1:]
@@ -213,7 +221,8 @@ def _combinations(problem: _Problem) -> np.ndarray:
 
 
 def _bounds(problem: _Problem, index_WA: np.ndarray) -> np.ndarray:
-    """[W] a lower bound of the objective, infinite where nothing fits: the grid's best layers, the narrowest FFN."""
+    """[W] a lower bound of the objective, infinite where nothing fits: the grid's best layers, the
+    narrowest FFN."""
     p, bounds = problem, []
     counts_CK, layers_C = kept_counts(p.parent, p.space), p.damage.layers(p.space)
     assert layers_C is not None

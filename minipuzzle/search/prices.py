@@ -1,9 +1,10 @@
 """The costs of families/cost.py over a whole grid at once, in int64.
 
-For given widths every cost is a line in the numbers of layers: base + sum over kinds of count x (cost of one).
-Bytes are counted in half bits, sixteen to a byte, so that everything stays an integer.
-The suffixes: K = kinds of layers (or runs of layers) that can go, C = combinations of their counts, W = combinations of
-widths.
+For given widths every cost is a line in the numbers of layers: base + sum over kinds of count x
+(cost of one). Bytes are counted in half bits, sixteen to a byte, so that everything stays an
+integer.
+The suffixes: K = kinds of layers (or runs of layers) that can go, C = combinations of their counts,
+W = combinations of widths.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ HALF_BITS = {"memory": 16, "kv_cache": 16}  # budgets whose prices are in half b
 
 @dataclass(frozen=True)
 class Line:
-    """base [W] + counts . each [K, W] + cache, an exact integer. The KV cache is rounded up to bytes as a whole."""
+    """base [W] + counts . each [K, W] + cache, an exact integer. The KV cache is rounded up to
+    bytes as a whole."""
 
     base_W: np.ndarray
     each_KW: np.ndarray
@@ -76,7 +78,8 @@ def prices(parent: Architecture, workload: Workload, widths_W: Mapping[str, np.n
 
 
 def fits(lines: Mapping[str, Line], limits: tuple[tuple[str, int], ...], counts_CK: np.ndarray) -> np.ndarray:
-    """[C, W] bool: the points that meet every limit. Rounding up to whole bytes cannot change the answer."""
+    """[C, W] bool: the points that meet every limit. Rounding up to whole bytes cannot change the
+    answer."""
     width = len(lines["params"].base_W)
     fits_CW = np.ones((len(counts_CK), width), bool)
     for key, limit in limits:
@@ -85,7 +88,8 @@ def fits(lines: Mapping[str, Line], limits: tuple[tuple[str, int], ...], counts_
 
 
 def check_range(parent: Architecture, workload: Workload) -> None:
-    """Raises InputError if a cost of the parent, the largest of every space, comes near the end of int64."""
+    """Raises InputError if a cost of the parent, the largest of every space, comes near the end of
+    int64."""
     most = max(cost(parent, workload).to_json().values())
     if most * 32 >= 2**63:
         raise InputError(f"a cost of {most:.3g} at context {workload.context} and batch {workload.batch} is above "

@@ -25,7 +25,8 @@ INFEASIBLE = 2  # status of scipy.optimize.milp
 
 @dataclass(frozen=True)
 class Options:
-    """What a layer can do: stay, with one of `widths` if it is an FFN (the widest first), or go; in order of layers.
+    """What a layer can do: stay, with one of `widths` if it is an FFN (the widest first), or go; in
+    order of layers.
 
     "FFN" stands here for the kind of layer whose width may differ from layer to layer.
     """
@@ -78,7 +79,8 @@ class Program:
         self.rows.append((columns, np.broadcast_to(np.asarray(values, float), columns.shape), low, high))
 
     def constraints(self) -> LinearConstraint:
-        """The rows, and for each solution that is gone that at most all layers but one may choose as it did."""
+        """The rows, and for each solution that is gone that at most all layers but one may choose
+        as it did."""
         rows = self.rows + [(cut, np.ones(len(cut)), -np.inf, len(cut) - 1.0) for cut in self.cuts]
         ends = np.cumsum([0] + [len(row[0]) for row in rows])
         matrix = csr_array((np.concatenate([row[1] for row in rows]), np.concatenate([row[0] for row in rows]), ends),
@@ -90,7 +92,8 @@ def build(parent: Architecture, drops: Sequence[Sequence[int]], widths: Sequence
           budgets: Mapping[str, tuple[Line, int]], objective_O: np.ndarray, options: Options) -> Program:
     """The program of a parent whose FFN layers choose among `widths`, the widest first.
 
-    `drops`: the numbers of layers of each kind that may go. `budgets`: key -> (its prices at `widths`, its limit).
+    `drops`: the numbers of layers of each kind that may go. `budgets`: key -> (its prices at
+    `widths`, its limit).
     """
     program = Program(options, objective_O)
     program.columns(len(options), 0, 1)
@@ -111,7 +114,8 @@ def build(parent: Architecture, drops: Sequence[Sequence[int]], widths: Sequence
 
 
 def _dropped(program: Program, kind: int, values: Sequence[int]) -> np.ndarray:
-    """The column that counts the layers of a kind that go: one of `values`, by a binary for each if they have gaps."""
+    """The column that counts the layers of a kind that go: one of `values`, by a binary for each if
+    they have gaps."""
     options = np.flatnonzero(program.options.drop_O & (program.options.kind_O == kind))
     count = program.columns(1, values[0], values[-1])
     program.row(np.append(options, count), np.append(np.ones(len(options)), -1), 0, 0)
@@ -135,10 +139,13 @@ def _count_neurons(program: Program, widths: Sequence[int]) -> None:
 
 
 def forbid(program: Program, chosen_L: np.ndarray) -> None:
-    """Rule out what breaks a budget: every architecture with at least as many layers of each kind and neurons.
+    """Rule out what breaks a budget: every architecture with at least as many layers of each kind
+    and neurons.
 
-    At least one of four must hold, by a binary for each: one more layer of a kind goes, or neurons do. To rule out
-    only the solution would not do: thousands have its cost, which a solver in floats takes for the limit.
+    At least one of four must hold, by a binary for each: one more layer of a kind goes, or neurons
+    do. To rule out
+    only the solution would not do: thousands have its cost, which a solver in floats takes for the
+    limit.
     """
     options, ways = program.options, []
     for kind, column in enumerate(program.dropped):
@@ -155,9 +162,11 @@ def forbid(program: Program, chosen_L: np.ndarray) -> None:
 
 
 def _unit_costs(line: Line, widths: Sequence[int], ffn: int) -> tuple[list[float], float]:
-    """(the cost of a layer of each kind, of an FFN neuron); where widths differ, of an FFN layer without its neurons.
+    """(the cost of a layer of each kind, of an FFN neuron); where widths differ, of an FFN layer
+    without its neurons.
 
-    The KV cache is rounded up to bytes as a whole; here it is not, so that nothing within the budget is lost.
+    The KV cache is rounded up to bytes as a whole; here it is not, so that nothing within the
+    budget is lost.
     """
     each = [float(price) for price in line.each_KW[:, 0] + line.cache_K]
     if len(widths) == 1:
@@ -190,7 +199,8 @@ def minimise(program: Program) -> np.ndarray | None:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """HiGHS prints lines of its own debugging on the standard output, which may be a JSON document of ours."""
+    """HiGHS prints lines of its own debugging on the standard output, which may be a JSON document
+    of ours."""
     sys.stdout.flush()
     kept = os.dup(1)
     with open(os.devnull, "wb") as nowhere:

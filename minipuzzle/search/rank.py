@@ -1,4 +1,5 @@
-"""The order of candidates as knowledge grows, which to measure next, and how well the prediction did."""
+"""The order of candidates as knowledge grows, which to measure next, and how well the prediction
+did."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ from minipuzzle.search.candidate import Candidate
 
 
 def rank(candidates: list[Candidate]) -> list[Candidate]:
-    """Best first: by loss after distillation, then by KL measured before it, then by predicted damage.
+    """Best first: by loss after distillation, then by KL measured before it, then by predicted
+    damage.
 
-    Whoever has been further comes first, whatever its number: the stages before chose it, and losses, KL and
-    damage have no common scale. Within a stage null or NaN (a student that diverged) is last; ties go by name.
+    Whoever has been further comes first, whatever its number: the stages before chose it, and
+    losses, KL and damage have no common scale. Within a stage null or NaN (a student that diverged)
+    is last; ties go by name.
     """
     def key(c: Candidate) -> tuple[int, float, str]:
         for stage, (values, name) in enumerate(((c.after_distillation, "loss"), (c.measured, "kl"),
@@ -29,7 +32,8 @@ def rank(candidates: list[Candidate]) -> list[Candidate]:
 
 
 def rank_correlation(candidates: list[Candidate], metric: str = "kl") -> float | None:
-    """Spearman's rank correlation of predicted damage and a measured metric, in [-1, 1]; 1 is a perfect order.
+    """Spearman's rank correlation of predicted damage and a measured metric, in [-1, 1]; 1 is a
+    perfect order.
 
     None with fewer than 3 candidates that have both, or where one of the two does not vary.
     """
@@ -44,10 +48,11 @@ def rank_correlation(candidates: list[Candidate], metric: str = "kl") -> float |
 def diverse(candidates: list[Candidate], count: int) -> list[Candidate]:
     """The `count` candidates to measure: the best predicted, but at most an eighth of one shape.
 
-    Shape: the numbers of layers of each kind and the hidden size. The additive prediction orders variants of one
-    shape well and errs between shapes, so a list of near-twins would measure its error once; this way at least 8
-    shapes are measured where there are so many. What the quota left out fills up the rest. In predicted order
-    (null last, then as given), hence the best predicted is first.
+    Shape: the numbers of layers of each kind and the hidden size. The additive prediction orders
+    variants of one shape well and errs between shapes, so a list of near-twins would measure its
+    error once; this way at least 8 shapes are measured where there are so many. What the quota left
+    out fills up the rest. In predicted order (null last, then as given), hence the best predicted
+    is first.
     """
     ordered = sorted(candidates, key=lambda c: _number(c.predicted, "damage"))
     quota, taken = math.ceil(count / 8), Counter[tuple[str, int]]()

@@ -1,7 +1,8 @@
 """Space: the numbers of layers to drop and the widths that the search may choose from.
 
-A recipe writes ranges, `[low, high]` or `[low, high, step]`, in absolute numbers or relative to the parent
-("0.5x"). Both ends of a range are always in the space, also where the step does not reach the upper one.
+A recipe writes ranges, `[low, high]` or `[low, high, step]`, in absolute numbers or relative to the
+parent ("0.5x"). Both ends of a range are always in the space, also where the step does not reach
+the upper one.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from minipuzzle.families.registry import FAMILIES
 
 @dataclass(frozen=True)
 class Space:
-    """Absolute values, ascending, by the keys of a recipe and in the family's order. The space is their Cartesian
-    product.
+    """Absolute values, ascending, by the keys of a recipe and in the family's order. The space is
+    their Cartesian product.
 
-    drops: how many of a kind of layer go (or of a run of layers that go together). widths: values of an axis.
+    drops: how many of a kind of layer go (or of a run of layers that go together). widths: values
+    of an axis.
     """
 
     drops: Mapping[str, tuple[int, ...]]
@@ -44,7 +46,8 @@ class Space:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a parent allows on one axis: `least` to `most` in multiples of `divisor`; `whole` is 1x."""
+    """What a parent allows on one axis: `least` to `most` in multiples of `divisor`; `whole` is
+    1x."""
 
     name: str
     whole: int
@@ -56,7 +59,8 @@ class Bounds:
     is_drop: bool = True
 
     def relative(self, factor: Fraction) -> int:
-        """`factor` of the parent: floored for drops, to the nearest multiple of `rounding` for widths."""
+        """`factor` of the parent: floored for drops, to the nearest multiple of `rounding` for
+        widths."""
         exact = factor * self.whole
         if self.is_drop or exact == self.whole:
             return int(exact)
@@ -65,8 +69,8 @@ class Bounds:
 
 
 def bounds_of(parent: Architecture) -> dict[str, Bounds]:
-    """The axes of a parent by their keys in a recipe. One layer with a KV cache stays if it has any, else one of the
-    kind that it has most of.
+    """The axes of a parent by their keys in a recipe. One layer with a KV cache stays if it has
+    any, else one of the kind that it has most of.
 
     Raises:
         InputError: the parent's layers differ in a width.
@@ -93,13 +97,14 @@ def bounds_of(parent: Architecture) -> dict[str, Bounds]:
 def resolve_space(spec: Mapping[str, Sequence[int | str] | int | str | None], parent: Architecture) -> Space:
     """The space that a recipe's ranges mean for this parent.
 
-    A missing axis or null is the parent's own value alone. Drops above the number of layers are clipped to it.
-    Without a step, drops go by 1 and widths by an eighth of the parent. The widths of a kind of layer that the
-    parent does not have are left at the parent's: another value would be the same model again. So are the axes of
-    other families.
+    A missing axis or null is the parent's own value alone. Drops above the number of layers are
+    clipped to it. Without a step, drops go by 1 and widths by an eighth of the parent. The widths
+    of a kind of layer that the parent does not have are left at the parent's: another value would
+    be the same model again. So are the axes of other families.
 
     Raises:
-        InputError: an unknown axis, something that is not a range, an empty range, more drops than layers,
+        InputError: an unknown axis, something that is not a range, an empty range, more drops than
+        layers,
             widths above the parent's, heads that do not divide by the groups.
     """
     family, bounds = parent.family, bounds_of(parent)

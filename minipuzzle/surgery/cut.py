@@ -1,9 +1,11 @@
-"""The cut: a parent and what is known of it -> any smaller architecture, as its checkpoint would be written.
+"""The cut: a parent and what is known of it -> any smaller architecture, as its checkpoint would be
+written.
 
-`select` keeps the highest-scored channels of the hidden axis; `rotate` first turns the stream so that few directions
-carry most of it (surgery/rotate.py). The other axes are index lists either way. How a layer is cut depends on its own
-widths alone, so a candidate is a path through layers (models/walk.py), and what is measured along it is what `cut`
-would put together and a folder would hold. What is trained or written may be refitted too (surgery/refit.py).
+`select` keeps the highest-scored channels of the hidden axis; `rotate` first turns the stream so
+that few directions carry most of it (surgery/rotate.py). The other axes are index lists either way.
+How a layer is cut depends on its own widths alone, so a candidate is a path through layers
+(models/walk.py), and what is measured along it is what `cut` would put together and a folder would
+hold. What is trained or written may be refitted too (surgery/refit.py).
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ Step = tuple[tuple[str, int], ...]
 
 
 class Cutter:
-    """Makes smaller models of one parent, whole or as parts of paths. Without a rotation: plain selection.
+    """Makes smaller models of one parent, whole or as parts of paths. Without a rotation: plain
+    selection.
 
-    `dtypes`: of the parent's weights on disk, by name. Parts are rounded to them, since a checkpoint will hold them so.
+    `dtypes`: of the parent's weights on disk, by name. Parts are rounded to them, since a
+    checkpoint will hold them so.
     """
 
     def __init__(self, source: Source, scores: WidthScores, rotation: Rotation | None = None,
@@ -46,7 +50,8 @@ class Cutter:
         self._norms: dict[int, list[float]] = {}  # hidden size -> weight of each norm
         self._rotated: dict[int, Weights] = {}
 
-    # whole models ----------------------------------------------------------------------------------
+    # whole models
+    # ----------------------------------------------------------------------------------
 
     def cut(self, target: Architecture, kept_layers: tuple[int, ...]) -> Model:
         """The parent cut to `target`, not rounded. Nothing cut: the parent's own tensors."""
@@ -57,7 +62,8 @@ class Cutter:
 
     def refitted(self, target: Architecture, kept_layers: tuple[int, ...],
                  ids_NT: torch.Tensor) -> tuple[Model, list[BlockFit]]:
-        """The cut with its writers refitted on N samples of T tokens, and what was found for each block.
+        """The cut with its writers refitted on N samples of T tokens, and what was found for each
+        block.
 
         Raises:
             InputError: too few tokens.
@@ -66,7 +72,8 @@ class Cutter:
                      ids_NT)
 
     def keep(self, hidden_size: int, x: torch.Tensor) -> torch.Tensor:
-        """The parent's stream [..., D] in the directions, or the channels, that a hidden size of k keeps, [..., k]."""
+        """The parent's stream [..., D] in the directions, or the channels, that a hidden size of k
+        keeps, [..., k]."""
         if hidden_size == self.source.arch.hidden_size:
             return x
         if self.rotation is None:
@@ -83,7 +90,8 @@ class Cutter:
         return rotate(self.source, self.rotation)
 
     def _turned(self, layer: int, weights: Weights) -> Weights:
-        """The parent's weights of a layer in the rotated basis; of one that is streamed, the last layer is kept."""
+        """The parent's weights of a layer in the rotated basis; of one that is streamed, the last
+        layer is kept."""
         if isinstance(self.source, Model):
             return self._whole_rotated.layers[layer]
         if layer not in self._rotated:
@@ -93,7 +101,8 @@ class Cutter:
             self._rotated = {layer: rotate_weights(weights, arch.layer_weights(layer), reads, self.rotation)}
         return self._rotated[layer]
 
-    # paths -----------------------------------------------------------------------------------------
+    # paths
+    # -----------------------------------------------------------------------------------------
 
     def path(self, target: Architecture, kept_layers: tuple[int, ...]) -> Path:
         """A candidate as a path through the parent's layers."""
@@ -133,7 +142,8 @@ class Cutter:
         basis = torch.from_numpy(self.rotation.basis[:, :keep]).to(hidden)
         return (hidden @ basis.T) * self.source.norms[self.source.family.norm_names[0]]
 
-    # parts -----------------------------------------------------------------------------------------
+    # parts
+    # -----------------------------------------------------------------------------------------
 
     def _turns(self, hidden_size: int) -> bool:
         return self.rotation is not None and hidden_size != self.source.arch.hidden_size

@@ -1,6 +1,8 @@
-"""Logits by stock transformers, in a fresh process that does not know minipuzzle and runs no code of the folder.
+"""Logits by stock transformers, in a fresh process that does not know minipuzzle and runs no code
+of the folder.
 
-It is in a session of its own, so that Ctrl-C reaches this process alone, which then ends the other. How that one ends
+It is in a session of its own, so that Ctrl-C reaches this process alone, which then ends the other.
+How that one ends
 decides who is to blame: only an exception there is the folder's fault.
 """
 
@@ -21,7 +23,8 @@ from minipuzzle.core import interrupt
 from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.errors import CorruptArtifact, ResourceError
 
-# One that hangs must not hang an unattended run: ten minutes, and what 20 MB/s take to read the weights
+# One that hangs must not hang an unattended run: ten minutes, and what 20 MB/s take to read the
+# weights
 LIMIT_SECONDS, BYTES_PER_SECOND = 600.0, 20e6
 POLL_SECONDS = 0.2
 
@@ -74,7 +77,8 @@ def transformers_logits(folder: Path, ids_BT: torch.Tensor, places: torch.Tensor
 
 
 def _wait(child: subprocess.Popen[bytes], question: bytes, folder: Path) -> tuple[bytes, bytes]:
-    """What the process wrote to stdout and stderr; signals and the limit of time are looked at while it runs."""
+    """What the process wrote to stdout and stderr; signals and the limit of time are looked at
+    while it runs."""
     weights_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     begin, limit = time.monotonic(), LIMIT_SECONDS + weights_bytes / BYTES_PER_SECOND
     given: bytes | None = question

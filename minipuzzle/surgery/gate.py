@@ -1,12 +1,13 @@
 """The reload gate: a folder is a result once stock transformers computes the same logits from it.
 
-It is opened as it lies there, in a process of its own (surgery/fresh_process.py), and nothing is patched:
-`time_step_min` in its config.json is what makes the logits equal (docs/method.md, "The dt limit"). They are compared
-with those of the student in memory, rounded as it is written, so that old or untrained weights cannot pass; and with
-those of this engine on the folder, which every number of the report is measured with.
+It is opened as it lies there, in a process of its own (surgery/fresh_process.py), and nothing is
+patched: `time_step_min` in its config.json is what makes the logits equal (docs/method.md, "The dt
+limit"). They are compared with those of the student in memory, rounded as it is written, so that
+old or untrained weights cannot pass; and with those of this engine on the folder, which every
+number of the report is measured with.
 
-A sample is 2 x 320 tokens, past the end of transformers' second chunk of 128, and 64 places of it: at a vocabulary of
-131,072 their logits are 67 MB.
+A sample is 2 x 320 tokens, past the end of transformers' second chunk of 128, and 64 places of it:
+at a vocabulary of 131,072 their logits are 67 MB.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ SAMPLES, TOKENS, PLACES = 2, 320, 64
 
 def sample_logits(family: Family, arch: Architecture, weights: Iterable[tuple[str, torch.Tensor]],
                   ids_BT: torch.Tensor) -> torch.Tensor:
-    """What the gate compares of a model, [2, 64, V]: in float32 on the CPU, as the fresh process computes.
+    """What the gate compares of a model, [2, 64, V]: in float32 on the CPU, as the fresh process
+    computes.
 
     `weights`: (name on disk, tensor), in the dtypes that they are written in.
     """
@@ -49,11 +51,13 @@ def _sample(ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reload_gate(folder: Path, ids_BT: torch.Tensor, student_logits: torch.Tensor) -> float:
-    """The largest difference of transformers' logits, relative to the largest logit: to the student's in memory
-    (`sample_logits` on the same ids), and to those of this engine on the folder.
+    """The largest difference of transformers' logits, relative to the largest logit: to the
+    student's in memory (`sample_logits` on the same ids), and to those of this engine on the
+    folder.
 
     Raises:
-        CorruptArtifact: the folder does not load, has another parameter count, or a difference is above 1e-4.
+        CorruptArtifact: the folder does not load, has another parameter count, or a difference is
+        above 1e-4.
         ResourceError: the fresh process ran out of memory or time.
         Interrupted: a signal came while it ran.
     """

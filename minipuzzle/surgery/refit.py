@@ -1,6 +1,8 @@
-"""Ridge refit of the writers: what the cut took from the stream, the matrices that write to it give back, by algebra.
+"""Ridge refit of the writers: what the cut took from the stream, the matrices that write to it give
+back, by algebra.
 
-Block j of the student adds W a to its stream. In the order of the blocks, each on the student's own stream:
+Block j of the student adds W a to its stream. In the order of the blocks, each on the student's own
+stream:
 
     W* = argmin_W  sum_t |r_T - r_S - W a|^2 + lambda |W - W0|^2            (ridge regression, towards W0)
        = W0 + M (G + lambda)^-1,    G = sum a a',  M = sum e a',  e = r_T - r_S - W0 a
@@ -12,14 +14,15 @@ Block j of the student adds W a to its stream. In the order of the blocks, each 
     r_T     the parent's stream in the kept directions or channels [k]        `keep(theirs)`
     lambda  a multiple of the mean of s                                       RIDGES
 
-Mapped depth: r_T is taken after the last parent's layer before the one that the next block was made of. So a block
-stands in for the layers that were removed behind it, and the next one reads what its original read. lambda is the
-largest that keeps GAIN of what the best would take off the held-out error: the error is flat over many decades, and the
-smaller step trains better (docs/log.md). If no lambda takes anything off, W0 stays. Norm weights stay as they
+Mapped depth: r_T is taken after the last parent's layer before the one that the next block was made
+of. So a block stands in for the layers that were removed behind it, and the next one reads what its
+original read. lambda is the largest that keeps GAIN of what the best would take off the held-out
+error: the error is flat over many decades, and the smaller step trains better (docs/log.md). If no
+lambda takes anything off, W0 stays. Norm weights stay as they
 were cut: what the lost directions did to a norm is seen only through the blocks. A bias stays too.
 
-Ours; the nearest kin is the layer-wise least squares of SparseGPT (arXiv:2301.00774). Shapes: k hidden of the student,
-n inputs of a writer, N samples of T tokens.
+Ours; the nearest kin is the layer-wise least squares of SparseGPT (arXiv:2301.00774). Shapes: k
+hidden of the student, n inputs of a writer, N samples of T tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ TOKENS_PER_INPUT = 4  # of the widest writer, beside the held-out ones
 
 @dataclass(frozen=True)
 class BlockFit:
-    """Held-out squared error per token of a block, as cut and as refitted; the ridge taken, None where W0 stayed."""
+    """Held-out squared error per token of a block, as cut and as refitted; the ridge taken, None
+    where W0 stayed."""
 
     before: float
     after: float
@@ -81,7 +85,8 @@ def check_samples(arch: Architecture, count: int, sequence_length: int) -> None:
 
 
 def refit_bytes(parent: Architecture, tokens: int) -> int:
-    """Beside the models: both streams, the held-out inputs of a block, its Gram matrix and eigenvectors in float64."""
+    """Beside the models: both streams, the held-out inputs of a block, its Gram matrix and
+    eigenvectors in float64."""
     n = writer_inputs(parent)
     return 8 * tokens * parent.hidden_size + 4 * tokens // FOLDS * (n + parent.hidden_size) + 8 * (2 * n * n)
 
@@ -91,8 +96,8 @@ def refit(parent: Source, small: Model, kept_layers: tuple[int, ...], keep: Call
           ids_NT: torch.Tensor) -> tuple[Model, list[BlockFit]]:
     """`small` with its writers refitted; its blocks were cut from the parent's `kept_layers`.
 
-    `keep`: the parent's stream [..., D] -> what of it the small one's stands for, [..., k]. The parent's layers are
-    used once, one after another.
+    `keep`: the parent's stream [..., D] -> what of it the small one's stands for, [..., k]. The
+    parent's layers are used once, one after another.
 
     Raises:
         InputError: too few tokens for the widest writer.
@@ -140,7 +145,8 @@ def refit(parent: Source, small: Model, kept_layers: tuple[int, ...], keep: Call
 
 def ridge_step(gram_nn: torch.Tensor, cross_kn: torch.Tensor,
                held: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor | None, BlockFit]:
-    """(W* - W0 [k, n] on CPU, or None; what was found) from G, M, and the (a [t, n], e [t, k]) that are held out."""
+    """(W* - W0 [k, n] on CPU, or None; what was found) from G, M, and the (a [t, n], e [t, k]) that
+    are held out."""
     # evr, in place: the Gram matrix and the eigenvectors, no third of that size
     values, vectors = scipy.linalg.eigh(gram_nn.numpy(force=True), overwrite_a=True, driver="evr", check_finite=False)
     s, v = torch.from_numpy(np.maximum(values, 0)), torch.from_numpy(vectors)

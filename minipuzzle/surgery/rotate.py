@@ -4,13 +4,14 @@ Blocks read the stream h only through RMSNorm, and there are no positions: with 
 
     1. fold each norm's weight g into the matrices that read it:  W <- W diag(g),  g <- 1       (exact)
     2. readers W <- W Q,  writers W <- Q' W,  embeddings E <- E Q                               (exact)
-    3. keep the first k directions of Q; the norm's mean is now over k channels of which only the share e_l of the
+    3. keep the first k directions of Q; the norm's mean is now over k channels of which only the
+      share e_l of the
        energy is left, so its weight becomes sqrt(e_l D / k)                                     (the cut)
 
-Q: eigenvectors, largest first, of sum_l E[x x'], x = h / rms(h) the normalised stream at norm l, the final norm
-included; in float64. e_l = share of the energy of x at norm l that lies in the kept directions.
-SliceGPT (arXiv:2401.15024) rotates transformers so; here one rotation serves all blocks, so that nothing remains at
-inference. D hidden, L layers.
+Q: eigenvectors, largest first, of sum_l E[x x'], x = h / rms(h) the normalised stream at norm l,
+the final norm included; in float64. e_l = share of the energy of x at norm l that lies in the kept
+directions. SliceGPT (arXiv:2401.15024) rotates transformers so; here one rotation serves all
+blocks, so that nothing remains at inference. D hidden, L layers.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from minipuzzle.models.walk import BLOCK_BYTES, Model, Source, Whole, samples_pe
 
 @dataclass(frozen=True)
 class Rotation:
-    """`basis` [D, D], columns by descending energy; `energies` [L + 1, D]: of a direction at a norm, the final last."""
+    """`basis` [D, D], columns by descending energy; `energies` [L + 1, D]: of a direction at a
+    norm, the final last."""
 
     basis: np.ndarray
     energies: np.ndarray
@@ -42,7 +44,8 @@ class Rotation:
         return np.asarray(self.energies.sum(0))
 
     def norm_weights(self, keep: int) -> np.ndarray:
-        """[L + 1] weight of each norm after keeping the first `keep` directions: sqrt(e_l D / k)."""
+        """[L + 1] weight of each norm after keeping the first `keep` directions: sqrt(e_l D /
+        k)."""
         share = self.energies[:, :keep].sum(1) / self.energies.sum(1)
         return np.asarray(np.sqrt(share * self.energies.shape[1] / keep))
 
@@ -61,7 +64,8 @@ class Rotation:
 
 
 def fold_norms(weights: Weights, readers: dict[str, tuple[str, ...]]) -> dict[str, torch.Tensor]:
-    """The same function with each norm's weight moved into the matrices that read it; they may be elsewhere."""
+    """The same function with each norm's weight moved into the matrices that read it; they may be
+    elsewhere."""
     out = dict(weights)
     for norm, names in readers.items():
         for name in names:
@@ -74,8 +78,8 @@ def fold_norms(weights: Weights, readers: dict[str, tuple[str, ...]]) -> dict[st
 def find_rotation(source: Source, ids_NT: torch.Tensor) -> Rotation:
     """The principal directions of the normalised stream on N samples of T tokens.
 
-    Every norm counts the same (docs/results.md compares). Two walks, for the basis and for the energies in it: one
-    [D, D] is held, not one for each norm.
+    Every norm counts the same (docs/results.md compares). Two walks, for the basis and for the
+    energies in it: one [D, D] is held, not one for each norm.
     """
     whole, arch = Whole(source), source.arch
     norms, hidden = arch.num_layers + 1, arch.hidden_size
@@ -103,7 +107,8 @@ def find_rotation(source: Source, ids_NT: torch.Tensor) -> Rotation:
     look(gather)
     values, vectors = np.linalg.eigh(second.numpy())
     basis = vectors[:, np.argsort(-values, kind="stable")]
-    # the sign of an eigenvector is free: the largest entry positive, so that the same model gives the same basis
+    # the sign of an eigenvector is free: the largest entry positive, so that the same model gives
+    # the same basis
     basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(hidden)])
 
     def measure(place: int, x: torch.Tensor) -> None:
@@ -115,7 +120,8 @@ def find_rotation(source: Source, ids_NT: torch.Tensor) -> Rotation:
 
 def rotate_weights(weights: Weights, axes: Mapping[str, Dims], readers: dict[str, tuple[str, ...]],
                    rotation: Rotation) -> dict[str, torch.Tensor]:
-    """Weights of a layer, or those outside the layers, in the rotated basis with norm weights 1: exact to rounding."""
+    """Weights of a layer, or those outside the layers, in the rotated basis with norm weights 1:
+    exact to rounding."""
     out = fold_norms(weights, readers)
     for name in out.keys() - readers.keys():
         if HIDDEN in axes[name]:

@@ -1,6 +1,8 @@
-"""Write published_searches.json: what the recipes of published models find.  python tests/data/make_goldens.py
+"""Write published_searches.json: what the recipes of published models find.  python
+tests/data/make_goldens.py
 
-The facts of the papers are not here but in tests/test_published_searches.py; this is what would change unnoticed.
+The facts of the papers are not here but in tests/test_published_searches.py; this is what would
+change unnoticed.
 """
 
 import json
