@@ -59,8 +59,8 @@ def loop(module: HybridLM, ids: torch.Tensor, with_logits: bool) -> tuple[np.nda
 def wavefront(model: Model, ids: torch.Tensor, with_logits: bool) -> tuple[np.ndarray, float]:
     """The same by one walk."""
     begin, whole = time.perf_counter(), Whole(model)
-    paths = [whole.path(), *(whole.path({i}) for i in range(model.arch.num_layers))]
-    full, *without = walk(whole, paths, ids)
+    variants = [whole.variant(), *(whole.variant({i}) for i in range(model.arch.num_layers))]
+    full, *without = walk(whole, variants, ids)
     out = [(hidden - full).double().square().mean().item() for hidden in without]
     if with_logits:
         token_metrics([full], model.head, ids)
@@ -71,9 +71,9 @@ def wavefront(model: Model, ids: torch.Tensor, with_logits: bool) -> tuple[np.nd
 def compare(model: Model, ids: torch.Tensor, rounds: int) -> dict[str, Any]:
     module = HybridLM(model.family, model.arch, model.by_name())
     whole, layers = Whole(model), model.arch.num_layers
-    paths = [whole.path(), *(whole.path({i}) for i in range(layers))]
+    variants = [whole.variant(), *(whole.variant({i}) for i in range(layers))]
     out: dict[str, Any] = {"layers": layers, "samples": len(ids), "tokens": ids.shape[1],
-                           "layer_forwards": {"loop": (layers + 1) * layers, "wavefront": layer_forwards(paths),
+                           "layer_forwards": {"loop": (layers + 1) * layers, "wavefront": layer_forwards(variants),
                                               "least": layers * (layers + 1) // 2}}
     for name, with_logits in (("mse", False), ("mse, kl and loss", True)):
         times: dict[str, list[float]] = {"loop": [], "wavefront": []}

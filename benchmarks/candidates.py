@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from minipuzzle.core.budget import Budget
 from minipuzzle.data.blocks import load_blocks, tokenize
-from minipuzzle.evaluate.quality import measure_paths
+from minipuzzle.evaluate.quality import measure_variants
 from minipuzzle.families.cost import cost
 from minipuzzle.importance.curves import measure_curves
 from minipuzzle.importance.layers import score
@@ -97,10 +97,10 @@ def main() -> None:
     workload = recipe.workload.build()
     budget = Budget.parse({"memory": "0.7x"}, cost(folder.arch, workload).to_json())
     found = search_architectures(folder.arch, space, budget, workload, scored.layers, curves, "kl").candidates
-    paths = {c.name: cutter.path(c.architecture, c.kept_layers) for c in found}
+    variants = {c.name: cutter.variant(c.architecture, c.kept_layers) for c in found}
     sharing = []
     for count in (10, 25, 50, 100, 200, 400, 800):
-        some = [paths[c.name] for c in found[:count]]
+        some = [variants[c.name] for c in found[:count]]
         depth = sum(len(c.kept_layers) for c in found[:count])
         sharing.append({"candidates": len(some), "nodes": layer_forwards(some), "summed depth": depth,
                         "widths": len({c.architecture.ffn_size for c in found[:count]}),
@@ -109,7 +109,7 @@ def main() -> None:
     chosen = found[: args.count]
     run = Pass(model, ids)
     begin = time.perf_counter()
-    measured = measure_paths(cutter, cutter.path(folder.arch, every), [paths[c.name] for c in chosen], run)
+    measured = measure_variants(cutter, cutter.variant(folder.arch, every), [variants[c.name] for c in chosen], run)
     seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"trie {seconds:.1f} s", flush=True)
@@ -121,7 +121,7 @@ def main() -> None:
            "date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "threads": torch.get_num_threads(),
            "load": os.getloadavg()[0], "versions": versions(), "candidates": len(chosen), "samples": len(ids),
            "feasible": len(found), "trie seconds": seconds, "one by one seconds": other, "faster": other / seconds,
-           "nodes": layer_forwards([paths[c.name] for c in chosen]), "summed depth": layers,
+           "nodes": layer_forwards([variants[c.name] for c in chosen]), "summed depth": layers,
            "largest difference of losses": difference, "peak_rss_bytes": {
                "trie": peak, "both": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}, "sharing": sharing}
     path = ROOT / "benchmarks" / "results" / "candidates.json"

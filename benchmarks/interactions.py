@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.data.blocks import load_blocks, tokenize
-from minipuzzle.evaluate.quality import measure_paths
+from minipuzzle.evaluate.quality import measure_variants
 from minipuzzle.importance.layers import score_iteratively
 from minipuzzle.importance.racing import Race
 from minipuzzle.models.passes import Pass
@@ -67,7 +67,7 @@ def main() -> None:
     values = scores.metric("kl")
 
     def measure(sets: list[list[int]]) -> list[dict[str, float]]:
-        return measure_paths(whole, whole.path(), [whole.path(set(s)) for s in sets], held_out)
+        return measure_variants(whole, whole.variant(), [whole.variant(set(s)) for s in sets], held_out)
 
     rows: list[dict[str, Any]] = []
     for pool in (14, 20):

@@ -1,4 +1,4 @@
-"""The engine: paths against written checkpoints in transformers, streaming, racing, iteration,
+"""The engine: variants against written checkpoints in transformers, streaming, racing, iteration,
 resuming, processes."""
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tiny import (
 from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.partial import Partial
 from minipuzzle.core.scores import LayerScores
-from minipuzzle.evaluate.quality import measure_paths
+from minipuzzle.evaluate.quality import measure_variants
 from minipuzzle.importance import layers
 from minipuzzle.importance.layers import Scored, score, score_iteratively
 from minipuzzle.importance.racing import Race, looks, toss_ups, undecided
@@ -95,7 +95,7 @@ def test_a_path_is_the_written_checkpoint_in_transformers(parent: Any, tmp_path_
         mamba_head_dim=data.draw(st.sampled_from((4, 8))))
     ids = tokens(3, 45, seed=len(dropped))
     every = tuple(range(LAYERS))
-    (found,) = measure_paths(cutter, cutter.path(ARCH, every), [cutter.path(target, kept)], Pass(model, ids))
+    (found,) = measure_variants(cutter, cutter.variant(ARCH, every), [cutter.variant(target, kept)], Pass(model, ids))
 
     there = tmp_path_factory.mktemp("written") / "model"
     names = folder.dtypes(kept)
@@ -117,18 +117,18 @@ def test_a_path_is_the_written_checkpoint_in_transformers(parent: Any, tmp_path_
 def test_shared_beginnings_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_model(), tokens(2, 20)
     whole = Whole(model)
-    paths = [whole.path(), *(whole.path({i}) for i in range(LAYERS)), whole.path({3, 7}), whole.path({3, 7})]
-    alone = [walk(whole, [p], ids)[0] for p in paths]
+    variants = [whole.variant(), *(whole.variant({i}) for i in range(LAYERS)), whole.variant({3, 7}), whole.variant({3, 7})]
+    alone = [walk(whole, [p], ids)[0] for p in variants]
     calls = Counter[str]()
     block = walking.block
     monkeypatch.setattr(walking, "block", lambda arch, kind, *rest: (calls.update(kind), block(arch, kind, *rest))[1])
-    together = walk(whole, paths, ids)
+    together = walk(whole, variants, ids)
     for a, b in zip(alone, together, strict=True):
         assert torch.equal(a, b)
     # L(L+1)/2 for the ablations and the full model; without 3 and 7 differs from without 3 in the
     # last layer alone
-    assert calls.total() == layer_forwards(paths) == LAYERS * (LAYERS + 1) // 2 + 1
-    assert layer_forwards(paths, 8) == LAYERS + 1  # all but the path without layer 8, and the one twice
+    assert calls.total() == layer_forwards(variants) == LAYERS * (LAYERS + 1) // 2 + 1
+    assert layer_forwards(variants, 8) == LAYERS + 1  # all but the variant without layer 8, and the one twice
 
 
 @pytest.mark.parametrize("rotates", ["rotate", "select"])
@@ -152,7 +152,7 @@ def test_streamed_is_resident_bit_for_bit(parent: Any, rotates: str) -> None:
     resident = cutters[rotates]
     other = Cutter(streamed, resident.scores, resident.rotation, resident.dtypes)
     target, kept = dataclasses.replace(ARCH.keep((0, 1, 2, 5, 8)), hidden_size=24, ffn_size=32), (0, 1, 2, 5, 8)
-    results = [walk(c, [c.path(target, kept)], ids)[0] for c in (resident, other)]
+    results = [walk(c, [c.variant(target, kept)], ids)[0] for c in (resident, other)]
     assert torch.equal(*results)
     assert results[0].shape == (5, 30, 24)
     for name, tensor in resident.cut(target, kept).by_name().items():
@@ -197,7 +197,7 @@ def test_interactions_are_the_errors_products() -> None:
     model, ids = tiny_model(), tokens(3, 25)
     found = score(Pass(model, ids)).layers
     whole = Whole(model)
-    full, *missing = (h.double() for h in walk(whole, [whole.path(), *(whole.path({i}) for i in range(LAYERS))], ids))
+    full, *missing = (h.double() for h in walk(whole, [whole.variant(), *(whole.variant({i}) for i in range(LAYERS))], ids))
     errors = torch.stack([h - full for h in missing])
     gram = torch.einsum("ibtd,jbtd->ij", errors, errors) / full.numel()
     np.testing.assert_allclose(found.interactions["mse"], gram, rtol=1e-3, atol=1e-6)
@@ -284,14 +284,14 @@ def test_iterative_is_removing_the_least_one_after_the_other(memo: int) -> None:
     model, ids = tiny_model(), tokens(4, 25)
     found: Scored = score_iteratively(Pass(model, ids), Race(DROPS, metric="kl"), memo)
     gone: list[int] = []
-    left, before, full = model, 0.0, walk(Whole(model), [Whole(model).path()], ids)[0]
+    left, before, full = model, 0.0, walk(Whole(model), [Whole(model).variant()], ids)[0]
     names = list(range(LAYERS))
     for place in range(1, 6):
         damage = {}
         for at, layer in enumerate(names):
             kind = ARCH.pattern[layer]
             if sum(ARCH.pattern[i] == kind for i in gone) < DROPS[kind][1]:
-                hidden = walk(Whole(small := without(left, at)), [Whole(small).path()], ids)[0]
+                hidden = walk(Whole(small := without(left, at)), [Whole(small).variant()], ids)[0]
                 damage[layer] = by_hand(full, hidden, model.head, model.head, ids)["kl"].mean()
         lowest = min(damage, key=lambda i: damage[i])
         row = found.layers.table.loc[lowest]
@@ -332,8 +332,8 @@ def test_iterative_keeps_to_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids, race = tiny_model(), tokens(4, 25), Race(DROPS, metric="kl")
     expected = score_iteratively(Pass(model, ids), race).layers.table
     seen: list[tuple[int, bool]] = []
-    monkeypatch.setattr(layers, "walk", lambda parts, paths, ids, *looks, memo=None: (
-        seen.append((len(paths), memo is None)), walk(parts, paths, ids, *looks, memo=memo))[1])
+    monkeypatch.setattr(layers, "walk", lambda parts, variants, ids, *looks, memo=None: (
+        seen.append((len(variants), memo is None)), walk(parts, variants, ids, *looks, memo=memo))[1])
     found = score_iteratively(Pass(model, ids, memory_bytes=1), race).layers.table
     pd.testing.assert_frame_equal(found, expected, rtol=1e-4, atol=1e-6)
     assert len(seen) > 50
@@ -449,15 +449,15 @@ def test_engine_agrees_with_the_plain_forward_pass() -> None:
     model, ids = tiny_model(), tokens(3, 33)
     from minipuzzle.models.walk import final_hidden
 
-    assert relative(walk(Whole(model), [Whole(model).path()], ids)[0], final_hidden(model, ids)) < 1e-6
+    assert relative(walk(Whole(model), [Whole(model).variant()], ids)[0], final_hidden(model, ids)) < 1e-6
 
 
 def test_a_pass_answers_each_question_anew() -> None:
     model, ids = tiny_model(), tokens(3, 20)
     whole, run = Whole(model), Pass(model, ids)
-    one, other = (measure_paths(whole, whole.path(), [whole.path({i})], run)[0] for i in (1, 4))
+    one, other = (measure_variants(whole, whole.variant(), [whole.variant({i})], run)[0] for i in (1, 4))
     assert one["kl"] != pytest.approx(other["kl"], rel=1e-3)
-    assert other == measure_paths(whole, whole.path(), [whole.path({4})], Pass(model, ids))[0]
+    assert other == measure_variants(whole, whole.variant(), [whole.variant({4})], Pass(model, ids))[0]
 
 
 def test_all_metrics_are_those_of_hooks_on_transformers() -> None:

@@ -41,7 +41,7 @@ def without(model: Model, layer: int) -> Model:
 def ablations(model: Model, ids: torch.Tensor) -> list[torch.Tensor]:
     """Final activations of the full model and without each layer, from one walk."""
     whole = Whole(model)
-    return walk(whole, [whole.path(), *(whole.path({i}) for i in range(model.arch.num_layers))], ids)
+    return walk(whole, [whole.variant(), *(whole.variant({i}) for i in range(model.arch.num_layers))], ids)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -17,8 +17,8 @@ from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import (
     Model,
     Parts,
-    Path,
     Source,
+    Variant,
     Whole,
     batches,
     final_hidden,
@@ -42,7 +42,7 @@ class Reference:
         self.ids, self.arch = ids_NT.to(source.device), source.arch
         self.head = source.head_rows(0, source.arch.vocab_size)
         whole, run = Whole(source), Pass(source, self.ids, memory_bytes=stream_bytes)
-        self.hidden = torch.cat([walk(whole, [whole.path()], ids)[0] for ids in torch.split(self.ids, run.size(1))])
+        self.hidden = torch.cat([walk(whole, [whole.variant()], ids)[0] for ids in torch.split(self.ids, run.size(1))])
 
     def quality(self) -> dict[str, float]:
         """The parent's own, as `measure` gives it."""
@@ -83,21 +83,21 @@ def check_finite(quality: Mapping[str, float], name: object, model: Model, ids_N
                           "its head, or of the teacher's, are damaged or far too large")
 
 
-def measure_paths(parts: Parts, full: Path, paths: Sequence[Path], run: Pass) -> list[dict[str, float]]:
-    """`measure` of every path against the full model, in one pass.
+def measure_variants(parts: Parts, full: Variant, variants: Sequence[Variant], run: Pass) -> list[dict[str, float]]:
+    """`measure` of every variant against the full model, in one pass.
 
     Each is what its written checkpoint would give: the parts are cut and rounded as surgery writes
     them.
     """
     def make(first: int, ids_BT: torch.Tensor) -> Arrays:
-        reference, *hidden = walk(parts, [full, *paths], ids_BT)
-        parent, found, _ = compare(reference, hidden, *heads_of(parts, [p.root for p in (full, *paths)]),
+        reference, *hidden = walk(parts, [full, *variants], ids_BT)
+        parent, found, _ = compare(reference, hidden, *heads_of(parts, [p.root for p in (full, *variants)]),
                                    parts.source.arch.vocab_size, ids_BT)
         return {"values": _values([*found, parent])}
 
-    batches = run.run(0, len(run.ids_NT), run.size(len(paths) + 1), make)
+    batches = run.run(0, len(run.ids_NT), run.size(len(variants) + 1), make)
     values = np.concatenate([b["values"] for b in batches], -1)
-    return [summary(values[:, i], values[0, -1]) for i in range(len(paths))]
+    return [summary(values[:, i], values[0, -1]) for i in range(len(variants))]
 
 
 def _values(found: Sequence[TokenMetrics]) -> np.ndarray:

@@ -29,15 +29,15 @@ def measure_curves(cuts: Cuts, widths: Mapping[str, tuple[int, ...]], run: Pass)
               if width != getattr(arch, axis)]
     metrics, every = METRICS[:4], tuple(range(arch.num_layers))
     columns = ["axis", "width", *[c for m in metrics for c in (m, f"{m}_stderr")], "samples"]
-    paths = [cuts.path(target, every) for target in (arch, *(_with(arch, *point) for point in points))]
+    variants = [cuts.variant(target, every) for target in (arch, *(_with(arch, *point) for point in points))]
 
     def make(first: int, ids_BT: torch.Tensor) -> Arrays:
-        full, *cut = walk(cuts, paths, ids_BT)
-        return {"values": damage(cuts, full, cut, [p.root for p in paths], ids_BT, cuts.expand)[0]}
+        full, *cut = walk(cuts, variants, ids_BT)
+        return {"values": damage(cuts, full, cut, [p.root for p in variants], ids_BT, cuts.expand)[0]}
 
     if not points:
         return WidthCurves(pd.DataFrame(columns=columns))
-    parts = run.run(0, len(run.ids_NT), run.size(len(paths)), make)
+    parts = run.run(0, len(run.ids_NT), run.size(len(variants)), make)
     values = np.concatenate([p["values"] for p in parts], -1)  # [metric, point, sample]
     mean, stderr = values.mean(-1), standard_error(values)
     rows = [{"axis": axis, "width": width} | {k: v for i, m in enumerate(metrics)

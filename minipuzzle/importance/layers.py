@@ -37,7 +37,16 @@ from minipuzzle.importance.racing import FIRST_LOOK, Race, looks, means, typical
 from minipuzzle.importance.widths import gather_widths, width_scores
 from minipuzzle.models.logits import compare
 from minipuzzle.models.passes import Pass
-from minipuzzle.models.walk import Parts, Path, Prefix, Source, Whole, heads_of, layer_forwards, walk
+from minipuzzle.models.walk import (
+    Parts,
+    Prefix,
+    Source,
+    Variant,
+    Whole,
+    heads_of,
+    layer_forwards,
+    walk,
+)
 from minipuzzle.models.weights import check_finite
 
 METRICS = ("mse", "nmse", "kl", "loss_delta", "cosine")
@@ -73,7 +82,7 @@ def score(run: Pass, race: Race | None = None) -> Scored:
             continue
         chosen = tuple(active)
         found = run.run(spent, stop, size, partial(_ablate, run.source, chosen, run.variants() - 1))
-        forwards += (stop - spent) * sum(layer_forwards(_paths(Whole(run.source), group))
+        forwards += (stop - spent) * sum(layer_forwards(_variants(Whole(run.source), group))
                                          for group in _groups(chosen, run.variants() - 1))
         parts += found
         spent = stop
@@ -127,14 +136,14 @@ def score_iteratively(run: Pass, race: Race, memo_bytes: int = MEMO_BYTES) -> Sc
     while len(gone) < min(wanted, arch.num_layers - 1):
         left = [i for i, kind in enumerate(arch.pattern) if i not in gone
                 and sum(arch.pattern[j] == kind for j in gone) < race.drops.get(kind, (0, 0))[1]]
-        walks = [[whole.path(), *_paths(whole, group, frozenset(gone))[1:]] for group in _groups(left, together)]
+        walks = [[whole.variant(), *_variants(whole, group, frozenset(gone))[1:]] for group in _groups(left, together)]
 
-        def make(first: int, ids_BT: torch.Tensor, walks: list[list[Path]] = walks) -> Arrays:
+        def make(first: int, ids_BT: torch.Tensor, walks: list[list[Variant]] = walks) -> Arrays:
             memo = memos.setdefault(first, {}) if fits else None
             found = []
-            for paths in walks:
-                full, *without = walk(whole, paths, ids_BT, memo=memo)
-                found.append(damage(whole, full, without, [None] * len(paths), ids_BT)[0])
+            for variants in walks:
+                full, *without = walk(whole, variants, ids_BT, memo=memo)
+                found.append(damage(whole, full, without, [None] * len(variants), ids_BT)[0])
             return {"values": np.concatenate(found, 1)}
 
         part = replace(run, partial=run.partial.part(f"without-{'-'.join(map(str, gone))}"),
@@ -145,7 +154,7 @@ def score_iteratively(run: Pass, race: Race, memo_bytes: int = MEMO_BYTES) -> Sc
         best = min(range(len(left)), key=lambda v: (means_V[v], -left[v]))
         order[left[best]], added_NL[:, left[best]] = len(gone) + 1, found_VN[best] - before_N
         before_N = found_VN[best]
-        forwards += total * sum(layer_forwards(paths, gone[-1] if fits and gone else 0) for paths in walks)
+        forwards += total * sum(layer_forwards(variants, gone[-1] if fits and gone else 0) for variants in walks)
         gone.append(left[best])
     name = f"added_{race.metric}"
     table = scored.layers.table.assign(order=order, **{name: added_NL.mean(0)})
@@ -160,8 +169,8 @@ def _refuse_units(run: Pass) -> None:
                           "scores.iterative to false")
 
 
-def _paths(whole: Whole, chosen: Sequence[int], removed: frozenset[int] = frozenset()) -> list[Path]:
-    return [whole.path(removed), *(whole.path(removed | {i}) for i in chosen)]
+def _variants(whole: Whole, chosen: Sequence[int], removed: frozenset[int] = frozenset()) -> list[Variant]:
+    return [whole.variant(removed), *(whole.variant(removed | {i}) for i in chosen)]
 
 
 def _groups(chosen: Sequence[int], together: int) -> list[list[int]]:
@@ -186,7 +195,7 @@ def _ablate(source: Source, chosen: Sequence[int], together: int, first: int, id
     groups = _groups(chosen, together)
     for place, group in enumerate(groups):
         looks_in = (gather_widths(sums), watch) if place == 0 else (None, None)
-        full, *without = walk(whole, _paths(whole, group), ids_BT, *looks_in)
+        full, *without = walk(whole, _variants(whole, group), ids_BT, *looks_in)
         values[:4, group], gram_mse, gram_kl = damage(whole, full, without, [None] * (len(group) + 1), ids_BT,
                                                       gram=len(groups) == 1)
     values[4] = torch.stack([cosine[i] for i in range(arch.num_layers)]).numpy(force=True)

@@ -56,7 +56,7 @@ def score_widths(source: Source, ids_NT: torch.Tensor,
     sums: dict[str, torch.Tensor] = {}
     done = 0
     for ids in torch.split(ids_NT, samples_per_walk(source.arch, ids_NT.shape[1], 1, 2**28)):
-        walk(whole, [whole.path()], ids.to(source.device), gather_widths(sums))
+        walk(whole, [whole.variant()], ids.to(source.device), gather_widths(sums))
         done += len(ids)
         progress(done)
     return width_scores(source.arch, [{n: t.numpy(force=True) for n, t in sums.items()}], len(ids_NT))

@@ -1,8 +1,8 @@
 """The engine: many variants of one model in one walk over its layers.
 
-A variant is a path: for each layer of the parent, how the layer is taken (whole, cut to some
-widths, or not at all). Paths that begin alike share their beginning: at layer l there is one stream
-for each different beginning (a node of a trie), and the layer is applied once to each. So
+A variant says how each layer of the parent is taken: whole, cut to some widths, or not at all.
+Variants that begin alike share their beginning: at layer l there is one stream for each different
+beginning (a node of a trie), and the layer is applied once to each. So
 
 - all ablations of single layers cost L(L+1)/2 layer-forwards, not L x L: a variant starts where its
   layer is left out;
@@ -131,21 +131,21 @@ def _at(probe: LayerProbe | None, layer: int) -> Callable[[str, torch.Tensor], N
 # Variants
 # --------------------------------------------------------------------------------------------------------
 
-# (root, how each layer before this one is taken): what two paths have in common
+# (root, how each layer before this one is taken): what two variants have in common
 Prefix = tuple[Hashable, tuple[Hashable, ...]]
 
 
 @dataclass(frozen=True)
-class Path:
-    """A variant. `root` names its stream (embedding, norm, LM head); `steps[i]`: how layer i is
-    taken, None: not."""
+class Variant:
+    """`root` names its stream (embedding, norm, LM head); `steps[i]` says how layer i is taken, None
+    that it is left out."""
 
     root: Any
     steps: tuple[Any, ...]
 
 
 class Parts(Protocol):
-    """Makes the parts that paths name out of the parent's; surgery's Cutter cuts them."""
+    """Makes the parts that variants name out of the parent's; surgery's Cutter cuts them."""
 
     @property
     def source(self) -> Source: ...
@@ -162,8 +162,8 @@ class Parts(Protocol):
 class Cuts(Parts, Protocol):
     """Parts of smaller models."""
 
-    def path(self, target: Architecture, kept_layers: tuple[int, ...]) -> Path:
-        """A candidate as a path."""
+    def variant(self, target: Architecture, kept_layers: tuple[int, ...]) -> Variant:
+        """A candidate as a variant."""
     def expand(self, hidden: torch.Tensor) -> torch.Tensor:
         """What enters a small model's LM head, [..., k], as the parent's LM head would see it,
         [..., D]."""
@@ -175,9 +175,9 @@ class Whole:
 
     source: Source
 
-    def path(self, without: Collection[int] = ()) -> Path:
+    def variant(self, without: Collection[int] = ()) -> Variant:
         gone = self.source.arch.together(set(without))
-        return Path(None, tuple(None if i in gone else True for i in range(self.source.arch.num_layers)))
+        return Variant(None, tuple(None if i in gone else True for i in range(self.source.arch.num_layers)))
 
     def embed(self, root: Any, ids_BT: torch.Tensor) -> torch.Tensor:
         return self.source.embed(ids_BT)
@@ -204,34 +204,35 @@ def heads_of(parts: Parts, roots: Sequence[Hashable]) -> tuple[list[int], Callab
     return [different.index(root) for root in roots[1:]], rows
 
 
-def layer_forwards(paths: Sequence[Path], first: int = 0) -> int:
+def layer_forwards(variants: Sequence[Variant], first: int = 0) -> int:
     """Layers that `walk` applies for a sample from layer `first` on: the nodes of the trie."""
-    return sum(len({(p.root, p.steps[: i + 1]) for p in paths if p.steps[i] is not None})
-               for i in range(first, len(paths[0].steps)))
+    return sum(len({(p.root, p.steps[: i + 1]) for p in variants if p.steps[i] is not None})
+               for i in range(first, len(variants[0].steps)))
 
 
 @torch.no_grad()
-def walk(parts: Parts, paths: Sequence[Path], ids_BT: torch.Tensor, probe: LayerProbe | None = None,
-         watch: Watch | None = None, memo: dict[int, dict[Prefix, torch.Tensor]] | None = None) -> list[torch.Tensor]:
-    """The activations that enter the LM head for each path, [B, T, k of its root].
+def walk(parts: Parts, variants: Sequence[Variant], ids_BT: torch.Tensor,
+         probe: LayerProbe | None = None, watch: Watch | None = None,
+         memo: dict[int, dict[Prefix, torch.Tensor]] | None = None) -> list[torch.Tensor]:
+    """The activations that enter the LM head for each variant, [B, T, k of its root].
 
-    `probe` sees the insides of the first path's blocks, `watch` its stream. `memo` keeps the
+    `probe` sees the insides of the first variant's blocks, `watch` its stream. `memo` keeps the
     streams that enter each layer, for the next walk over the same samples: it starts at the last
-    layer that all its paths come to as before.
+    layer that all its variants come to as before.
 
     Raises:
-        CorruptArtifact: the first path's stream is not finite after a layer, or too large for the
+        CorruptArtifact: the first variant's stream is not finite after a layer, or too large for the
         next norm.
     """
     source, pattern = parts.source, parts.source.arch.pattern
-    first, nodes = _begin(parts, paths, ids_BT, memo)
+    first, nodes = _begin(parts, variants, ids_BT, memo)
     if first == 0:
         check_finite(source.family.embedding_name, next(x for x, members in nodes if 0 in members))
-    needed = [i for i in range(first, len(pattern)) if any(p.steps[i] is not None for p in paths)]
+    needed = [i for i in range(first, len(pattern)) if any(p.steps[i] is not None for p in variants)]
     layers = source.stream(needed)
     for i in range(first, len(pattern)):
         if memo is not None:
-            memo[i] = {(paths[members[0]].root, paths[members[0]].steps[:i]): x for x, members in nodes}
+            memo[i] = {(variants[members[0]].root, variants[members[0]].steps[:i]): x for x, members in nodes}
         if i not in needed:
             continue
         weights = next(layers)
@@ -239,7 +240,7 @@ def walk(parts: Parts, paths: Sequence[Path], ids_BT: torch.Tensor, probe: Layer
         for x, members in nodes:
             split: dict[Hashable, list[int]] = {}
             for m in members:
-                split.setdefault(paths[m].steps[i], []).append(m)
+                split.setdefault(variants[m].steps[i], []).append(m)
             for step, group in split.items():
                 by_step.setdefault(step, []).append((x, group))
         nodes = by_step.pop(None, [])
@@ -253,27 +254,28 @@ def walk(parts: Parts, paths: Sequence[Path], ids_BT: torch.Tensor, probe: Layer
                 if watch is not None and seen:
                     watch(i, x, after)
                 nodes.append((after, members))
-    out: list[torch.Tensor | None] = [None] * len(paths)
+    out: list[torch.Tensor | None] = [None] * len(variants)
     for x, members in nodes:
-        hidden = parts.finish(paths[members[0]].root, x)
+        hidden = parts.finish(variants[members[0]].root, x)
         for m in members:
             out[m] = hidden
     return [hidden for hidden in out if hidden is not None]
 
 
-def _begin(parts: Parts, paths: Sequence[Path], ids_BT: torch.Tensor, memo: dict[int, dict[Prefix, torch.Tensor]] | None
+def _begin(parts: Parts, variants: Sequence[Variant], ids_BT: torch.Tensor,
+           memo: dict[int, dict[Prefix, torch.Tensor]] | None
            ) -> tuple[int, list[tuple[torch.Tensor, list[int]]]]:
-    """(layer to start at, streams that enter it with the paths that they belong to)."""
+    """(layer to start at, streams that enter it with the variants that they belong to)."""
     for i in sorted(memo or {}, reverse=True):
         assert memo is not None
         members: dict[Prefix, list[int]] = {}
-        for m, path in enumerate(paths):
-            members.setdefault((path.root, path.steps[:i]), []).append(m)
+        for m, variant in enumerate(variants):
+            members.setdefault((variant.root, variant.steps[:i]), []).append(m)
         if members.keys() <= memo[i].keys():
             return i, [(memo[i][prefix], group) for prefix, group in members.items()]
     roots: dict[Hashable, list[int]] = {}
-    for m, path in enumerate(paths):
-        roots.setdefault(path.root, []).append(m)
+    for m, variant in enumerate(variants):
+        roots.setdefault(variant.root, []).append(m)
     return 0, [(parts.embed(root, ids_BT), group) for root, group in roots.items()]
 
 

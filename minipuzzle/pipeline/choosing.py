@@ -16,7 +16,7 @@ from minipuzzle.core.files import write_json
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.distill.loop import distill_together
 from minipuzzle.distill.trainer import Diverged, Pupil
-from minipuzzle.evaluate.quality import measure_paths
+from minipuzzle.evaluate.quality import measure_variants
 from minipuzzle.pipeline.candidates import Qualities, read_candidates, write_candidates
 from minipuzzle.pipeline.mend import forget_damaged_training, look_at
 from minipuzzle.pipeline.plan import CONTROLS, budget_of
@@ -63,9 +63,9 @@ def measure_candidates(given: Given) -> list[Path]:
     arch, cutter = given.parent.arch, cutter_of(given)
     chosen = diverse(read_candidates(given.files), given.settings.search.measure)
     controls = _draw_controls(given)
-    paths = [cutter.path(c.architecture, c.kept_layers) for c in (*chosen, *controls)]
+    variants = [cutter.variant(c.architecture, c.kept_layers) for c in (*chosen, *controls)]
     run = given.passes(given.selection_ids(), f"{len(chosen)} candidates")
-    found = measure_paths(cutter, cutter.path(arch, tuple(range(arch.num_layers))), paths, run)
+    found = measure_variants(cutter, cutter.variant(arch, tuple(range(arch.num_layers))), variants, run)
     folder = given.folder / "search"
     files = [folder / "measured.json", folder / "controls.json"]
     write_json(files[0], {c.name: m for c, m in zip(chosen, found[: len(chosen)], strict=True)})

@@ -3,8 +3,8 @@ written.
 
 `select` keeps the highest-scored channels of the hidden axis; `rotate` first turns the stream so
 that few directions carry most of it (surgery/rotate.py). The other axes are index lists either way.
-How a layer is cut depends on its own widths alone, so a candidate is a path through layers
-(models/walk.py), and what is measured along it is what `cut` would put together and a folder would
+How a layer is cut depends on its own widths alone, so a candidate is a variant of the walk
+(models/walk.py), and what is measured of it is what `cut` would put together and a folder would
 hold. What is trained or written may be refitted too (surgery/refit.py).
 """
 
@@ -25,7 +25,7 @@ from minipuzzle.families.mixers import Weights
 from minipuzzle.families.selection import Selection, select
 from minipuzzle.models.forward import final_norm
 from minipuzzle.models.slicing import slice_weights
-from minipuzzle.models.walk import Model, Path, Source
+from minipuzzle.models.walk import Model, Source, Variant
 from minipuzzle.surgery.refit import BlockFit, refit
 from minipuzzle.surgery.rotate import Rotation, rotate, rotate_weights
 
@@ -34,7 +34,7 @@ Step = tuple[tuple[str, int], ...]
 
 
 class Cutter:
-    """Makes smaller models of one parent, whole or as parts of paths. Without a rotation: plain
+    """Makes smaller models of one parent, whole or as parts of variants. Without a rotation: plain
     selection.
 
     `dtypes`: of the parent's weights on disk, by name. Parts are rounded to them, since a
@@ -55,10 +55,10 @@ class Cutter:
 
     def cut(self, target: Architecture, kept_layers: tuple[int, ...]) -> Model:
         """The parent cut to `target`, not rounded. Nothing cut: the parent's own tensors."""
-        family, path = self.source.family, self.path(target, kept_layers)
-        layers = tuple(self._layer(i, path.steps[i], weights)
+        family, variant = self.source.family, self.variant(target, kept_layers)
+        layers = tuple(self._layer(i, variant.steps[i], weights)
                        for i, weights in zip(kept_layers, self.source.stream(kept_layers), strict=True))
-        return Model(family, target, {n: self._top(path.root, n, t) for n, t in self.source.top.items()}, layers)
+        return Model(family, target, {n: self._top(variant.root, n, t) for n, t in self.source.top.items()}, layers)
 
     def refitted(self, target: Architecture, kept_layers: tuple[int, ...],
                  ids_NT: torch.Tensor) -> tuple[Model, list[BlockFit]]:
@@ -101,16 +101,16 @@ class Cutter:
             self._rotated = {layer: rotate_weights(weights, arch.layer_weights(layer), reads, self.rotation)}
         return self._rotated[layer]
 
-    # paths
+    # variants
     # -----------------------------------------------------------------------------------------
 
-    def path(self, target: Architecture, kept_layers: tuple[int, ...]) -> Path:
-        """A candidate as a path through the parent's layers."""
+    def variant(self, target: Architecture, kept_layers: tuple[int, ...]) -> Variant:
+        """A candidate as the walk takes it."""
         steps: list[Step | None] = [None] * self.source.arch.num_layers
         for new, old in enumerate(kept_layers):
             axes, sizes = target.family.kinds[target.pattern[new]].axes, target.sizes(new)
             steps[old] = tuple((name, sizes[name]) for name in target.family.widths if name in axes)
-        return Path(target.hidden_size, tuple(steps))
+        return Variant(target.hidden_size, tuple(steps))
 
     def embed(self, root: int, ids_BT: torch.Tensor) -> torch.Tensor:
         name = self.source.family.embedding_name

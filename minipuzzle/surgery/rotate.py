@@ -94,7 +94,7 @@ def find_rotation(source: Source, ids_NT: torch.Tensor) -> Rotation:
 
         size = samples_per_walk(arch, ids_NT.shape[1], 1, BLOCK_BYTES.get(ids_NT.device.type, 2**28))
         for ids in torch.split(ids_NT, size):
-            walk(whole, [whole.path()], ids, watch=watch)
+            walk(whole, [whole.variant()], ids, watch=watch)
 
     def normalised(x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(0, 1).double()
