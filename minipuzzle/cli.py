@@ -24,6 +24,7 @@ from minipuzzle.core.errors import CorruptArtifact, InputError, MinipuzzleError
 from minipuzzle.core.files import CANDIDATES_BYTES, machine_errors, our_error, parse_yaml, read_json, reading
 
 if TYPE_CHECKING:
+    from minipuzzle.core.budget import Workload
     from minipuzzle.pipeline.progress import Reporter
     from minipuzzle.recipes.schema import Recipe
 
@@ -301,16 +302,38 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     ])
 
 
+def workload_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--precision, --kv-precision, --state-precision, --context, --batch; the command gets a
+    `workload`."""
+    @functools.wraps(command)
+    def wrapped(precision: str, kv_precision: str, state_precision: str, context: str, batch: int,
+                **rest: Any) -> Any:
+        from minipuzzle.core.budget import Workload
+
+        return command(workload=Workload(precision, kv_precision, state_precision, (),
+                                         parse_quantity(context, "binary"), batch), **rest)
+
+    for option in (
+        click.option("--batch", default=1, show_default=True, type=click.IntRange(1, MOST_SERVED),
+                     help="Sequences at once."),
+        click.option("--context", default="1k", show_default=True,
+                     help="Tokens; k = 1024, M = 1024^2."),
+        click.option("--state-precision", default="fp32", show_default=True,
+                     help="Of the Mamba state: fp32, bf16."),
+        click.option("--kv-precision", default="bf16", show_default=True,
+                     help="Of the KV cache: bf16, fp8, nvfp4."),
+        click.option("--precision", default="bf16", show_default=True,
+                     help="Of the weights: bf16, fp8, nvfp4."),
+    ):
+        wrapped = option(wrapped)
+    return wrapped
+
+
 @main.command()
 @click.argument("model", type=_Path(names=True))
-@click.option("--precision", default="bf16", show_default=True)
-@click.option("--kv-precision", default="bf16", show_default=True)
-@click.option("--state-precision", default="fp32", show_default=True)
-@click.option("--context", default="1k", show_default=True, help="Tokens; k = 1024, M = 1024^2.")
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1, MOST_SERVED))
+@workload_options
 @json_option
-def inspect(model: str, precision: str, kv_precision: str, state_precision: str, context: str, batch: int,
-            as_json: bool) -> None:
+def inspect(model: str, workload: Workload, as_json: bool) -> None:
     """Show a model's architecture, parameters, memory and FLOPs, from its configuration alone.
 
     MODEL is a folder, a config.json or a published name: nemotron-h-56b, nemotron-3-nano-30b-a3b,
@@ -320,13 +343,11 @@ def inspect(model: str, precision: str, kv_precision: str, state_precision: str,
     minipuzzle inspect my-model
     minipuzzle inspect nemotron-h-56b --precision nvfp4 --kv-precision nvfp4 --context 1M
     """
-    from minipuzzle.core.budget import Workload
     from minipuzzle.core.published import find_config
     from minipuzzle.families.architecture import Architecture
     from minipuzzle.families.cost import inspect as inspect_architecture
 
     arch = Architecture.from_config(find_config(model))
-    workload = Workload(precision, kv_precision, state_precision, (), parse_quantity(context, "binary"), batch)
     data = inspect_architecture(arch, workload)
     if as_json:
         _print(data, True, [])
@@ -334,6 +355,52 @@ def inspect(model: str, precision: str, kv_precision: str, state_precision: str,
         from minipuzzle.pipeline.screen import print_inspection
 
         print_inspection(arch, workload, data)
+
+
+@main.command()
+@click.argument("model", type=_Path(names=True))
+@click.option("--gpu", required=True, metavar="NAME", help="A card that 'minipuzzle devices' lists.")
+@workload_options
+@click.option("--engine", default="vllm", show_default=True, type=click.Choice(["ideal", "vllm"]),
+              help="Whose allocation to count; ideal loses nothing to pages.")
+@json_option
+def fit(model: str, gpu: str, workload: Workload, engine: str, as_json: bool) -> None:
+    """Say whether a model fits on a card, from its configuration alone. Exit code 0 either way.
+
+    MODEL is a folder, a config.json or a published name.
+
+    \b
+    minipuzzle fit nemotron-h-47b --gpu rtx5090 --precision nvfp4 --kv-precision fp8 --context 1M
+    minipuzzle fit runs/mine/model --gpu l4 --context 128k --batch 8
+    """
+    from minipuzzle.core.devices import find_device
+    from minipuzzle.core.published import find_config
+    from minipuzzle.engines import fit as engine_fit
+    from minipuzzle.families.architecture import Architecture
+
+    device = find_device(gpu)
+    arch = Architecture.from_config(find_config(model))
+    found = engine_fit.fit(arch, workload, device, engine)
+    _print(found, as_json, engine_fit.sentences(found, device))
+
+
+@main.command()
+@json_option
+def devices(as_json: bool) -> None:
+    """List the graphics cards whose memory, bandwidth and speed are known.
+
+    \b
+    minipuzzle devices
+    minipuzzle devices --json
+    """
+    from minipuzzle.core.devices import devices as known
+
+    rows = [f"{'name':<11}{'card':<25}{'memory':<12}{'bandwidth':<12}dense TFLOP/s"]
+    for card in known().values():
+        speeds = ", ".join(f"{name} {value / 1e12:g}" for name, value in card.flops.items())
+        rows.append(f"{card.name:<11}{card.label:<25}{human_bytes(card.memory_bytes):<12}"
+                    f"{card.bandwidth / 1e9:<5,.0f} GB/s  {speeds}")
+    _print([card.to_json() for card in known().values()], as_json, rows)
 
 
 @main.command()

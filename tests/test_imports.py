@@ -26,10 +26,11 @@ ALLOWED = {
     "evaluate": {"core", "families", "models", "data"},
     "surgery": {"core", "families", "models", "data"},
     "distill": {"core", "families", "models", "data"},
+    "engines": {"core", "families"},
     "recipes": {"core", "data"},
     "pipeline": {"core", "families", "models", "data", "search", "report", "importance", "evaluate", "surgery",
-                 "distill", "recipes"},
-    "cli": {"core", "families", "recipes", "report", "pipeline"},
+                 "distill", "engines", "recipes"},
+    "cli": {"core", "families", "engines", "recipes", "report", "pipeline"},
     "_version": set(),
 }
 NO_TORCH = ("core", "search", "report", "recipes", "cli")
@@ -118,7 +119,7 @@ import importlib, json, pkgutil, sys
 import minipuzzle
 from click.testing import CliRunner
 names = ["minipuzzle.cli"]
-for room in ("core", "families", "search", "report"):
+for room in ("core", "families", "search", "report", "engines"):
     package = importlib.import_module(f"minipuzzle.{room}")
     names += [f"minipuzzle.{room}.{m.name}" for m in pkgutil.iter_modules(package.__path__)
               if m.name not in ("mixers", "ssd")]
@@ -138,8 +139,9 @@ print(json.dumps({"modules": len(names), "verbs": list(main.commands), "examples
     found = json.loads(child.stdout)
     assert found["heavy"] == []
     assert found["modules"] >= 20
-    assert set(found["verbs"]) == {"prune", "inspect", "score", "search", "evaluate", "distill", "report", "recipes", "doctor"}
-    assert len(found["examples"]) == 10
+    assert set(found["verbs"]) == {"prune", "inspect", "fit", "devices", "score", "search", "evaluate",
+                                   "distill", "report", "recipes", "doctor"}
+    assert len(found["examples"]) == 12
     for verb, text in zip(["", *found["verbs"]], found["examples"], strict=True):
         assert f"minipuzzle {verb}".strip() in text, f"the help of {verb} has no example"
 

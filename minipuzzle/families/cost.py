@@ -141,6 +141,22 @@ def workspace_bytes(arch: Architecture, workload: Workload) -> int:
     return int(workload.batch * arch.vocab_size * 4 + tokens * (2 * arch.hidden_size + widest) * 2)
 
 
+def sequence_bytes(arch: Architecture, workload: Workload
+                   ) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((layers with a KV cache, with a state), (bytes of a token's cache and of a sequence's state
+    in one of them, at most)): what families/paging.py asks for. The conv window is kept at 16 bit."""
+    token = state = cached = recurrent = 0
+    for kind, sizes, count in _layers(arch):
+        if kind.has_cache:
+            cached += count
+            bits = int(kind.amount("cache", sizes)) * int(2 * BITS[workload.kv_precision])
+            token = max(token, _bytes(bits, 16))
+        if kind.has_state:
+            recurrent += count
+            state = max(state, _bytes(of_layer(kind, sizes, workload).state, 8 * workload.batch))
+    return (cached, recurrent), (token, state)
+
+
 def layer_parameters(arch: Architecture, layer: int) -> int:
     """Parameters of a layer without its norm."""
     kind, sizes = arch.family.kinds[arch.pattern[layer]], arch.sizes(layer)
