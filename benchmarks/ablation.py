@@ -32,8 +32,8 @@ from minipuzzle.models.module import HybridLM
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, Whole, layer_forwards, walk
 from minipuzzle.models.weights import open_model
-from minipuzzle.pipeline.results import hardware, versions
-from minipuzzle.pipeline.source import bundled_model
+from minipuzzle.pipeline.machine import hardware, versions
+from minipuzzle.verbs.source import bundled_model
 
 ROOT = Path(__file__).resolve().parent.parent
 

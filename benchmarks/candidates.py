@@ -35,13 +35,13 @@ from minipuzzle.importance.layers import score
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, layer_forwards
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.pipeline.results import hardware, versions
-from minipuzzle.pipeline.source import bundled_model
+from minipuzzle.pipeline.machine import hardware, versions
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.space import resolve_space
 from minipuzzle.surgery.cut import Cutter
+from minipuzzle.verbs.source import bundled_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = {"hidden_size": "1x", "mamba_num_heads": "1x", "mamba_head_dim": "1x", "ffn_size": ["0.25x", "1x", "0.125x"]}

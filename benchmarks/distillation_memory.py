@@ -103,7 +103,7 @@ def main():
     if args.variant:
         print(json.dumps(run(args.variant, args.vocab, args.hidden, args.tokens)))
         return
-    from minipuzzle.pipeline.results import hardware, versions
+    from minipuzzle.pipeline.machine import hardware, versions
 
     rows = {name: [] for name in VARIANTS}
     for _ in range(REPEATS):  # in turn, so that other work on the machine meets all of them

@@ -28,12 +28,12 @@ from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
-from minipuzzle.pipeline.results import hardware, versions
-from minipuzzle.pipeline.source import bundled_model
+from minipuzzle.pipeline.machine import hardware, versions
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import Rotation
+from minipuzzle.verbs.source import bundled_model
 
 RESULT = Path(__file__).resolve().parent / "results" / "distillation_sensitivity.json"
 ROWS = [{}, *({"temperature": t} for t in (0.5, 2.0, 4.0)), *({"lm_loss_weight": w} for w in (0.1, 1.0)),

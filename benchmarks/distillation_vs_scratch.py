@@ -35,12 +35,12 @@ from minipuzzle.evaluate.quality import Reference, measure  # noqa: E402
 from minipuzzle.models.module import HybridLM  # noqa: E402
 from minipuzzle.models.walk import Model  # noqa: E402
 from minipuzzle.models.weights import open_model  # noqa: E402
-from minipuzzle.pipeline.results import hardware, versions  # noqa: E402
-from minipuzzle.pipeline.source import bundled_model  # noqa: E402
+from minipuzzle.pipeline.machine import hardware, versions  # noqa: E402
 from minipuzzle.recipes.schema import Recipe  # noqa: E402
 from minipuzzle.search.candidate import Candidate  # noqa: E402
 from minipuzzle.surgery.cut import Cutter  # noqa: E402
 from minipuzzle.surgery.rotate import Rotation  # noqa: E402
+from minipuzzle.verbs.source import bundled_model  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "distillation_vs_scratch.json"
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)

@@ -24,8 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from minipuzzle.pipeline.results import hardware, versions
-from minipuzzle.pipeline.source import bundled_model
+from minipuzzle.pipeline.machine import hardware, versions
+from minipuzzle.verbs.source import bundled_model
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("lm_eval", "accelerate", "tensorboard", "wandb", "nvidia-modelopt", "pdoc")

@@ -30,9 +30,9 @@ from minipuzzle.importance.racing import Race
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, Whole
 from minipuzzle.models.weights import open_model
-from minipuzzle.pipeline.results import hardware, versions
-from minipuzzle.pipeline.source import bundled_model
+from minipuzzle.pipeline.machine import hardware, versions
 from minipuzzle.search.damage import drop_order
+from minipuzzle.verbs.source import bundled_model
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = ((2, 2, 0), (3, 3, 0), (4, 4, 0), (4, 6, 0), (5, 5, 1), (3, 8, 1), (6, 4, 1), (5, 8, 1), (6, 8, 1))

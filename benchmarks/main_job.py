@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from minipuzzle.pipeline.results import hardware, versions
+from minipuzzle.pipeline.machine import hardware, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 

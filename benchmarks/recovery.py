@@ -47,12 +47,12 @@ from minipuzzle.models.forward import block, embed
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model, batches, floats_per_sample
 from minipuzzle.models.weights import open_model
-from minipuzzle.pipeline.results import hardware, versions
-from minipuzzle.pipeline.source import bundled_model
+from minipuzzle.pipeline.machine import hardware, versions
 from minipuzzle.surgery import refit
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.refit import GAIN
 from minipuzzle.surgery.rotate import Rotation, find_rotation
+from minipuzzle.verbs.source import bundled_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "recovery.json"

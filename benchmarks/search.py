@@ -126,7 +126,7 @@ def main():
     assert abs(cases["56b_loop"]["least_damage"] - cases["56b_grid"]["least_damage"]) < 1e-12
     speedup = {size: (cases[f"{size}_loop"].get("seconds_extrapolated") or cases[f"{size}_loop"]["seconds"])
                / cases[f"{size}_grid"]["seconds"] for size in ("56b", "8b")}
-    from minipuzzle.pipeline.results import hardware, versions  # torch; a child begins with the peak of its parent
+    from minipuzzle.pipeline.machine import hardware, versions  # torch; a child begins with the peak of its parent
 
     result = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "versions": versions(),
               "note": "one process at a time; other work may have shared the machine: see load_average",

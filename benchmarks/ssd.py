@@ -29,8 +29,8 @@ from minipuzzle.core.published import find_config
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.mixers import mamba2
 from minipuzzle.models.weights import open_model
-from minipuzzle.pipeline.results import hardware, versions
-from minipuzzle.pipeline.source import bundled_model
+from minipuzzle.pipeline.machine import hardware, versions
+from minipuzzle.verbs.source import bundled_model
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from minipuzzle.cli import main as command
-from minipuzzle.pipeline.results import hardware, versions
+from minipuzzle.pipeline.machine import hardware, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 

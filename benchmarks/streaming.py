@@ -34,7 +34,7 @@ from minipuzzle.models.passes import Pass
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.pipeline.results import hardware, versions
+from minipuzzle.pipeline.machine import hardware, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES, TOKENS = 2, 64

@@ -31,7 +31,7 @@ from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.pipeline.results import hardware, versions
+from minipuzzle.pipeline.machine import hardware, versions
 
 END = "<|endoftext|>"
 SEED = 0

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from minipuzzle.families.architecture import Architecture
     from minipuzzle.importance.layers import score_layers
     from minipuzzle.importance.widths import score_widths
-    from minipuzzle.pipeline.run import Run
-    from minipuzzle.pipeline.verbs import prune
     from minipuzzle.recipes.schema import Recipe
     from minipuzzle.search.candidate import Candidate
     from minipuzzle.search.grid import search_architectures
+    from minipuzzle.verbs.prune import prune
+    from minipuzzle.verbs.run import Run
 
 _HOMES = {
     "Architecture": "families.architecture",
@@ -34,10 +34,10 @@ _HOMES = {
     "Candidate": "search.candidate",
     "LayerScores": "core.scores",
     "Recipe": "recipes.schema",
-    "Run": "pipeline.run",
+    "Run": "verbs.run",
     "WidthScores": "core.scores",
     "distill_model": "distill.loop",
-    "prune": "pipeline.verbs",
+    "prune": "verbs.prune",
     "score_layers": "importance.layers",
     "score_widths": "importance.widths",
     "search_architectures": "search.grid",

@@ -1,4 +1,4 @@
-"""The command line: parse, call minipuzzle.pipeline, print. No algorithm, and no torch until a verb
+"""The command line: parse, call minipuzzle.verbs, print. No algorithm, and no torch until a verb
 needs it."""
 
 from __future__ import annotations
@@ -273,19 +273,19 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     minipuzzle prune my-model --budget memory=0.6x --data texts/ -o runs/mine
     minipuzzle prune runs/mine --candidate c0012
     """
-    from minipuzzle.pipeline import verbs
-    from minipuzzle.pipeline.source import default_output, reopen
+    from minipuzzle.verbs import prune as verb
+    from minipuzzle.verbs.folder import default_output, reopen
 
     if candidate is not None:  # the run has settled the rest
         given = _given("name", "budgets", "data", "settings", "seed", "output_dir")
         model, recipe, output_dir, seed = reopen(model, given)
     if dry_run:
-        folder, plan, where = verbs.prepare(model, recipe, device, memory_bytes)
+        folder, plan, where = verb.prepare(model, recipe, device, memory_bytes)
         _print(plan.to_json(), as_json, plan.lines())
-        verbs.check_machine(plan, output_dir or default_output(folder, recipe, seed), where)  # as the run would fail
+        verb.check_machine(plan, output_dir or default_output(folder, recipe, seed), where)  # as the run would fail
         return
-    run = verbs.prune(model, recipe, output_dir, seed=seed, device=device, redo=redo, fresh=fresh,
-                         candidate=candidate, reporter=reporter, command=_command(), memory_bytes=memory_bytes)
+    run = verb.prune(model, recipe, output_dir, seed=seed, device=device, redo=redo, fresh=fresh,
+                     candidate=candidate, reporter=reporter, command=_command(), memory_bytes=memory_bytes)
     parent, result, paired = (run.report[name] for name in ("parent", "result", "paired"))
     recovered = "" if result["recovery"] is None else f" ({result['recovery']:.0%} of the gap recovered)"
     _print(run.report, as_json, [
@@ -352,7 +352,7 @@ def inspect(model: str, workload: Workload, as_json: bool) -> None:
     if as_json:
         _print(data, True, [])
     else:
-        from minipuzzle.pipeline.screen import print_inspection
+        from minipuzzle.verbs.inspect import print_inspection
 
         print_inspection(arch, workload, data)
 
@@ -417,11 +417,10 @@ def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device
     minipuzzle score my-model --data texts/ -o scored
     torchrun --nproc-per-node 4 -m minipuzzle score my-model --memory 24GiB
     """
-    from minipuzzle.pipeline import verbs
     from minipuzzle.pipeline.results import records
+    from minipuzzle.verbs.score import score as score_model
 
-    path, table = verbs.score(model, recipe, output_dir, seed, device, reporter, _command(), memory_bytes,
-                               redo)
+    path, table = score_model(model, recipe, output_dir, seed, device, reporter, _command(), memory_bytes, redo)
     if environment.rank() != 0:
         return
     _print({"path": str(path), "layers": records(table)}, as_json,
@@ -448,7 +447,7 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
     minipuzzle search --model config.json --scores layers.csv --budget memory=31.7GiB -o found
     minipuzzle search runs/mine --budget memory=0.5x,0.6x,0.7x
     """
-    from minipuzzle.pipeline.research import research, run_recipe
+    from minipuzzle.verbs.search import research, run_recipe
 
     if run is not None and not _given("name"):
         given = click.get_current_context().params
@@ -485,7 +484,7 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
     minipuzzle evaluate runs/mine/model --latency --set workload.context=4k
     minipuzzle evaluate runs/mine/model --tasks hellaswag,mmlu --limit 200
     """
-    from minipuzzle.pipeline.evaluate import evaluate as evaluate_folder
+    from minipuzzle.verbs.evaluate import evaluate as evaluate_folder
 
     if limit is not None and tasks is None:
         raise InputError("--limit is for --tasks")
@@ -527,7 +526,7 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
     minipuzzle distill small --teacher big --data texts/ --set distillation.tokens=10M -o distilled
     torchrun --nproc-per-node 8 -m minipuzzle distill small --teacher big --device cuda -o distilled
     """
-    from minipuzzle.pipeline.distill import distill as distill_folder
+    from minipuzzle.verbs.distill import distill as distill_folder
 
     if output_dir is None:
         raise InputError("distill needs an output folder: -o FOLDER")
@@ -596,7 +595,7 @@ def doctor(model: str | None, as_json: bool) -> None:
     minipuzzle doctor nemotron-h-8b
     minipuzzle doctor runs/mine
     """
-    from minipuzzle.pipeline.doctor import examine, examine_run
+    from minipuzzle.verbs.doctor import examine, examine_run
 
     is_run = model is not None and (Path(model) / "stages").is_dir()
     checks = examine_run(Path(model)) if model is not None and is_run else examine(model)

@@ -22,7 +22,7 @@ from minipuzzle.core.published import read_config
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost, inspect, parameters_by_kind
 from minipuzzle.models.weights import open_model
-from minipuzzle.pipeline.source import bundled_model
+from minipuzzle.verbs.source import bundled_model
 
 P8 = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
 P47 = "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"

@@ -19,9 +19,9 @@ from minipuzzle import Recipe, prune
 from minipuzzle.cli import main
 from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.partial import Partial
-from minipuzzle.pipeline import verbs
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.stages import NAMES as STAGES
+from minipuzzle.verbs.score import score
 
 RECIPE = """
 recipe: 1
@@ -182,11 +182,11 @@ def test_export_reads_every_byte(copy: Path, finished: Path, model_folder: Path,
 
 def test_the_other_verbs_mend_too(model_folder: Path, recipe: Recipe, texts: Path, tmp_path: Path) -> None:
     """`score` and `distill` say --redo as well, and take it."""
-    verbs.score(model_folder, recipe, tmp_path / "scored", 0, "cpu", Reporter())
+    score(model_folder, recipe, tmp_path / "scored", 0, "cpu", Reporter())
     file = damage(tmp_path / "scored", "scores/layers.csv", "flipped")
     with pytest.raises(CorruptArtifact, match=rf"{re.escape(str(file))} .*--redo"):
-        verbs.score(model_folder, recipe, tmp_path / "scored", 0, "cpu", Reporter())
-    verbs.score(model_folder, recipe, tmp_path / "scored", 0, "cpu", Reporter(), redo=True)
+        score(model_folder, recipe, tmp_path / "scored", 0, "cpu", Reporter())
+    score(model_folder, recipe, tmp_path / "scored", 0, "cpu", Reporter(), redo=True)
     for verb in ("score", "distill", "prune"):
         assert "--redo" in CliRunner().invoke(main, [verb, "--help"]).stdout
 

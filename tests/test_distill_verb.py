@@ -27,9 +27,9 @@ from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.pipeline import distill as verb
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.verbs import distill as verb
 
 HERE = Path(__file__).parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}

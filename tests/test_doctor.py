@@ -11,7 +11,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from minipuzzle.cli import main
-from minipuzzle.pipeline import doctor, plan
+from minipuzzle.pipeline import plan
+from minipuzzle.verbs import doctor
 
 
 def invoke(*arguments: str, code: int = 0) -> Result:

@@ -49,14 +49,14 @@ from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, Whole, layer_forwards, walk
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.pipeline import verbs
 from minipuzzle.pipeline.progress import Reporter
-from minipuzzle.pipeline.source import bundled_model
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.damage import predict
 from minipuzzle.search.space import resolve_space
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import find_rotation
+from minipuzzle.verbs.score import score as score_verb
+from minipuzzle.verbs.source import bundled_model
 
 CPU = torch.device("cpu")
 LAYERS = ARCH.num_layers
@@ -392,7 +392,7 @@ SMALL = ["--set", "calibration.samples=6", "--set", "calibration.sequence_length
 def score_alone(folder: Path, memory_bytes: int | None = None) -> Path:
     recipe = Recipe.load("default", data=str(folder.parent / "texts"), settings={
         key: yaml.safe_load(value) for key, _, value in (s.partition("=") for s in SMALL[1::2])})
-    return verbs.score(bundled_model(), recipe, folder, 0, "cpu", Reporter(), memory_bytes=memory_bytes)[0]
+    return score_verb(bundled_model(), recipe, folder, 0, "cpu", Reporter(), memory_bytes=memory_bytes)[0]
 
 
 def score_together(folder: Path) -> Path:

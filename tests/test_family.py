@@ -19,7 +19,7 @@ from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.ssd import causal_conv, ssd
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
-from minipuzzle.pipeline.source import bundled_model
+from minipuzzle.verbs.source import bundled_model
 
 CHUNK = 32
 

@@ -33,9 +33,9 @@ from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, Source
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
 from minipuzzle.pipeline import finishing
-from minipuzzle.pipeline.distill import distill
-from minipuzzle.pipeline.evaluate import evaluate
 from minipuzzle.pipeline.progress import Reporter
+from minipuzzle.verbs.distill import distill
+from minipuzzle.verbs.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ from minipuzzle.models.forward import block
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, Whole, final_hidden, walk
 from minipuzzle.models.weights import open_model
-from minipuzzle.pipeline.source import bundled_model
 from minipuzzle.surgery.cut import Cutter
+from minipuzzle.verbs.source import bundled_model
 
 METRICS = ("mse", "nmse", "kl", "loss_delta", "cosine")
 

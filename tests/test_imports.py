@@ -30,7 +30,9 @@ ALLOWED = {
     "recipes": {"core", "data"},
     "pipeline": {"core", "families", "models", "data", "search", "report", "importance", "evaluate", "surgery",
                  "distill", "engines", "recipes"},
-    "cli": {"core", "families", "engines", "recipes", "report", "pipeline"},
+    "verbs": {"core", "families", "models", "data", "search", "report", "evaluate", "surgery", "distill", "engines",
+              "recipes", "pipeline"},
+    "cli": {"core", "families", "engines", "recipes", "report", "pipeline", "verbs"},
     "_version": set(),
 }
 NO_TORCH = ("core", "search", "report", "recipes", "cli")

@@ -50,16 +50,16 @@ from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline import finishing
 from minipuzzle.pipeline.progress import Reporter, Update
-from minipuzzle.pipeline.run import Run
-from minipuzzle.pipeline.source import bundled_model
 from minipuzzle.pipeline.stage import Runner, Stage
 from minipuzzle.pipeline.stages import NAMES as STAGES
 from minipuzzle.pipeline.stages import STAGES as STAGE_LIST
-from minipuzzle.pipeline.verbs import score
 from minipuzzle.pipeline.world import World
 from minipuzzle.surgery import gate
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import Rotation
+from minipuzzle.verbs.run import Run
+from minipuzzle.verbs.score import score
+from minipuzzle.verbs.source import bundled_model
 
 RECIPE = """
 recipe: 1
@@ -237,8 +237,8 @@ def test_the_way_from_prune_to_a_mixer_is_short(model_folder: Path, texts: Path,
 
     def count(*arguments: Any) -> torch.Tensor:
         frames = [f"{Path(f.filename).name}:{f.name}" for f in traceback.extract_stack() if "/minipuzzle/" in f.filename]
-        if "verbs.py:prune" in frames:
-            found.append([*frames[frames.index("verbs.py:prune"):], "mixers.py:mamba2"])
+        if "prune.py:prune" in frames:
+            found.append([*frames[frames.index("prune.py:prune"):], "mixers.py:mamba2"])
         return mixer(*arguments)
 
     monkeypatch.setattr(mixers, "mamba2", count)

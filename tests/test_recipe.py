@@ -74,7 +74,7 @@ def test_every_shipped_recipe_is_valid() -> None:
 
 def test_the_default_fits_the_bundled_model() -> None:
     from minipuzzle.models.weights import open_model
-    from minipuzzle.pipeline.source import bundled_model
+    from minipuzzle.verbs.source import bundled_model
 
     plan = make_plan(open_model(bundled_model()).arch, Recipe())
     assert plan.feasible > 100

@@ -34,11 +34,11 @@ from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.pipeline.plan import check_memory, make_plan
-from minipuzzle.pipeline.run import Run
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.gate import reload_gate, sample_logits
 from minipuzzle.surgery.refit import FOLDS, RIDGES, BlockFit, refit, refit_bytes, ridge_step, samples_needed
 from minipuzzle.surgery.rotate import Rotation, find_rotation, rotate
+from minipuzzle.verbs.run import Run
 
 ALL = tuple(range(ARCH.num_layers))
 KEPT = (0, 1, 3, 4, 6, 7)  # layer 2, 5 and the last are gone

@@ -15,7 +15,7 @@ import yaml
 from report_data import RECIPE, build
 
 from minipuzzle.core import files
-from minipuzzle.pipeline.source import licence_of
+from minipuzzle.pipeline.results import licence_of
 from minipuzzle.report import facts, html
 from minipuzzle.report.card import model_card
 from minipuzzle.report.html import render_html, write_report

@@ -16,9 +16,10 @@ from minipuzzle.cli import main
 from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
-from minipuzzle.pipeline.research import candidates_document, research, run_recipe, sweep
+from minipuzzle.pipeline.candidates import candidates_document
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate
+from minipuzzle.verbs.search import research, run_recipe, sweep
 
 PATTERN = "M-M*-MM-*-"
 CONFIG = {"model_type": "nemotron_h", "hybrid_override_pattern": PATTERN, "vocab_size": 101, "hidden_size": 64,

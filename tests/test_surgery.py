@@ -43,7 +43,7 @@ from minipuzzle.models.module import HybridLM
 from minipuzzle.models.slicing import slice_model
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.pipeline.source import bundled_model
+from minipuzzle.verbs.source import bundled_model
 
 ALL = tuple(range(ARCH.num_layers))
 MAMBA_LAYERS, FFN_LAYERS = ARCH.layers_of("M"), ARCH.layers_of("-")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minipuzzle.families.ssd import kernel, kernel_reason
-from minipuzzle.pipeline.doctor import examine
+from minipuzzle.verbs.doctor import examine
 
 if TYPE_CHECKING:
     from check import Run

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from minipuzzle.pipeline import verbs
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.verbs.prune import prune as prune_model
 
 if TYPE_CHECKING:
     from check import Run
@@ -104,7 +104,7 @@ def prune(run: Run) -> None:
 def outcome(recipe: Recipe, folder: Path, device: str) -> dict[str, Any]:
     """Run or continue the job; what came out, in short."""
     begin = time.perf_counter()
-    done = verbs.prune(None, recipe, folder, device=device)
+    done = prune_model(None, recipe, folder, device=device)
     result = done.report["result"]
     return {
         "seconds": time.perf_counter() - begin,

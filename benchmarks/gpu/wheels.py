@@ -65,7 +65,7 @@ MAMBA_INIT = '''"""Triton kernels of mamba-ssm {version}; the compiled parts wer
 
 __version__ = "{version}"
 '''
-IMPORTS = ("torch", "transformers", "minipuzzle.pipeline.verbs", "minipuzzle.pipeline.doctor")
+IMPORTS = ("torch", "transformers", "minipuzzle.verbs.prune", "minipuzzle.verbs.doctor")
 KERNELS = (
     "triton",
     "mamba_ssm.ops.triton.ssd_combined",

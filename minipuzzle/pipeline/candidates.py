@@ -9,9 +9,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from minipuzzle.core.budget import Budget, Workload
+from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading, write_atomic
+from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import cost
+from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate
+from minipuzzle.search.grid import search_architectures
+from minipuzzle.search.milp import solve_architectures
 from minipuzzle.search.rank import rank
+from minipuzzle.search.space import Space
 
 AGAIN = "run with --redo to make it again"
 Qualities = dict[str, dict[str, Any]]  # by a candidate's name
@@ -75,3 +84,38 @@ def _parsed(path: Path, mtime_ns: int, size: int) -> tuple[Candidate, ...]:
     found = read_json(path, hint=AGAIN, top=list, limit=CANDIDATES_BYTES)
     with reading(path, hint=AGAIN):
         return tuple(Candidate.from_json(c) for c in found)
+
+
+def find_candidates(recipe: Recipe, parent: Architecture, space: Space, budget: Budget, workload: Workload,
+                    scores: LayerScores | None, curves: WidthCurves | None) -> tuple[list[Candidate], int, int | None]:
+    """(candidates best predicted first, architectures of the space, those within the budget) by the
+    recipe's strategy.
+
+    The grid enumerates all and keeps search.keep. Integer programs find one at a time, as many as
+    will be measured, and do not count the feasible (null).
+
+    Raises:
+        InputError: settings that exclude each other or are not built; as search_architectures.
+        Infeasible: no architecture meets the budget.
+    """
+    search, metric = recipe.search, recipe.scores.layer_metric
+    if search.strategy == "milp":
+        if search.damage == "quadratic":
+            raise InputError("search.damage quadratic needs search.strategy grid; integer programs add damages up")
+        solved = solve_architectures(parent, space, budget, workload, scores, curves, metric,
+                                     min(search.measure, search.keep), search.export == "per_layer")
+        return solved.candidates, solved.points, None
+    if search.export == "per_layer":
+        raise InputError("search.export per_layer needs search.strategy milp; the grid has one FFN width for all")
+    found = search_architectures(parent, space, budget, workload, scores, curves, metric, search.keep,
+                                 search.damage)
+    return found.candidates, found.points, found.feasible
+
+
+def candidates_document(budget: Budget, workload: Workload, parent_name: str, parent: Architecture,
+                        candidates: list[Candidate], warnings: list[str] | None = None) -> dict[str, Any]:
+    """candidates.json: the budget, the parent, and every candidate with its cost and quality;
+    `warnings` where the order does not tell all."""
+    about = {"name": parent_name, "architecture": parent.to_json(), "cost": cost(parent, workload).to_json()}
+    return {"schema": 1, "budget": budget.to_json(), "workload": workload.to_json(), "parent": about,
+            "warnings": warnings or [], "candidates": [c.to_json() for c in candidates]}

@@ -17,10 +17,9 @@ from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.distill.loop import distill_together
 from minipuzzle.distill.trainer import Diverged, Pupil
 from minipuzzle.evaluate.quality import measure_variants
-from minipuzzle.pipeline.candidates import Qualities, read_candidates, write_candidates
+from minipuzzle.pipeline.candidates import Qualities, find_candidates, read_candidates, write_candidates
 from minipuzzle.pipeline.mend import forget_damaged_training, look_at
 from minipuzzle.pipeline.plan import CONTROLS, budget_of
-from minipuzzle.pipeline.research import find_candidates
 from minipuzzle.pipeline.stage import Given, Stage
 from minipuzzle.pipeline.student import (
     TRAINING,

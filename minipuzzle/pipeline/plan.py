@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from minipuzzle.families.cost import Cost, cost, layer_parameters
 from minipuzzle.importance.racing import Race
 from minipuzzle.models.passes import STREAM_BYTES
 from minipuzzle.models.walk import samples_per_walk
+from minipuzzle.pipeline.machine import machine_memory
 from minipuzzle.pipeline.world import Memory
 from minipuzzle.recipes.schema import DATA_SECTIONS, Recipe
 from minipuzzle.search.grid import search_architectures
@@ -273,35 +273,6 @@ def check_disk(plan: Plan, folder: Path) -> None:
     if free < needed:
         raise ResourceError(f"{there} has {human_bytes(free)} free, the run needs about {human_bytes(needed)}; "
                             "choose another disk with -o, or fewer search.finalists")
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        InputError: no such name. ResourceError: this machine has none.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device {name!r} is not a device; cpu, cuda, cuda:1, ...") from None
-    if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_available()
-                                     and (device.index or 0) < torch.cuda.device_count()):
-        raise ResourceError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; "
-                            "use --device cpu")
-    return device
-
-
-def memory_to_use(given: int | None, device: torch.device) -> int:
-    """Bytes: those given, or the device's."""
-    return machine_memory(device) if given is None else given
-
-
-def machine_memory(device: torch.device | None = None) -> int:
-    """Bytes of this machine's memory, or of a GPU's that are free."""
-    if device is not None and device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_memory(plan: Plan, device: torch.device) -> None:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 
-from minipuzzle._version import __version__
 from minipuzzle.core.budget import human_bytes
-from minipuzzle.core.errors import CorruptArtifact
-from minipuzzle.core.files import read_json
+from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError
+from minipuzzle.core.files import parse_yaml, read_json, read_text
 from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores
 from minipuzzle.distill.loop import Trained
 from minipuzzle.distill.precision import fp8_note
@@ -30,9 +26,9 @@ from minipuzzle.families.cost import cost
 from minipuzzle.families.selection import choose_place
 from minipuzzle.importance.racing import toss_ups
 from minipuzzle.pipeline.candidates import AGAIN, read_candidates, read_controls, read_tournament
+from minipuzzle.pipeline.machine import hardware, versions
 from minipuzzle.pipeline.plan import budget_of, refit_samples, the_race
 from minipuzzle.pipeline.scoring import zero_warning
-from minipuzzle.pipeline.source import licence_of
 from minipuzzle.pipeline.stage import Given
 from minipuzzle.pipeline.student import cutter_of, state_folder
 from minipuzzle.recipes.schema import Recipe
@@ -330,25 +326,14 @@ def model_card_files(report: dict[str, Any]) -> dict[str, str]:
     return {"README.md": model_card(report), "minipuzzle.json": about}
 
 
-def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "safetensors", "numpy", "scipy", "pandas", "tokenizers")
-    return {"minipuzzle": __version__, "python": platform.python_version()} | {n: metadata.version(n) for n in names}
-
-
-def hardware() -> str:
-    """Cores, memory and processor of this machine."""
-    import torch
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{cores} cores ({_processor()}), {memory:.0f} GiB{gpu}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
+def licence_of(folder: Path) -> dict[str, str]:
+    """The licence keys of a model card, as the folder has them: what comes of a model inherits its
+    licence."""
     try:
-        lines = subprocess.run(["lscpu"], capture_output=True, text=True, timeout=5, check=True).stdout  # noqa: S607
-    except (OSError, subprocess.SubprocessError):
-        return platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines.splitlines() if line.startswith("Model name")),
-                platform.machine())
+        _, front, _ = read_text(folder / "README.md").split("---\n", 2)
+        card = parse_yaml(front)
+        found = {key: str(card[key]) for key in ("license", "license_name", "license_link") if card.get(key)}
+    except (MinipuzzleError, ValueError, yaml.YAMLError, AttributeError, TypeError):
+        found = {}
+    files = [name for name in ("LICENSE", "LICENSE.txt", "LICENSE.md") if (folder / name).is_file()]
+    return found or ({"license": "other", "license_link": files[0]} if files else {})

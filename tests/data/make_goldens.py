@@ -9,8 +9,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from minipuzzle.pipeline.research import research
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.verbs.search import research
 
 HERE = Path(__file__).parent
 GOLDENS = HERE / "published_searches.json"

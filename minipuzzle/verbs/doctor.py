@@ -32,11 +32,11 @@ from minipuzzle.families.nemotron_h import TINY
 from minipuzzle.families.ssd import kernel, ssd
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
-from minipuzzle.pipeline.plan import Plan, check_memory, machine_memory, make_plan
-from minipuzzle.pipeline.results import versions
-from minipuzzle.pipeline.source import config_of
+from minipuzzle.pipeline.machine import machine_memory, versions
+from minipuzzle.pipeline.plan import Plan, check_memory, make_plan
 from minipuzzle.pipeline.stages import NAMES
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.verbs.source import config_of
 
 TOLERANCE = 1e-4
 KERNEL_TOLERANCE = 1e-2  # on a GPU, where kernels multiply in TF32; no GPU has run this yet

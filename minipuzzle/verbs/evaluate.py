@@ -17,13 +17,13 @@ from minipuzzle.evaluate.served import check_tasks, latency, tasks
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model
-from minipuzzle.pipeline.plan import find_device
+from minipuzzle.pipeline.machine import find_device
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.scoring import tokenize_stage
-from minipuzzle.pipeline.source import find_model
 from minipuzzle.pipeline.stage import Runner
 from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.verbs.source import find_model
 
 
 def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, device: str = "cpu",

@@ -28,18 +28,19 @@ from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
 from minipuzzle.pipeline.finishing import show_metrics
+from minipuzzle.pipeline.machine import find_device
 from minipuzzle.pipeline.mend import forget_damaged_training
-from minipuzzle.pipeline.plan import EVALUATIONS, find_device, make_plan
+from minipuzzle.pipeline.plan import EVALUATIONS, make_plan
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.results import distilled_report, model_card_files, training_notes
 from minipuzzle.pipeline.scoring import tokenize_stage
-from minipuzzle.pipeline.source import find_model
 from minipuzzle.pipeline.stage import Given, Runner, Stage
 from minipuzzle.pipeline.student import as_written, rounded, train_settings, training_blocks
-from minipuzzle.pipeline.verbs import open_run, write_about
 from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.surgery.gate import reload_gate, sample_logits
+from minipuzzle.verbs.folder import open_run, write_about
+from minipuzzle.verbs.source import find_model
 
 SECTIONS = ("evaluation", "distillation")  # of the recipe, whose data are read
 # what the training of a folder may read; the verb runs it itself, in its own steps

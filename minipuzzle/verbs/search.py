@@ -27,10 +27,9 @@ from minipuzzle.core.rundir import digest, read_about
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
+from minipuzzle.pipeline.candidates import candidates_document, find_candidates
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate, to_frame
-from minipuzzle.search.grid import search_architectures
-from minipuzzle.search.milp import solve_architectures
 from minipuzzle.search.space import Space, resolve_space
 
 MARKER = "search.json"  # a folder that has it is ours
@@ -97,15 +96,6 @@ def research(recipe: Recipe, run: Path | None, config: Path | None, scores: Path
     write = _write_one if len(answers) == 1 else _write_sweep
     data, frame = write(folder, question, answers)
     return folder, data | {"path": str(folder)}, frame
-
-
-def candidates_document(budget: Budget, workload: Workload, parent_name: str, parent: Architecture,
-                        candidates: list[Candidate], warnings: list[str] | None = None) -> dict[str, Any]:
-    """candidates.json: the budget, the parent, and every candidate with its cost and quality;
-    `warnings` where the order does not tell all."""
-    about = {"name": parent_name, "architecture": parent.to_json(), "cost": cost(parent, workload).to_json()}
-    return {"schema": 1, "budget": budget.to_json(), "workload": workload.to_json(), "parent": about,
-            "warnings": warnings or [], "candidates": [c.to_json() for c in candidates]}
 
 
 # what is asked
@@ -181,32 +171,6 @@ def _read(path: Path, missing: str) -> dict[str, Any]:
 
 # the search
 # -------------------------------------------------------------------------------------------
-
-
-def find_candidates(recipe: Recipe, parent: Architecture, space: Space, budget: Budget, workload: Workload,
-                    scores: LayerScores | None, curves: WidthCurves | None) -> tuple[list[Candidate], int, int | None]:
-    """(candidates best predicted first, architectures of the space, those within the budget) by the
-    recipe's strategy.
-
-    The grid enumerates all and keeps search.keep. Integer programs find one at a time, as many as
-    will be measured, and do not count the feasible (null).
-
-    Raises:
-        InputError: settings that exclude each other or are not built; as search_architectures.
-        Infeasible: no architecture meets the budget.
-    """
-    search, metric = recipe.search, recipe.scores.layer_metric
-    if search.strategy == "milp":
-        if search.damage == "quadratic":
-            raise InputError("search.damage quadratic needs search.strategy grid; integer programs add damages up")
-        solved = solve_architectures(parent, space, budget, workload, scores, curves, metric,
-                                     min(search.measure, search.keep), search.export == "per_layer")
-        return solved.candidates, solved.points, None
-    if search.export == "per_layer":
-        raise InputError("search.export per_layer needs search.strategy milp; the grid has one FFN width for all")
-    found = search_architectures(parent, space, budget, workload, scores, curves, metric, search.keep,
-                                 search.damage)
-    return found.candidates, found.points, found.feasible
 
 
 def ranking_notes(question: Question) -> list[str]:

@@ -1,4 +1,4 @@
-"""The verbs that make a run: the whole pipeline, and scoring alone. A verb is a list of stages.
+"""The whole pipeline: a model and a recipe -> a smaller model and its report.
 
 Every stage leaves files and a manifest (core/rundir.py): the same command continues where it
 stopped.
@@ -7,35 +7,30 @@ stopped.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 import torch
 
 from minipuzzle.core.environment import world_size
 from minipuzzle.core.errors import InputError
-from minipuzzle.core.files import machine_errors, read_json, restore_folder, write_atomic, write_json, write_sealed
+from minipuzzle.core.files import machine_errors, read_json, restore_folder, write_atomic, write_json
 from minipuzzle.core.rundir import RunDir
-from minipuzzle.core.scores import LayerScores
-from minipuzzle.distill.loss import loss_kernel
 from minipuzzle.distill.precision import check_precision
-from minipuzzle.families.ssd import kernel
-from minipuzzle.models.ranks import Ranks, open_ranks
+from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.weights import ModelFolder, open_model
-from minipuzzle.pipeline.candidates import AGAIN, read_candidates
-from minipuzzle.pipeline.plan import Plan, budget_of, check_disk, check_memory, find_device, make_plan, memory_to_use
+from minipuzzle.pipeline.candidates import AGAIN, candidates_document, read_candidates
+from minipuzzle.pipeline.machine import find_device, memory_to_use
+from minipuzzle.pipeline.plan import Plan, budget_of, check_disk, check_memory, make_plan
 from minipuzzle.pipeline.progress import Reporter
-from minipuzzle.pipeline.research import candidates_document
-from minipuzzle.pipeline.results import make_report, versions
-from minipuzzle.pipeline.run import Run
-from minipuzzle.pipeline.scoring import CURVES, SCORE, tokenize_stage
-from minipuzzle.pipeline.source import bundled_model, default_output, find_model, reopen
+from minipuzzle.pipeline.results import make_report
 from minipuzzle.pipeline.stage import Runner
 from minipuzzle.pipeline.stages import RESULT, STAGES
 from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.report.html import write_report
 from minipuzzle.search.candidate import to_frame
+from minipuzzle.verbs.folder import default_output, reopen, write_about
+from minipuzzle.verbs.run import Run
+from minipuzzle.verbs.source import bundled_model, find_model
 
 
 def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_dir: str | Path | None = None, *,
@@ -141,62 +136,3 @@ def report(runner: Runner) -> Run:
     return Run(path, data, frame)
 
 
-def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int, device: str, reporter: Reporter,
-          command: str = "", memory_bytes: int | None = None, redo: bool = False) -> tuple[Path, pd.DataFrame]:
-    """(OUTPUT_DIR/scores, the layer table): the first stages of `prune`, which would go on from
-    here.
-
-    A parent that does not fit into `memory_bytes` (left out: the machine's) is read from the disk
-    layer by layer. Under torchrun the samples are split over the processes. `redo`: make the
-    damaged stages again, and those that a changed recipe invalidates.
-    """
-    folder, where = open_model(find_model(model)), find_device(device)
-    plan = make_plan(folder.arch, recipe, need_budget=False, memory_bytes=memory_to_use(memory_bytes, where),
-                     reads=("calibration",))
-    check_memory(plan, where)
-    path = output_dir or default_output(folder, recipe, seed)
-    ranks, run = open_run(path, where)
-    world = World(folder, recipe, seed, ranks.device, path / "tokens", plan.memory, command=command)
-    runner = Runner((tokenize_stage(("calibration",)), SCORE, CURVES), recipe, world, run, ranks,
-                    reporter if ranks.main else Reporter())
-    try:
-        with machine_errors(path):
-            if ranks.main:
-                runner.refuse_changes(redo, fresh="")
-            ranks.barrier()
-            estimates = plan.estimates()
-            runner.reporter.start({name: estimates[name] for name in runner.stages})
-            runner.reporter.say(plan.passes())
-            runner.make(lambda: write_about(runner))
-    except InputError:
-        run.discard_unused()
-        raise
-    finally:
-        run.close()
-        ranks.close()
-    return path / "scores", LayerScores.read(path / "scores" / "layers.csv").table
-
-
-def open_run(path: Path, device: Any) -> tuple[Ranks, RunDir]:
-    """(the processes that torchrun started, the run directory), held by the main one of them."""
-    ranks = open_ranks(device)
-    run = RunDir(path) if ranks.main else None
-    ranks.barrier()  # the folder is there
-    return ranks, run or RunDir(path, hold=False)
-
-
-def write_about(runner: Runner, **more: Any) -> None:
-    """run.json: what the run is, for people and for `search RUN`. Another candidate's result leaves
-    it as it is."""
-    world = runner.world
-    if not runner.ranks.main or world.candidate is not None:
-        return
-    folder, device = world.folder, runner.ranks.device
-    done = {s["name"]: s for s in runner.stage_list()}
-    stages = [done.get(s.name, {"name": s.name, "status": "open", "seconds": 0.0}) for s in STAGES]
-    write_sealed(runner.run.path / "run.json", {
-        "schema": 1, "model": str(folder.path.absolute()), "recipe": runner.recipe.located().model_dump(),
-        "seed": world.seed, "command": world.command, "versions": versions(), "stages": stages,
-        "device": str(device), "ssm_kernel": kernel(device), "loss_kernel": loss_kernel(folder.arch.vocab_size, device),
-        "model_is": folder.sampled,
-        "hashes": {"model": folder.fingerprint, "tokenizer": world.tokenizer_hash}} | more, indent=1)

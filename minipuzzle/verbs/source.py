@@ -1,0 +1,69 @@
+"""Where models come from and where runs go."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from minipuzzle.core.errors import InputError, MinipuzzleError
+from minipuzzle.core.published import find_config, read_config
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def bundled_model() -> Path:
+    """The small trained model that comes with the package."""
+    return Path(str(resources.files("minipuzzle") / "bundled" / "model"))
+
+
+def find_model(model: str | Path) -> Path:
+    """A folder as it is; a Hub id (owner/name) downloaded to the Hub's own cache.
+
+    Raises:
+        InputError: neither.
+    """
+    path = Path(model)
+    if os.path.isdir(path):
+        return path
+    if os.path.lexists(path) or not HUB_ID.fullmatch(str(model)):
+        raise InputError(f"{model}: no such model folder, and not a Hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    with _hub(str(model), "it"):  # no file that is code
+        return Path(snapshot_download(str(model), allow_patterns=[
+            "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]))
+
+
+def config_of(model: str) -> dict[str, Any]:
+    """The configuration of a folder, a config.json, a published name or a Hub id, of which nothing
+    else is fetched.
+
+    Raises:
+        InputError: none of them.
+    """
+    if os.path.lexists(model) or not HUB_ID.fullmatch(model):
+        return find_config(model)
+    from huggingface_hub import hf_hub_download
+
+    with _hub(model, "its config.json"):
+        file = hf_hub_download(model, "config.json")
+    return read_config(Path(file))
+
+
+@contextmanager
+def _hub(model: str, what: str) -> Iterator[None]:
+    """Errors of the Hub and of the network as a InputError."""
+    try:
+        yield
+    except MinipuzzleError:
+        raise
+    except Exception as error:  # of the HTTP library, which is another in each release of huggingface_hub
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{model}: no such folder, and the Hub did not give {what} ({reason})") from None
+
+
