@@ -273,6 +273,8 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     minipuzzle prune my-model --budget memory=0.6x --data texts/ -o runs/mine
     minipuzzle prune runs/mine --candidate c0012
     """
+    from minipuzzle.pipeline.forecast import plan_json, plan_lines
+    from minipuzzle.pipeline.stages import STAGES
     from minipuzzle.verbs import prune as verb
     from minipuzzle.verbs.folder import default_output, reopen
 
@@ -281,7 +283,7 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
         model, recipe, output_dir, seed = reopen(model, given)
     if dry_run:
         folder, plan, where = verb.prepare(model, recipe, device, memory_bytes)
-        _print(plan.to_json(), as_json, plan.lines())
+        _print(plan_json(plan, STAGES), as_json, plan_lines(plan, STAGES))
         verb.check_machine(plan, output_dir or default_output(folder, recipe, seed), where)  # as the run would fail
         return
     run = verb.prune(model, recipe, output_dir, seed=seed, device=device, redo=redo, fresh=fresh,

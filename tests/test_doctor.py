@@ -12,6 +12,8 @@ from click.testing import CliRunner, Result
 
 from minipuzzle.cli import main
 from minipuzzle.pipeline import plan
+from minipuzzle.pipeline.forecast import check_memory
+from minipuzzle.pipeline.stages import STAGES
 from minipuzzle.verbs import doctor
 
 
@@ -101,7 +103,7 @@ def test_memory_is_asked_for_what_is_done(monkeypatch: pytest.MonkeyPatch) -> No
     for hidden, tokens in (("rotate", 1000), ("select", 1000), ("rotate", 0), ("select", 0)):
         made = plan.make_plan(arch, Recipe().with_overrides(settings={"surgery.hidden": hidden, "distillation.tokens": tokens}))
         with pytest.raises(ResourceError) as error:
-            plan.check_memory(made, torch.device("cpu"))
+            check_memory(made, STAGES, torch.device("cpu"))
         asked.append(float(re.search(r"needs about ([\d.]+) GiB", str(error.value))[1]))
     parent, student = (4 * n / 2**30 for n in (made.parent_cost.parameters, made.largest.parameters))
     layers = made.layers_bytes / 2**30

@@ -58,7 +58,7 @@ def no_stopwatch() -> Iterator[None]:
     """The speed of this machine is measured for a third of a second, which is not what is tested
     here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minipuzzle.pipeline.plan._matmul_flops_per_second", lambda arch: 1e9)
+        patch.setattr("minipuzzle.pipeline.forecast.matmul_flops_per_second", lambda *widths: 1e9)
         yield
 
 

@@ -18,7 +18,10 @@ from minipuzzle import Recipe
 from minipuzzle.cli import main
 from minipuzzle.core.errors import InputError, ResourceError
 from minipuzzle.families.registry import FAMILIES
-from minipuzzle.pipeline.plan import check_memory, make_plan
+from minipuzzle.pipeline.forecast import check_memory, estimates
+from minipuzzle.pipeline.plan import make_plan
+from minipuzzle.pipeline.scoring import SCORE
+from minipuzzle.pipeline.stages import STAGES
 from minipuzzle.recipes.schema import SpaceSection, json_schema, recipe_text, shipped_recipes
 
 CONTRACT = {
@@ -226,7 +229,7 @@ def test_a_plan_of_a_model_without_some_kind_of_layer(pattern: str) -> None:
     from tiny import ARCH
 
     plan = make_plan(replace(ARCH, pattern=pattern), Recipe(), need_budget=False)
-    assert all(seconds >= 0 for seconds in plan.estimates().values())
+    assert all(seconds >= 0 for seconds in estimates(plan, STAGES).values())
     assert "in 1 pass over the weights" in plan.passes()
 
 
@@ -235,9 +238,9 @@ def test_memory_for_scoring_is_a_limit() -> None:
 
     for too_little in (0, 1, 50_000):
         with pytest.raises(ResourceError, match=r"three layers in float32, [0-9.]+ KiB .* raise --memory"):
-            check_memory(make_plan(ARCH, Recipe(), False, too_little), torch.device("cpu"))
+            check_memory(make_plan(ARCH, Recipe(), False, too_little), (SCORE,), torch.device("cpu"))
     little, much = (make_plan(ARCH, Recipe(), False, enough) for enough in (2**20, 2**31))
-    check_memory(little, torch.device("cpu"))
+    check_memory(little, (SCORE,), torch.device("cpu"))
     assert "layer by layer from disk" in little.passes()
     assert much.stream_bytes is None
 

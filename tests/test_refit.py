@@ -33,7 +33,9 @@ from minipuzzle.models.forward import embed
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.pipeline.plan import check_memory, make_plan
+from minipuzzle.pipeline.forecast import check_memory, estimates
+from minipuzzle.pipeline.plan import make_plan
+from minipuzzle.pipeline.stages import STAGES
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.gate import reload_gate, sample_logits
 from minipuzzle.surgery.refit import FOLDS, RIDGES, BlockFit, refit, refit_bytes, ridge_step, samples_needed
@@ -398,9 +400,9 @@ def test_the_plan_counts_a_refit(model_folder: Path, texts: Path, monkeypatch: p
     arch = open_model(model_folder).arch
     with_it, without = (make_plan(arch, recipe_for(texts, surgery__refit=refit)) for refit in ("ridge", "none"))
     assert (with_it.refit_samples, without.refit_samples) == (samples_needed(arch, 32), 0)
-    assert with_it.estimates()["tournament"] > without.estimates()["tournament"]
+    assert estimates(with_it, STAGES)["tournament"] > estimates(without, STAGES)["tournament"]
     needed = 4 * (with_it.parent_cost.parameters + 4 * with_it.largest.parameters)
     with_it, without = (dataclasses.replace(p, memory_bytes=needed + 10) for p in (with_it, without))
-    check_memory(without, torch.device("cpu"))
+    check_memory(without, STAGES, torch.device("cpu"))
     with pytest.raises(ResourceError, match="to refit; use a machine with more memory"):
-        check_memory(with_it, torch.device("cpu"))
+        check_memory(with_it, STAGES, torch.device("cpu"))

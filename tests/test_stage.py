@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from minipuzzle.core.errors import InputError
+from minipuzzle.core.errors import InputError, ResourceError
 from minipuzzle.core.rundir import RunDir
 from minipuzzle.models.ranks import Ranks
+from minipuzzle.models.weights import open_model
+from minipuzzle.pipeline.forecast import check_disk, check_memory, estimates
+from minipuzzle.pipeline.plan import Estimate, make_plan
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.stage import Given, Runner, Stage, restrict, values
+from minipuzzle.pipeline.stages import STAGES
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.verbs.source import bundled_model
 
 
 def write(given: Given, name: str, text: str) -> list[Path]:
@@ -106,3 +111,18 @@ def test_a_restricted_recipe_keeps_whole_sections_and_single_keys() -> None:
         _ = view.surgery.refit
     assert values(Recipe(), ("surgery.hidden", "scores")).keys() == {
         "surgery.hidden", *(f"scores.{k}" for k in Recipe().scores.model_dump())}
+
+
+def test_what_a_stage_takes_is_asked_of_its_declaration(tmp_path: Path) -> None:
+    """Seconds, memory and disk: no list beside the stages knows them."""
+    plan = make_plan(open_model(bundled_model()).arch, Recipe(), memory_bytes=2**20)
+    greedy = Stage("greedy", lambda given: [], lambda plan: Estimate(seconds=7.0, memory_bytes=3 * 2**40, disk_bytes=2**70))
+    assert estimates(plan, (greedy,)) == {"greedy": 7.0}
+    with pytest.raises(ResourceError, match="needs about 3 TiB"):
+        check_memory(plan, (greedy,), torch.device("cpu"))
+    with pytest.raises(ResourceError, match="free, the run needs about"):
+        check_disk(plan, (greedy,), tmp_path)
+    takes = {stage.name: stage.estimate(plan) for stage in STAGES}
+    assert all(takes[name].memory_bytes > 0 for name in ("score", "curves", "measure", "tournament", "distill", "export"))
+    assert sum(need.disk_bytes for need in takes.values()) == plan.largest.parameters * (
+        16 * (Recipe().search.finalists + 1) + 8)

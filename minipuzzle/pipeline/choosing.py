@@ -19,22 +19,26 @@ from minipuzzle.distill.trainer import Diverged, Pupil
 from minipuzzle.evaluate.quality import measure_variants
 from minipuzzle.pipeline.candidates import Qualities, find_candidates, read_candidates, write_candidates
 from minipuzzle.pipeline.mend import forget_damaged_training, look_at
-from minipuzzle.pipeline.plan import CONTROLS, budget_of
+from minipuzzle.pipeline.plan import Estimate, Plan, budget_of
 from minipuzzle.pipeline.stage import Given, Stage
 from minipuzzle.pipeline.student import (
     TRAINING,
     cutter_of,
     look,
+    refit_flops,
     say_training,
     state_folder,
     student_of,
     train_settings,
     training_blocks,
+    training_flops,
 )
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.grid import random_architectures
 from minipuzzle.search.rank import diverse, rank
 from minipuzzle.search.space import resolve_space
+
+CONTROLS = 8  # random architectures that are measured beside the best predicted, to judge the prediction
 
 
 def search(given: Given) -> list[Path]:
@@ -123,18 +127,31 @@ def tournament(given: Given) -> list[Path]:
     return [path]
 
 
+def _measure_estimate(plan: Plan) -> Estimate:
+    students = min(plan.recipe.search.measure + CONTROLS, plan.feasible)
+    return Estimate(plan.held_out_tokens * (plan.parent_cost.flops_per_token + plan.largest.flops_per_token * students),
+                    memory_bytes=plan.layers_bytes)
+
+
+def _tournament_estimate(plan: Plan) -> Estimate:
+    d, finalists = plan.recipe.distillation, min(plan.recipe.search.finalists, plan.feasible)
+    each = training_flops(plan, min(d.tournament_tokens, d.tokens), looks=2) + refit_flops(plan)
+    return Estimate(each * finalists, memory_bytes=plan.student_stage_bytes,
+                    disk_bytes=plan.state_bytes * plan.recipe.search.finalists)
+
+
 _LAYERS_AND_WIDTHS = ("score", "curves")
 SEARCH = Stage(
-    "search", search,
+    "search", search, lambda plan: Estimate(seconds=1.0),
     settings=lambda recipe: (
         "budget", "workload", "space", "scores.layer_metric", "search.strategy", "search.damage", "search.export",
         "search.keep", *(("search.measure",) if recipe.search.strategy == "milp" else ())),
     world=("model",), after=_LAYERS_AND_WIDTHS)
 MEASURE = Stage(
-    "measure", measure_candidates,
+    "measure", measure_candidates, _measure_estimate,
     settings=("budget", "workload", "space", "scores.layer_metric", "search.strategy", "search.damage",
               "search.measure", "surgery.hidden", "evaluation.samples", "calibration.sequence_length"),
     world=("model", "tokenizer", "evaluation.data", "seed"), after=(*_LAYERS_AND_WIDTHS, "search"))
 TOURNAMENT = Stage(
-    "tournament", tournament, settings=("search.finalists", *TRAINING[0]), world=TRAINING[1],
-    after=("score", "curves", "search", "measure"))
+    "tournament", tournament, _tournament_estimate,
+    settings=("search.finalists", *TRAINING[0]), world=TRAINING[1], after=("score", "curves", "search", "measure"))

@@ -25,10 +25,11 @@ from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.pipeline.candidates import chosen_one, read_tournament
 from minipuzzle.pipeline.mend import forget_unusable_training, steps_done
-from minipuzzle.pipeline.plan import EVALUATIONS
+from minipuzzle.pipeline.plan import Estimate, Plan
 from minipuzzle.pipeline.results import make_report, model_card_files
 from minipuzzle.pipeline.stage import Given, Stage
 from minipuzzle.pipeline.student import (
+    EVALUATIONS,
     TRAINING,
     as_written,
     cutter_of,
@@ -40,6 +41,7 @@ from minipuzzle.pipeline.student import (
     student_of,
     train_settings,
     training_blocks,
+    training_flops,
 )
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.surgery.gate import reload_gate, sample_logits
@@ -132,11 +134,23 @@ def _samples(given: Given, ids_T: torch.Tensor, models: dict[str, Model], prompt
     return out
 
 
+def _distill_estimate(plan: Plan) -> Estimate:
+    d = plan.recipe.distillation
+    return Estimate(training_flops(plan, d.tokens - min(d.tournament_tokens, d.tokens), EVALUATIONS),
+                    memory_bytes=plan.student_stage_bytes, disk_bytes=plan.state_bytes)
+
+
+def _export_estimate(plan: Plan) -> Estimate:
+    return Estimate(3.0 * plan.held_out_tokens * plan.parent_cost.flops_per_token, seconds=15.0,
+                    memory_bytes=plan.student_stage_bytes, disk_bytes=8 * plan.largest.parameters)
+
+
 _BEFORE = ("score", "curves", "search", "measure", "tournament")
 DISTILL = Stage(
-    "distill", distill, settings=TRAINING[0], world=(*TRAINING[1], "candidate"), after=_BEFORE,
+    "distill", distill, _distill_estimate, settings=TRAINING[0], world=(*TRAINING[1], "candidate"), after=_BEFORE,
     mend=forget_unusable_training)
 # the card tells the whole recipe
 EXPORT = Stage(
-    "export", export, settings=tuple(Recipe.model_fields.keys() - {"recipe"}), world=(*TRAINING[1], "candidate"),
-    after=(*_BEFORE, "distill"), strict=True)
+    "export", export, _export_estimate,
+    settings=tuple(Recipe.model_fields.keys() - {"recipe"}),
+    world=(*TRAINING[1], "candidate"), after=(*_BEFORE, "distill"), strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from importlib import metadata
 
 import torch
@@ -62,3 +63,16 @@ def _processor() -> str:
         return platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines.splitlines() if line.startswith("Model name")),
                 platform.machine())
+
+
+def matmul_flops_per_second(hidden: int, wide: int) -> float:
+    """The fastest of some matrix products of such widths: what another process takes does
+    not count."""
+    tokens = 2048
+    x, w = torch.randn(tokens, hidden), torch.randn(wide, hidden)
+    x @ w.T
+    best, end = float("inf"), time.perf_counter() + 0.3
+    while (begin := time.perf_counter()) < end:
+        x @ w.T
+        best = min(best, time.perf_counter() - begin)
+    return 2.0 * tokens * hidden * wide / best

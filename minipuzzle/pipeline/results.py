@@ -27,8 +27,8 @@ from minipuzzle.families.selection import choose_place
 from minipuzzle.importance.racing import toss_ups
 from minipuzzle.pipeline.candidates import AGAIN, read_candidates, read_controls, read_tournament
 from minipuzzle.pipeline.machine import hardware, versions
-from minipuzzle.pipeline.plan import budget_of, refit_samples, the_race
-from minipuzzle.pipeline.scoring import zero_warning
+from minipuzzle.pipeline.plan import budget_of, refit_samples
+from minipuzzle.pipeline.scoring import the_race, zero_warning
 from minipuzzle.pipeline.stage import Given
 from minipuzzle.pipeline.student import cutter_of, state_folder
 from minipuzzle.recipes.schema import Recipe

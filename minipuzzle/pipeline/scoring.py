@@ -8,28 +8,34 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import write_json
-from minipuzzle.data.blocks import load_blocks, tokenize
-from minipuzzle.data.corpus import parse_blend
+from minipuzzle.data.blocks import load_blocks, spread_tokens, tokenize
+from minipuzzle.data.corpus import has_end, parse_blend
 from minipuzzle.data.held_out import two_parts
+from minipuzzle.families.architecture import Architecture
 from minipuzzle.importance.curves import measure_curves
 from minipuzzle.importance.layers import Scored, score_iteratively
 from minipuzzle.importance.layers import score as score_all
+from minipuzzle.importance.racing import Race
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.weights import ModelFolder
-from minipuzzle.pipeline.plan import curve_widths, the_race, tokens_needed
+from minipuzzle.pipeline.plan import Estimate, Plan, refit_samples
 from minipuzzle.pipeline.stage import Given, Stage
 from minipuzzle.recipes.schema import DATA_SECTIONS, Recipe, SpaceSection
-from minipuzzle.search.space import resolve_space
+from minipuzzle.search.space import Space, resolve_space
 from minipuzzle.surgery.refit import check_samples
 from minipuzzle.surgery.rotate import find_rotation
 
 _DROPS, _WIDTHS = (tuple(f"space.{name}" for name in SpaceSection.model_fields if name.startswith("drop_") is drop)
                    for drop in (True, False))
+
+HELD_OUT_TOKENS = 2**20  # of a source
+CURVE_POINTS = 3  # measured widths per axis; between them the search interpolates
 
 # tokens ----------------------------------------------------------------------------------------
 
@@ -38,11 +44,33 @@ def tokenize_stage(sections: tuple[str, ...] = DATA_SECTIONS) -> Stage:
     """Tokenise what these sections of the recipe read. Only that of all sections is recorded: what
     a verb makes for itself is found again by the next one (data/blocks.py)."""
     return Stage(
-        "tokenize", partial(make_tokens, sections=sections),
+        "tokenize", partial(make_tokens, sections=sections), lambda plan: Estimate(seconds=5.0),
         settings=("calibration.samples", "calibration.sequence_length", "evaluation.samples", "surgery.refit",
                   "distillation.tokens", "distillation.batch_tokens", "distillation.sequence_length"),
         world=("model", "tokenizer", *(f"{name}.data" for name in sections)),
         recorded=sections == DATA_SECTIONS)
+
+
+def tokens_needed(settings: Recipe, parent: Architecture,
+                  data: Mapping[str, str]) -> dict[str, dict[str, int | None]]:
+    """source -> split -> tokens that do for what is read; None: all there are. `data`: section of
+    the recipe -> what it reads. Training goes over all of a source that has an end; calibration and
+    evaluation spread their blocks over the first `spread_tokens` and HELD_OUT_TOKENS of it."""
+    c, d = settings.calibration, settings.distillation
+    # two parts, and a quarter more: documents are shared out whole
+    held_out = 5 * settings.evaluation.samples * c.sequence_length // 2
+    samples = max(c.samples, refit_samples(settings, parent))
+    whole = {"calibration": spread_tokens(samples, c.sequence_length), "distillation": None}
+    train = {"calibration": samples * c.sequence_length,
+             "distillation": d.tokens + d.batch_tokens + d.sequence_length}
+    out: dict[str, dict[str, int | None]] = {}
+    for section, name in data.items():
+        for source in parse_blend(name) if section != "distillation" or d.tokens else ():
+            ends, limits = has_end(source), out.setdefault(source, {})
+            limits["held_out"] = max(HELD_OUT_TOKENS, 2 * held_out) if ends else held_out
+            if section in train:
+                limits["train"] = whole[section] if ends else (limits.get("train") or 0) + train[section]
+    return out
 
 
 def make_tokens(given: Given, sections: tuple[str, ...]) -> list[Path]:
@@ -92,6 +120,13 @@ def _check_tokens(given: Given, section: str) -> None:
 # importance ------------------------------------------------------------------------------------
 
 
+def the_race(settings: Recipe, arch: Architecture) -> Race:
+    """How many layers of each kind the search will drop, and how sure of the choice it shall be."""
+    drops = resolve_space(dict(settings.space), arch).drops
+    return Race({unit: (min(drops[name]), max(drops[name])) for name, unit in arch.family.drops.items()},
+                settings.scores.confidence, settings.scores.layer_metric)
+
+
 def score_settings(recipe: Recipe) -> tuple[str, ...]:
     """Where all layers are scored alike, the search's question does not decide what is measured."""
     always = ("calibration", "scores.racing", "scores.iterative")
@@ -135,6 +170,18 @@ def _score(settings: Recipe, run: Pass) -> Scored:
     return score_all(run, the_race(settings, run.source.arch) if s.racing else None)
 
 
+def curve_widths(space: Space, parent: Architecture) -> dict[str, tuple[int, ...]]:
+    """The widths of each axis at which curves are measured: spread over the space, its ends among
+    them."""
+    out = {}
+    for axis, values in space.widths.items():
+        widths = sorted(w for w in values if w != parent.sizes()[axis])
+        count = min(CURVE_POINTS, len(widths))
+        places = [round(i * (len(widths) - 1) / max(1, count - 1)) for i in range(count)]
+        out[axis] = tuple(widths[p] for p in places)
+    return out
+
+
 def measure_width_curves(given: Given) -> list[Path]:
     """What each width alone costs; before it the rotation of the stream, if one is asked for."""
     folder, ids = given.folder / "scores", given.calibration_ids()
@@ -153,10 +200,21 @@ def measure_width_curves(given: Given) -> list[Path]:
     return files
 
 
+def _score_estimate(plan: Plan) -> Estimate:
+    walks = plan.parent.num_layers / 2 + 2
+    return Estimate(plan.calibration_tokens * plan.parent_cost.flops_per_token * walks, memory_bytes=plan.layers_bytes)
+
+
+def _curves_estimate(plan: Plan) -> Estimate:
+    points = sum(len(w) for w in curve_widths(plan.space, plan.parent).values())
+    return Estimate(plan.calibration_tokens * plan.parent_cost.flops_per_token * (points + 1),
+                    memory_bytes=plan.layers_bytes)
+
+
 SCORE = Stage(
-    "score", score_layers_and_widths, score_settings, world=("model", "tokenizer", "calibration.data"),
-    shared=True)
+    "score", score_layers_and_widths, _score_estimate, score_settings,
+    world=("model", "tokenizer", "calibration.data"), shared=True)
 CURVES = Stage(
-    "curves", measure_width_curves,
+    "curves", measure_width_curves, _curves_estimate,
     settings=("calibration", "surgery.hidden", *_WIDTHS),
     world=("model", "tokenizer", "calibration.data"), after=("score",), shared=True)

@@ -24,6 +24,7 @@ from minipuzzle.core.rundir import RunDir, digest
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.ranks import Ranks
+from minipuzzle.pipeline.plan import Estimate, Plan
 from minipuzzle.pipeline.progress import Reporter, Update
 from minipuzzle.pipeline.world import Parent, World
 from minipuzzle.recipes.schema import Recipe
@@ -37,6 +38,7 @@ class Stage:
     """One step of a run.
 
     run: makes the stage from what it is given; returns the files that it wrote.
+    estimate: the time, memory and disk that it is thought to take.
     settings: recipe keys that it reads, `section.key` or a whole `section`; a function of the
         recipe where some keys count only beside others.
     world: what it reads that is neither recipe nor file, by the names of `World.identities`.
@@ -49,6 +51,7 @@ class Stage:
 
     name: str
     run: Callable[[Given], Iterable[Path]]
+    estimate: Callable[[Plan], Estimate] = lambda plan: Estimate()
     settings: Keys | Callable[[Recipe], Keys] = ()
     world: Keys = ()
     after: Keys = ()

@@ -18,16 +18,33 @@ from minipuzzle.distill.trainer import Row
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model
-from minipuzzle.pipeline.plan import refit_samples
+from minipuzzle.pipeline.plan import Plan, refit_samples
 from minipuzzle.pipeline.stage import Given
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.surgery.cut import Cutter
-from minipuzzle.surgery.refit import BlockFit, read_refit, write_refit
+from minipuzzle.surgery.refit import BlockFit, read_refit, write_refit, writer_inputs
 
+EVALUATIONS = 12  # looks at the selection part of the held-out blocks during a whole distillation
 # settings and outside things that a stage reads which trains a student
 TRAINING = (("distillation", "surgery", "calibration", "evaluation"),
             ("model", "tokenizer", "calibration.data", "evaluation.data", "distillation.data", "seed"))
+
+
+def training_flops(plan: Plan, tokens: int, looks: int) -> float:
+    """Of the teacher once and the student three times over the tokens, and of looks at the held-out
+    blocks."""
+    if plan.recipe.distillation.tokens == 0:
+        return 0.0
+    student = plan.largest.flops_per_token
+    return float(tokens * (plan.parent_cost.flops_per_token + 3 * student) + looks * plan.held_out_tokens * student)
+
+
+def refit_flops(plan: Plan) -> float:
+    """Of the parent, the student twice, and Gram matrices in float64."""
+    return float(plan.refit_samples * plan.recipe.calibration.sequence_length * (
+        plan.parent_cost.flops_per_token + 2 * plan.largest.flops_per_token
+        + 4 * plan.parent.num_layers * writer_inputs(plan.parent) ** 2))
 
 
 def cutter_of(given: Given, plain: bool = False) -> Cutter:

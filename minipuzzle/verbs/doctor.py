@@ -32,9 +32,10 @@ from minipuzzle.families.nemotron_h import TINY
 from minipuzzle.families.ssd import kernel, ssd
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
+from minipuzzle.pipeline.forecast import check_memory, estimates
 from minipuzzle.pipeline.machine import machine_memory, versions
-from minipuzzle.pipeline.plan import Plan, check_memory, make_plan
-from minipuzzle.pipeline.stages import NAMES
+from minipuzzle.pipeline.plan import Plan, make_plan
+from minipuzzle.pipeline.stages import NAMES, STAGES
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.verbs.source import config_of
 
@@ -187,10 +188,10 @@ def _model(model: str) -> list[dict[str, Any]]:
 
 def _fits(plan: Plan, device: torch.device) -> dict[str, Any]:
     try:
-        check_memory(plan, device)
+        check_memory(plan, STAGES, device)
     except ResourceError as error:
         return _check(f"default recipe on {device}", str(error), False)
-    seconds = sum(plan.estimates().values()) if device.type == "cpu" else None
+    seconds = sum(estimates(plan, STAGES).values()) if device.type == "cpu" else None
     about = f", about {seconds / 60:.0f} min by a rough estimate" if seconds is not None else ""
     return _check(f"default recipe on {device}", f"fits{about}", True)
 

@@ -18,8 +18,9 @@ from minipuzzle.distill.precision import check_precision
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.pipeline.candidates import AGAIN, candidates_document, read_candidates
+from minipuzzle.pipeline.forecast import check_disk, check_memory, estimates
 from minipuzzle.pipeline.machine import find_device, memory_to_use
-from minipuzzle.pipeline.plan import Plan, budget_of, check_disk, check_memory, make_plan
+from minipuzzle.pipeline.plan import Plan, budget_of, make_plan
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.results import make_report
 from minipuzzle.pipeline.stage import Runner
@@ -67,7 +68,7 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
                             dict.fromkeys(RESULT, result))
             runner.refuse_changes(redo)
             restore_folder(result.path / "model")
-            runner.reporter.start(plan.estimates())
+            runner.reporter.start(estimates(plan, STAGES))
             runner.make(lambda: write_about(runner))
             return report(runner)
     except InputError:
@@ -117,8 +118,8 @@ def check_machine(plan: Plan, path: Path, device: torch.device) -> None:
     Raises:
         ResourceError: too little.
     """
-    check_disk(plan, path)
-    check_memory(plan, device)
+    check_disk(plan, STAGES, path)
+    check_memory(plan, STAGES, device)
 
 
 def report(runner: Runner) -> Run:

@@ -10,8 +10,9 @@ from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import machine_errors
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.models.weights import open_model
+from minipuzzle.pipeline.forecast import check_memory, estimates
 from minipuzzle.pipeline.machine import find_device, memory_to_use
-from minipuzzle.pipeline.plan import check_memory, make_plan
+from minipuzzle.pipeline.plan import make_plan
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.scoring import CURVES, SCORE, tokenize_stage
 from minipuzzle.pipeline.stage import Runner
@@ -33,19 +34,19 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
     folder, where = open_model(find_model(model)), find_device(device)
     plan = make_plan(folder.arch, recipe, need_budget=False, memory_bytes=memory_to_use(memory_bytes, where),
                      reads=("calibration",))
-    check_memory(plan, where)
+    stages = (tokenize_stage(("calibration",)), SCORE, CURVES)
+    check_memory(plan, stages, where)
     path = output_dir or default_output(folder, recipe, seed)
     ranks, run = open_run(path, where)
     world = World(folder, recipe, seed, ranks.device, path / "tokens", plan.memory, command=command)
-    runner = Runner((tokenize_stage(("calibration",)), SCORE, CURVES), recipe, world, run, ranks,
+    runner = Runner(stages, recipe, world, run, ranks,
                     reporter if ranks.main else Reporter())
     try:
         with machine_errors(path):
             if ranks.main:
                 runner.refuse_changes(redo, fresh="")
             ranks.barrier()
-            estimates = plan.estimates()
-            runner.reporter.start({name: estimates[name] for name in runner.stages})
+            runner.reporter.start(estimates(plan, stages))
             runner.reporter.say(plan.passes())
             runner.make(lambda: write_about(runner))
     except InputError:

@@ -1,0 +1,73 @@
+"""What a run will take on this machine, in time, memory and disk: each stage tells its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minipuzzle.core.budget import human_bytes
+from minipuzzle.core.errors import ResourceError
+from minipuzzle.pipeline.machine import matmul_flops_per_second
+from minipuzzle.pipeline.plan import Plan
+from minipuzzle.pipeline.stage import Stage
+from minipuzzle.surgery.refit import writer_inputs
+
+# of a large matrix product's speed: what the whole forward pass of a hybrid reaches on CPU, from
+# benchmarks/results/main_job.json; only the estimates of time depend on it
+EFFICIENCY = 0.3
+
+
+def estimates(plan: Plan, stages: Iterable[Stage]) -> dict[str, float]:
+    """Seconds that each stage may take here, from its FLOPs and a quick look at the machine's
+    speed."""
+    speed = matmul_flops_per_second(plan.parent.hidden_size, writer_inputs(plan.parent)) * EFFICIENCY
+    needs = {stage.name: stage.estimate(plan) for stage in stages}
+    return {name: need.flops / speed + need.seconds for name, need in needs.items()}
+
+
+def plan_lines(plan: Plan, stages: Iterable[Stage]) -> list[str]:
+    """The plan and its estimates in words."""
+    found = estimates(plan, stages)
+    return [*plan.lines(), "stages     " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found.items()),
+            f"time       about {sum(found.values()) / 60:.1f} min on this machine (a rough estimate)"]
+
+
+def plan_json(plan: Plan, stages: Iterable[Stage]) -> dict[str, Any]:
+    return plan.to_json() | {"estimates": estimates(plan, stages)}
+
+
+def check_disk(plan: Plan, stages: Iterable[Stage], folder: Path) -> None:
+    """Room for the states of training and for the result.
+
+    Raises:
+        ResourceError: too little.
+    """
+    there = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    free, needed = shutil.disk_usage(there).free, sum(stage.estimate(plan).disk_bytes for stage in stages)
+    if free < needed:
+        raise ResourceError(f"{there} has {human_bytes(free)} free, the run needs about {human_bytes(needed)}; "
+                            "choose another disk with -o, or fewer search.finalists")
+
+
+def check_memory(plan: Plan, stages: Iterable[Stage], device: torch.device) -> None:
+    """Room for what cannot be read layer by layer.
+
+    Raises:
+        ResourceError: too little.
+    """
+    needed = max(stage.estimate(plan).memory_bytes for stage in stages)
+    if plan.resident or plan.memory_bytes >= needed:
+        return
+    if not plan.feasible:
+        raise ResourceError(f"scoring holds up to three layers in float32, {human_bytes(needed)} of this model; there "
+                            f"is {human_bytes(plan.memory_bytes)} to use: raise --memory")
+    trains = plan.recipe.distillation.tokens > 0
+    what = "the parent, and a student with its gradient and moments, in float32" if trains else "a student in float32"
+    refit = f", {human_bytes(plan.refit_bytes)} of it to refit" if plan.refit_bytes else ""
+    less = "; --set distillation.tokens=0 prunes only, and reads the parent layer by layer" if trains else ""
+    raise ResourceError(f"{device} has {human_bytes(plan.memory_bytes)} to use, the run needs about "
+                        f"{human_bytes(needed)} for {what}{refit}; use a machine with more memory{less}")
