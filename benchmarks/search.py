@@ -103,7 +103,7 @@ def run_case(name):
                                            metric: [0.6 * (1 - w / parent.ffn_size) ** 1.3 for w in widths]}))
         solved = solve_architectures(parent, space, budget, workload, scores, curves, metric, SOLUTIONS,
                                      kind == "per_layer")
-        out = {"points": f"{solved.points:.3g}", "programs": solved.programs, "candidates": len(solved.candidates),
+        out = {"points": f"{solved.points:.3g}", "candidates": len(solved.candidates),
                "least_damage": solved.candidates[0].predicted["damage"]}
     out["seconds"] = time.perf_counter() - begin
     if kind == "loop" and out["seen"] < out["points"]:

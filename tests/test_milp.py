@@ -4,11 +4,7 @@ cannot."""
 import dataclasses
 import itertools
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -18,11 +14,10 @@ from hypothesis import strategies as st
 from tiny import WIDTH_AXES
 
 from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload
-from minipuzzle.core.errors import Infeasible, InputError, ResourceError
+from minipuzzle.core.errors import Infeasible, InputError
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
-from minipuzzle.search import milp, program
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.milp import num_architectures, solve_architectures
 from minipuzzle.search.space import resolve_space
@@ -128,13 +123,7 @@ def test_equals_brute_force(problem, data):
             solve_architectures(parent, space, limits, workload, scores, curves, per_layer=per_layer)
         return
     keep = data.draw(st.integers(1, 12))
-    slack = data.draw(st.sampled_from([1, 1.2]))  # a solver that takes too much for feasible must not matter
-
-    def build(parent, drops, widths, budgets, *rest):
-        return program.build(parent, drops, widths, {k: (line, int(n * slack)) for k, (line, n) in budgets.items()}, *rest)
-
-    with mock.patch.object(milp, "build", build):
-        found = solve_architectures(parent, space, limits, workload, scores, curves, keep=keep, per_layer=per_layer).candidates
+    found = solve_architectures(parent, space, limits, workload, scores, curves, keep=keep, per_layer=per_layer).candidates
     assert [c.name for c in found] == [f"c{i + 1:04d}" for i in range(len(found))]
     assert len(found) == min(keep, len(expected))
     np.testing.assert_allclose([c.predicted["damage"] for c in found], [row[0] for row in expected[:keep]], rtol=1e-9,
@@ -251,7 +240,7 @@ def test_the_56b_against_dynamic_programming(gib):
 
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_a_byte_too_much_is_too_much(per_layer):
-    """Far below what a solver in floats can see: 1 byte of 31.7 GiB."""
+    """1 byte of 31.7 GiB."""
     best = search_56b(1, per_layer).candidates[0]
     exactly = search_56b(1, per_layer, best.cost.memory_bytes).candidates[0]
     assert (exactly.kept_layers, exactly.cost) == (best.kept_layers, best.cost)
@@ -260,7 +249,6 @@ def test_a_byte_too_much_is_too_much(per_layer):
     assert less.candidates[0].predicted["damage"] > best.predicted["damage"]
     if per_layer:
         assert less.candidates[0].predicted["damage"] == pytest.approx(least_damage_56b(best.cost.memory_bytes - 1), rel=1e-6)
-    assert less.programs > 1 or not per_layer  # what the solver took for feasible was thrown out
 
 
 # behaviour
@@ -304,20 +292,6 @@ def test_wrong_requests():
         solve_architectures(PARENT, space, whole(params="10"), Workload(), scores)
 
 
-def test_a_solver_that_gives_up_is_an_error(monkeypatch):
-    class Stopped:
-        status, message, x = 1, "time limit reached", None
-
-    monkeypatch.setattr(program, "milp", lambda *args, **kwargs: Stopped)
-    with pytest.raises(ResourceError, match="time limit reached"):
-        solve_architectures(PARENT, resolve_space({"drop_ffn": [0, 1]}, PARENT), whole(params="1x"), Workload(),
-                            layer_scores(PARENT.pattern, [1.0] * 8))
-
-
-def test_what_the_solver_prints_is_not_on_standard_output():
-    code = ("import ctypes, os; from minipuzzle.search.program import _silence\n"
-            "print('before')\n"
-            "with _silence():\n    os.write(1, b'noise\\n'); ctypes.CDLL(None).puts(b'more noise')\n"
-            "print('after')")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
-    assert done.stdout.split() == ["before", "after"]
+def test_widths_too_many_for_the_tables_are_refused_at_once():
+    with pytest.raises(InputError, match="24577 widths for 54 layers"):
+        search_56b(1, True, ffn_size=[8192, 32768, 1])

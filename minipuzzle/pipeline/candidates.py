@@ -91,8 +91,8 @@ def find_candidates(recipe: Recipe, parent: Architecture, space: Space, budget: 
     """(candidates best predicted first, architectures of the space, those within the budget) by the
     recipe's strategy.
 
-    The grid enumerates all and keeps search.keep. Integer programs find one at a time, as many as
-    will be measured, and do not count the feasible (null).
+    The grid enumerates all and keeps search.keep. The integer program finds as many as will be
+    measured, and does not count the feasible (null).
 
     Raises:
         InputError: settings that exclude each other or are not built; as search_architectures.
@@ -101,7 +101,7 @@ def find_candidates(recipe: Recipe, parent: Architecture, space: Space, budget: 
     search, metric = recipe.search, recipe.scores.layer_metric
     if search.strategy == "milp":
         if search.damage == "quadratic":
-            raise InputError("search.damage quadratic needs search.strategy grid; integer programs add damages up")
+            raise InputError("search.damage quadratic needs search.strategy grid; the integer program adds them up")
         solved = solve_architectures(parent, space, budget, workload, scores, curves, metric,
                                      min(search.measure, search.keep), search.export == "per_layer")
         return solved.candidates, solved.points, None

@@ -1,10 +1,9 @@
-"""MiniPuzzle's conditional search (Nemotron-H, arXiv:2504.03624, section 3): price every point,
+"""MiniPuzzle's conditional search (Nemotron-H, arXiv:2504.03624, section 3): price every point and
 keep the best.
 
 A point is a number of layers of each kind to drop, and the widths. Its layers are not searched: the
-lowest-scored of each kind go (damage.py has the formula).
-The suffixes: C = combinations of layer counts, W = combinations of widths, P = points, K = kinds, A
-= axes.
+lowest-scored of each kind go (damage.py).
+Suffixes: C combinations of layer counts, W combinations of widths, P points, K kinds, A axes.
 """
 
 from __future__ import annotations
@@ -43,52 +42,29 @@ class SearchResult:
     feasible: int
 
 
-@dataclass(frozen=True)
-class _Points:
-    """Points with what they are ordered by: least damage, then most parameters, then the lowest
-    number."""
-
-    damage_P: np.ndarray
-    parameters_P: np.ndarray
-    number_P: np.ndarray
-
-    def best(self, keep: int) -> _Points:
-        """The first `keep`, in order."""
-        chosen = _smallest([self.damage_P, -self.parameters_P, self.number_P], keep)
-        order = chosen[np.lexsort((self.number_P[chosen], -self.parameters_P[chosen], self.damage_P[chosen]))]
-        return _Points(self.damage_P[order], self.parameters_P[order], self.number_P[order])
-
-    def join(self, other: _Points) -> _Points:
-        return _Points(*(np.concatenate([getattr(self, f.name), getattr(other, f.name)])
-                         for f in dataclasses.fields(self)))
-
-
 def search_architectures(parent: Architecture, space: Space, budget: Budget, workload: Workload,
                          scores: LayerScores | None = None, curves: WidthCurves | None = None,
                          metric: str = "mse", keep: int = 10000, damage: str = "auto") -> SearchResult:
-    """All points of the space that meet the budget, priced exactly; the `keep` best predicted as
-    candidates.
+    """Price all points of the space exactly; of those within the budget the `keep` best predicted.
 
     Order: predicted damage, then more parameters, then the point's place in the space. Without
-    scores and curves nothing is predicted (null, not zero) and the largest come first; layers then
-    go from the middle of the stack.
+    scores and curves nothing is predicted (null, not zero), the largest come first, and layers go
+    from the middle of the stack.
 
     Raises:
         Infeasible: no point meets the budget.
-        InputError: scores of another model, no such metric, a space that is too large, costs beyond
-        int64.
+        InputError: scores of another model, no such metric, too large a space, costs beyond int64.
         CorruptArtifact: scores that are not finite.
     """
     if space.num_points > MAX_POINTS:
-        raise InputError(f"the space has {space.num_points:.3g} points, at most {MAX_POINTS:.0e} can be searched; "
-                          "give its ranges larger steps")
+        raise InputError(f"the space has {space.num_points:.3g} points, at most {MAX_POINTS:.0e} "
+                         "can be searched; give its ranges larger steps")
     if keep < 1:
         raise InputError(f"search.keep {keep} must be at least 1")
-    counts_CK = kept_counts(parent, space)
     refuse_infeasible(parent, space, budget, workload)
     check_range(parent, workload)
     predicted = predict(parent, space, scores, curves, metric, damage)
-    best, feasible = _scan(parent, space, budget, workload, counts_CK, predicted, keep)
+    best, feasible = _scan(parent, space, budget, workload, predicted, keep)
     candidates = _candidates(parent, space, budget, workload, predicted, best)
     return SearchResult(candidates, space.num_points, feasible)
 
@@ -96,16 +72,13 @@ def search_architectures(parent: Architecture, space: Space, budget: Budget, wor
 def random_architectures(parent: Architecture, space: Space, budget: Budget, workload: Workload,
                          scores: LayerScores | None, curves: WidthCurves | None, metric: str, damage: str,
                          count: int, seed: int) -> list[Candidate]:
-    """`count` of the architectures within the budget (all where there are fewer), each as likely as
-    any other: those that draw the lowest numbers, a function of (seed, place in the space). Named
-    r1, r2, ...; they say how well the predicted damage orders the whole space.
-
-    Raises:
-        As search_architectures.
-    """
+    """`count` architectures within the budget (all if there are fewer), each as likely as any
+    other: those that draw the lowest numbers, a function of (seed, place in the space). Named r1,
+    r2, ...; they show how well the predicted damage orders the whole space. Raises what
+    search_architectures raises."""
     refuse_infeasible(parent, space, budget, workload)
     predicted = predict(parent, space, scores, curves, metric, damage)
-    drawn, _ = _scan(parent, space, budget, workload, kept_counts(parent, space), predicted, count, seed)
+    drawn, _ = _scan(parent, space, budget, workload, predicted, count, seed)
     found = _candidates(parent, space, budget, workload, predicted, drawn)
     return [dataclasses.replace(c, name=f"r{i + 1}") for i, c in enumerate(found)]
 
@@ -128,48 +101,52 @@ def kept_counts(parent: Architecture, space: Space) -> np.ndarray:
     return counts_CK
 
 
-def _scan(parent: Architecture, space: Space, budget: Budget, workload: Workload, counts_CK: np.ndarray,
-          damage: Damage, keep: int, seed: int | None = None) -> tuple[_Points, int]:
-    """(the best `keep` points, the number of feasible ones), in chunks of bounded memory. With a
-    `seed` the best are those that draw the lowest numbers."""
-    shape_A = tuple(len(values) for values in space.widths.values())
+def _scan(parent: Architecture, space: Space, budget: Budget, workload: Workload, damage: Damage,
+          keep: int, seed: int | None = None) -> tuple[np.ndarray, int]:
+    """(the best `keep` points in order, [damage, -parameters, number] x P; how many are feasible),
+    in chunks of bounded memory. With a `seed`, lots take the place of damage."""
+    shape_A, counts_CK = _widths_shape(space), kept_counts(parent, space)
     num_widths, feasible, worst = math.prod(shape_A), 0, np.inf
-    best = _Points(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
-    layers_C = damage.layers(space)
+    best, layers_C = np.empty((3, 0)), damage.layers(space)
     if layers_C is None:
         layers_C = np.zeros(len(counts_CK))
     for first_w in range(0, num_widths, CHUNK):
         number_W = np.arange(first_w, min(first_w + CHUNK, num_widths))
         index_WA = np.stack(np.unravel_index(number_W, shape_A), axis=1)
-        lines = prices(parent, workload, width_values(space, index_WA))
-        widths_W = damage.widths(index_WA)
+        lines, widths_W = prices(parent, workload, width_values(space, index_WA)), damage.widths(index_WA)
         rows = max(1, CHUNK // len(number_W))
         for first_c in range(0, len(counts_CK), rows):
             counts = counts_CK[first_c : first_c + rows]
+            number_CW = np.arange(first_c, first_c + len(counts))[:, None] * num_widths + number_W
             fits_CW = fits(lines, budget.limits, counts)
             feasible += int(np.count_nonzero(fits_CW))
             if seed is None:
                 damage_CW = layers_C[first_c : first_c + rows, None] + (
                     np.zeros(len(number_W)) if widths_W is None else widths_W)
             else:
-                damage_CW = _lots(np.arange(first_c, first_c + len(counts))[:, None] * num_widths + number_W, seed)
+                damage_CW = _lots(number_CW, seed)
             c, w = np.nonzero(fits_CW & (damage_CW <= worst))
-            new = _Points(damage_CW[c, w], lines["params"].points(counts[c], w),
-                          (first_c + c) * num_widths + number_W[w])
-            best = best.join(new).best(keep)
-            worst = best.damage_P[-1] if len(best.damage_P) == keep else np.inf
+            new = np.stack([damage_CW[c, w], -lines["params"].points(counts[c], w), number_CW[c, w]])
+            best = np.concatenate([best, new], axis=1)
+            best = best[:, _smallest(best, keep)]
+            best = best[:, np.lexsort(best[::-1])]
+            worst = best[0, -1] if best.shape[1] == keep else np.inf
     return best, feasible
 
 
-def _smallest(keys: list[np.ndarray], keep: int) -> np.ndarray:
+def _widths_shape(space: Space) -> tuple[int, ...]:
+    return tuple(len(values) for values in space.widths.values())
+
+
+def _smallest(keys: np.ndarray, keep: int) -> np.ndarray:
     """Indices, in no order, of the `keep` smallest by the first key, ties by the next. The last key
     has no ties."""
-    if len(keys[0]) <= keep:
-        return np.arange(len(keys[0]))
+    if keys.shape[1] <= keep:
+        return np.arange(keys.shape[1])
     cut = np.partition(keys[0], keep - 1)[keep - 1]
     below, tied = np.nonzero(keys[0] < cut)[0], np.nonzero(keys[0] == cut)[0]
     if len(below) + len(tied) > keep:
-        tied = tied[_smallest([key[tied] for key in keys[1:]], keep - len(below))]
+        tied = tied[_smallest(keys[1:, tied], keep - len(below))]
     return np.concatenate([below, tied])
 
 
@@ -179,14 +156,13 @@ def width_values(space: Space, index_WA: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _candidates(parent: Architecture, space: Space, budget: Budget, workload: Workload, damage: Damage,
-                points: _Points) -> list[Candidate]:
+                points: np.ndarray) -> list[Candidate]:
     """The points as candidates: every cost again in exact integers, and checked."""
-    drops_C = list(itertools.product(*space.drops.values()))
-    shape_A = tuple(len(values) for values in space.widths.values())
-    c_P, w_P = np.divmod(points.number_P, math.prod(shape_A))
+    drops_C, shape_A = list(itertools.product(*space.drops.values())), _widths_shape(space)
+    c_P, w_P = np.divmod(points[2].astype(np.int64), math.prod(shape_A))
     index_PA = np.stack(np.unravel_index(w_P, shape_A), axis=1)
-    widths_P, layers_C, stderr_C = damage.widths(index_PA), damage.layers(space), damage.layers_stderr(space)
-    width_stderr_P = damage.widths_stderr(index_PA)
+    widths_P, width_stderr_P = damage.widths(index_PA), damage.widths_stderr(index_PA)
+    layers_C, stderr_C = damage.layers(space), damage.layers_stderr(space)
     digits = max(4, len(str(len(c_P))))
     kept_of: dict[int, tuple[int, ...]] = {}
     out = []
@@ -194,12 +170,11 @@ def _candidates(parent: Architecture, space: Space, budget: Budget, workload: Wo
     for i, (c, *widths) in enumerate(zip(c_P.tolist(), *widths_AP, strict=True)):
         if c not in kept_of:
             gone = {layer for order, n in zip(damage.orders, drops_C[c], strict=True) for layer in order[:n]}
-            gone = parent.together(gone)
-            kept_of[c] = tuple(layer for layer in range(parent.num_layers) if layer not in gone)
+            kept_of[c] = tuple(sorted({*range(parent.num_layers)} - parent.together(gone)))
         changes: dict[str, Any] = dict(zip(space.widths, widths, strict=True))
         arch = dataclasses.replace(parent, **changes).keep(kept_of[c])
         exact = cost(arch, workload)
-        assert exact.parameters == points.parameters_P[i], (exact, points.parameters_P[i])
+        assert exact.parameters == -points[1, i], (exact, points[:, i])
         assert not budget.exceeded(exact.to_json()), (exact, budget)
         predicted = {"layers": _at(layers_C, c), "widths": _at(widths_P, i), "damage": None,
                      "layers_stderr": _at(stderr_C, c), "widths_stderr": _at(width_stderr_P, i)}
