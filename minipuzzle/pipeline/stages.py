@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from minipuzzle.pipeline.choosing import MEASURE, SEARCH, TOURNAMENT
 from minipuzzle.pipeline.finishing import DISTILL, EXPORT
-from minipuzzle.pipeline.scoring import CURVES, SCORE, tokenize_stage
+from minipuzzle.pipeline.scoring import CURVES, SCORE
+from minipuzzle.pipeline.tokens import tokenize_stage
 
 STAGES = (tokenize_stage(), SCORE, CURVES, SEARCH, MEASURE, TOURNAMENT, DISTILL, EXPORT)
 NAMES = tuple(stage.name for stage in STAGES)

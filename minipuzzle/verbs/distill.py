@@ -33,9 +33,9 @@ from minipuzzle.pipeline.mend import forget_damaged_training
 from minipuzzle.pipeline.plan import make_plan
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.results import distilled_report, model_card_files, training_notes
-from minipuzzle.pipeline.scoring import tokenize_stage
 from minipuzzle.pipeline.stage import Given, Runner, Stage
 from minipuzzle.pipeline.student import EVALUATIONS, as_written, rounded, train_settings, training_blocks
+from minipuzzle.pipeline.tokens import tokenize_stage
 from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.surgery.gate import reload_gate, sample_logits
