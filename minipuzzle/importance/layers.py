@@ -9,12 +9,11 @@
 
 and for pairs of layers, with e_i = h - h_without_i and d_i the change of the logits,
 
-    G_ij = mean e_i e_j,    K_ij = 1/2 Cov_p(d_i, d_j):    x'Gx and x'Kx foretell what leaving out the set x does
+    G_ij = mean e_i e_j,    K_ij = 1/2 Cov_p(d_i, d_j):    x'Gx and x'Kx predict the damage of leaving out the set x
 
-One-shot, or iterative (Nemotron Nano 2, arXiv:2508.14444): the least important layer goes, the
-others are scored again without it. All come from one walk over the layers for each batch of
-samples, per sample, so that each has its standard error; the widths' scores come from the full
-model's stream in the same walk.
+One-shot, or iterative (Nemotron Nano 2, arXiv:2508.14444): the least important layer goes, and the
+others are scored again without it. One walk over the layers per batch of samples gives all scores,
+per sample, hence with standard errors; the width scores come from the full model's stream in it.
 
 Shapes: L layers, N samples, B samples of a batch.
 """
@@ -37,16 +36,7 @@ from minipuzzle.importance.racing import FIRST_LOOK, Race, looks, means, typical
 from minipuzzle.importance.widths import gather_widths, width_scores
 from minipuzzle.models.logits import compare
 from minipuzzle.models.passes import Pass
-from minipuzzle.models.walk import (
-    Parts,
-    Prefix,
-    Source,
-    Variant,
-    Whole,
-    heads_of,
-    layer_forwards,
-    walk,
-)
+from minipuzzle.models.walk import Parts, Prefix, Source, Variant, Whole, heads_of, layer_forwards, walk
 from minipuzzle.models.weights import check_finite
 
 METRICS = ("mse", "nmse", "kl", "loss_delta", "cosine")

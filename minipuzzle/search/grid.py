@@ -65,8 +65,7 @@ def search_architectures(parent: Architecture, space: Space, budget: Budget, wor
     check_range(parent, workload)
     predicted = predict(parent, space, scores, curves, metric, damage)
     best, feasible = _scan(parent, space, budget, workload, predicted, keep)
-    candidates = _candidates(parent, space, budget, workload, predicted, best)
-    return SearchResult(candidates, space.num_points, feasible)
+    return SearchResult(_candidates(parent, space, budget, workload, predicted, best), space.num_points, feasible)
 
 
 def random_architectures(parent: Architecture, space: Space, budget: Budget, workload: Workload,
@@ -105,7 +104,7 @@ def _scan(parent: Architecture, space: Space, budget: Budget, workload: Workload
           keep: int, seed: int | None = None) -> tuple[np.ndarray, int]:
     """(the best `keep` points in order, [damage, -parameters, number] x P; how many are feasible),
     in chunks of bounded memory. With a `seed`, lots take the place of damage."""
-    shape_A, counts_CK = _widths_shape(space), kept_counts(parent, space)
+    shape_A, counts_CK = space.widths_shape, kept_counts(parent, space)
     num_widths, feasible, worst = math.prod(shape_A), 0, np.inf
     best, layers_C = np.empty((3, 0)), damage.layers(space)
     if layers_C is None:
@@ -134,10 +133,6 @@ def _scan(parent: Architecture, space: Space, budget: Budget, workload: Workload
     return best, feasible
 
 
-def _widths_shape(space: Space) -> tuple[int, ...]:
-    return tuple(len(values) for values in space.widths.values())
-
-
 def _smallest(keys: np.ndarray, keep: int) -> np.ndarray:
     """Indices, in no order, of the `keep` smallest by the first key, ties by the next. The last key
     has no ties."""
@@ -158,7 +153,7 @@ def width_values(space: Space, index_WA: np.ndarray) -> dict[str, np.ndarray]:
 def _candidates(parent: Architecture, space: Space, budget: Budget, workload: Workload, damage: Damage,
                 points: np.ndarray) -> list[Candidate]:
     """The points as candidates: every cost again in exact integers, and checked."""
-    drops_C, shape_A = list(itertools.product(*space.drops.values())), _widths_shape(space)
+    drops_C, shape_A = list(itertools.product(*space.drops.values())), space.widths_shape
     c_P, w_P = np.divmod(points[2].astype(np.int64), math.prod(shape_A))
     index_PA = np.stack(np.unravel_index(w_P, shape_A), axis=1)
     widths_P, width_stderr_P = damage.widths(index_PA), damage.widths_stderr(index_PA)

@@ -40,6 +40,10 @@ class Space:
     def num_points(self) -> int:
         return math.prod(len(values) for values in (*self.drops.values(), *self.widths.values()))
 
+    @property
+    def widths_shape(self) -> tuple[int, ...]:
+        return tuple(len(values) for values in self.widths.values())
+
     def to_json(self) -> dict[str, list[int]]:
         return {name: list(values) for part in (self.drops, self.widths) for name, values in part.items()}
 
