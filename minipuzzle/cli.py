@@ -325,7 +325,7 @@ def workload_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--kv-precision", default="bf16", show_default=True,
                      help="Of the KV cache: bf16, fp8, nvfp4."),
         click.option("--precision", default="bf16", show_default=True,
-                     help="Of the weights: bf16, fp8, nvfp4."),
+                     help="Of the weights: bf16, fp8, int4, nvfp4."),
     ):
         wrapped = option(wrapped)
     return wrapped

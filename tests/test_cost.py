@@ -149,6 +149,10 @@ def test_weights_at_precisions() -> None:
     assert cost(ARCH, Workload()).weights_bytes == 2 * (big + small)
     assert cost(ARCH, Workload("fp8")).weights_bytes == big + 2 * small
     assert cost(ARCH, Workload("nvfp4")).weights_bytes == -(-big * 9 // 16) + 2 * small
+    # 4 bits, and a 16-bit scale for each 128
+    assert cost(ARCH, Workload("int4")).weights_bytes == -(-big * 33 // 64) + 2 * small
+    with pytest.raises(InputError, match="kv_precision 'int4': one of bf16, fp8, nvfp4"):
+        Workload(kv_precision="int4")
     head = weights["lm_head.weight"].numel()
     assert cost(ARCH, Workload("fp8", keep_16bit=("lm_head",))).weights_bytes == big + head + 2 * small
     attention = sum(weights[n].numel() for n in matrices if "_proj" in n and any(f".{x}_proj" in n for x in "qkvo"))

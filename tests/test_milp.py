@@ -63,7 +63,8 @@ def problems(draw):
     except InputError:  # a layer must go and there is none
         space = resolve_space(wanted | {"drop_mamba": [0, 1], "drop_ffn": [0, 1]}, parent)
     precisions = st.sampled_from(["bf16", "nvfp4"])
-    workload = Workload(draw(precisions), draw(precisions), "fp32", (), draw(st.integers(1, 99)), draw(st.integers(1, 3)))
+    weights = st.sampled_from(["bf16", "nvfp4", "int4"])
+    workload = Workload(draw(weights), draw(precisions), "fp32", (), draw(st.integers(1, 99)), draw(st.integers(1, 3)))
     scores = layer_scores(pattern, [float(draw(st.integers(-1, 9))) for _ in pattern])
     slope, per_layer = draw(st.integers(-1, 3)), draw(st.booleans())
     curves = WidthCurves(pd.DataFrame([{"axis": axis, "width": width, "mse": float(slope * (getattr(parent, axis) - width))}

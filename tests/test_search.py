@@ -25,7 +25,7 @@ from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.damage import drop_order
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.infeasible import round_up
-from minipuzzle.search.prices import prices
+from minipuzzle.search.prices import IN_EIGHTHS, prices
 from minipuzzle.search.rank import diverse, rank, rank_correlation
 from minipuzzle.search.space import resolve_space
 
@@ -103,7 +103,8 @@ def problems(draw):
             "drop_attention": [0, 1], "hidden_size": [draw(st.integers(17, 47)), 48, 16],
             "ffn_size": [draw(st.integers(1, 96)), 96, 37], "mamba_num_heads": [4, 8], "mamba_head_dim": [5, 16, 6]}
     precisions = st.sampled_from(["bf16", "fp8", "nvfp4"])
-    workload = Workload(draw(precisions), draw(precisions), draw(st.sampled_from(["fp32", "bf16"])),
+    weights = st.sampled_from(["bf16", "fp8", "nvfp4", "int4"])
+    workload = Workload(draw(weights), draw(precisions), draw(st.sampled_from(["fp32", "bf16"])),
                         tuple(draw(st.sets(st.sampled_from(["embedding", "lm_head", "ffn"])))),
                         draw(st.integers(1, 99)), draw(st.integers(1, 3)))
     scores = layer_scores(pattern, [float(draw(st.integers(0, 3))) for _ in pattern])
@@ -150,7 +151,7 @@ def test_grid_prices_are_the_exact_costs(problem):
               for drops in itertools.product(*space.drops.values())]
     checked = 0
     for key, (name, _) in BUDGET_KEYS.items():
-        grid = -(-lines[key].grid(np.array(counts)) // (16 if name.endswith("_bytes") else 1))
+        grid = -(-lines[key].grid(np.array(counts)) // IN_EIGHTHS.get(key, 1))
         for (c, count), (w, width) in itertools.product(enumerate(counts), list(enumerate(widths))[::3]):
             pattern = "".join(kind * n for kind, n in zip("M-*", count, strict=True))
             arch = dataclasses.replace(parent, pattern=pattern, **dict(zip(WIDTH_AXES, width, strict=True)))

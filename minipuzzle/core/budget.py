@@ -32,8 +32,10 @@ _UNITS = {
 # The exponent has two digits: 1e1000000000 is a number that takes all memory to write out
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,2})?)\s*([A-Za-z]*)\s*")
 LONGEST, LARGEST = 64, 2**63 - 1  # characters of a size, and its value
-# Bits of a weight, or of an element of the KV cache. NVFP4: 4 bits + an 8-bit scale for each 16.
-BITS = {"bf16": Fraction(16), "fp8": Fraction(8), "nvfp4": Fraction(9, 2)}
+# Bits of a weight, or of an element of the KV cache. NVFP4: 4 bits + an 8-bit scale for each 16;
+# INT4, of weights alone: 4 bits + a 16-bit scale for each 128.
+BITS = {"bf16": Fraction(16), "fp8": Fraction(8), "nvfp4": Fraction(9, 2), "int4": Fraction(33, 8)}
+KV_BITS = {name: bits for name, bits in BITS.items() if name != "int4"}
 STATE_BITS = {"fp32": 32, "bf16": 16}
 MOST_SERVED = 10**18  # tokens of context, and sequences at once
 
@@ -80,7 +82,7 @@ class Workload:
     batch: int = 1
 
     def __post_init__(self) -> None:
-        for what, value, known in (("precision", self.precision, BITS), ("kv_precision", self.kv_precision, BITS),
+        for what, value, known in (("precision", self.precision, BITS), ("kv_precision", self.kv_precision, KV_BITS),
                                    ("state_precision", self.state_precision, STATE_BITS)):
             if value not in known:
                 raise InputError(f"{what} {value!r}: one of {', '.join(known)}")

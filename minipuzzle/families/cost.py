@@ -21,6 +21,7 @@ from minipuzzle.families import registry
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import HIDDEN, Family, Kind, Sizes
 
+EIGHTHS = 64  # eighths of a bit in a byte
 PREFILL_CHUNK = 2048  # tokens of prompts that are computed at once: an engine's usual limit
 
 
@@ -52,14 +53,14 @@ class Cost:
 class Amounts(NamedTuple):
     """Costs of a part of a model; integers, or int64 arrays of many at once.
 
-    Weights and KV cache are counted in half bits, 16 to a byte, since an NVFP4 weight takes 9/2
-    bit.
+    Weights and KV cache are counted in eighths of a bit, 64 to a byte, since an INT4 weight takes
+    33/8 bit.
     """
 
     parameters: Any = 0
     active: Any = 0
-    weights: Any = 0  # half bits
-    cache: Any = 0  # half bits
+    weights: Any = 0  # eighths of a bit
+    cache: Any = 0  # eighths of a bit
     state: Any = 0  # bits
     products: Any = 0  # multiply-adds for a token, without those that depend on the context
     attends: Any = 0  # multiply-adds for a token and each token of the context
@@ -68,9 +69,14 @@ class Amounts(NamedTuple):
         return Amounts(*(a + times * b for a, b in zip(self, other, strict=True)))
 
 
-def half_bits(workload: Workload, name: str) -> int:
+def eighths(precision: str) -> int:
+    """Eighths of a bit that a weight, or an element of the KV cache, takes at a precision."""
+    return int(8 * BITS[precision])
+
+
+def weight_eighths(workload: Workload, name: str) -> int:
     """Of a weight in the matrices of this name: "embedding", "lm_head" or a kind's."""
-    return 32 if name in workload.keep_16bit else int(2 * BITS[workload.precision])
+    return eighths("bf16" if name in workload.keep_16bit else workload.precision)
 
 
 def of_layer(kind: Kind, sizes: Sizes, workload: Workload) -> Amounts:
@@ -83,8 +89,8 @@ def of_layer(kind: Kind, sizes: Sizes, workload: Workload) -> Amounts:
     return Amounts(
         parameters=matrices + others + norm,
         active=products + norm,
-        weights=matrices * half_bits(workload, kind.name) + 32 * (others + norm),
-        cache=kind.amount("cache", sizes) * workload.context * workload.batch * int(2 * BITS[workload.kv_precision]),
+        weights=matrices * weight_eighths(workload, kind.name) + eighths("bf16") * (others + norm),
+        cache=kind.amount("cache", sizes) * workload.context * workload.batch * eighths(workload.kv_precision),
         state=workload.batch * (kind.amount("state", sizes) * STATE_BITS[workload.state_precision]
                                 + kind.amount("window", sizes) * columns * 16),
         products=products + kind.amount("products", sizes),
@@ -96,11 +102,11 @@ def of_top(family: Family, sizes: Sizes, workload: Workload) -> Amounts:
     """What is outside the layers: embedding, LM head (one table where they are tied), the last
     norm."""
     table, norm = sizes["vocab_size"] * sizes[HIDDEN], len(family.norm_names) * sizes[HIDDEN]
-    bits = half_bits(workload, "embedding")
+    bits = weight_eighths(workload, "embedding")
     if not sizes["tie_word_embeddings"]:
-        bits += half_bits(workload, "lm_head")
+        bits += weight_eighths(workload, "lm_head")
     parameters = table * (1 if sizes["tie_word_embeddings"] else 2) + norm
-    return Amounts(parameters, parameters, table * bits + 32 * norm, products=table)
+    return Amounts(parameters, parameters, table * bits + eighths("bf16") * norm, products=table)
 
 
 def total(arch: Architecture, workload: Workload) -> Amounts:
@@ -119,7 +125,7 @@ def cost(arch: Architecture, workload: Workload) -> Cost:
     head sees only the last and is left out.
     """
     all_, embedding = total(arch, workload), arch.vocab_size * arch.hidden_size
-    weights, cache, state = _bytes(all_.weights, 16), _bytes(all_.cache, 16), _bytes(all_.state, 8)
+    weights, cache, state = _bytes(all_.weights, EIGHTHS), _bytes(all_.cache, EIGHTHS), _bytes(all_.state, 8)
     return Cost(all_.parameters, all_.active, weights, cache, state, weights + cache + state,
                 2 * (all_.products + all_.attends * workload.context),
                 2 * (all_.products - embedding) + all_.attends * (workload.context + 1),
@@ -149,8 +155,8 @@ def sequence_bytes(arch: Architecture, workload: Workload
     for kind, sizes, count in _layers(arch):
         if kind.has_cache:
             cached += count
-            bits = int(kind.amount("cache", sizes)) * int(2 * BITS[workload.kv_precision])
-            token = max(token, _bytes(bits, 16))
+            amount = int(kind.amount("cache", sizes)) * eighths(workload.kv_precision)
+            token = max(token, _bytes(amount, EIGHTHS))
         if kind.has_state:
             recurrent += count
             state = max(state, _bytes(of_layer(kind, sizes, workload).state, 8 * workload.batch))

@@ -58,7 +58,7 @@ class _Section(BaseModel):
 class WorkloadSection(_Section):
     """What is served; memory is counted for it."""
 
-    precision: Literal["bf16", "fp8", "nvfp4"] = "bf16"
+    precision: Literal["bf16", "fp8", "nvfp4", "int4"] = "bf16"
     kv_precision: Literal["bf16", "fp8", "nvfp4"] = "bf16"
     state_precision: Literal["fp32", "bf16"] = "fp32"
     keep_16bit: list[str] = []

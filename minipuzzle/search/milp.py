@@ -48,7 +48,7 @@ from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.damage import Damage, predict
 from minipuzzle.search.grid import kept_counts, width_values
 from minipuzzle.search.infeasible import refuse_infeasible
-from minipuzzle.search.prices import HALF_BITS, check_range, prices
+from minipuzzle.search.prices import IN_EIGHTHS, check_range, prices
 from minipuzzle.search.space import Space
 
 PARAMETERS, ORDER = 1e-5, 1e-9  # of all parameters; of a layer
@@ -204,7 +204,7 @@ class _Program:
         w_C, ffn_nS = np.full(len(self.counts_CK), w), self.least_K[self.ffn][0]
         spare_C = np.full(len(w_C), ffn_nS.shape[1] - 1)
         for key, limit in self.budget.limits:
-            rest_C = (min(limit * HALF_BITS.get(key, 1), 2**63 - 1)
+            rest_C = (min(limit * IN_EIGHTHS.get(key, 1), 2**63 - 1)
                       - self.lines[key].points(self.counts_CK, w_C))
             unit = int(self.units[key][w])
             spare_C = np.minimum(spare_C, rest_C // unit if unit else np.where(rest_C < 0, -1, spare_C))

@@ -1,8 +1,7 @@
 """The costs of families/cost.py over a whole grid at once, in int64.
 
 For given widths every cost is a line in the numbers of layers: base + sum over kinds of count x
-(cost of one). Bytes are counted in half bits, sixteen to a byte, so that everything stays an
-integer.
+(cost of one). Bytes are counted in eighths of a bit, so that everything stays an integer.
 The suffixes: K = kinds of layers (or runs of layers) that can go, C = combinations of their counts,
 W = combinations of widths.
 """
@@ -18,9 +17,9 @@ import numpy as np
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.errors import InputError
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import Amounts, cost, of_layer, of_top
+from minipuzzle.families.cost import EIGHTHS, Amounts, cost, of_layer, of_top
 
-HALF_BITS = {"memory": 16, "kv_cache": 16}  # budgets whose prices are in half bits
+IN_EIGHTHS = {"memory": EIGHTHS, "kv_cache": EIGHTHS}  # budgets priced in eighths of a bit
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,11 @@ class Line:
 
     base_W: np.ndarray
     each_KW: np.ndarray
-    cache_K: np.ndarray  # half bits of a layer
+    cache_K: np.ndarray  # eighths of a bit of a layer
 
     def cache(self, counts_CK: np.ndarray) -> np.ndarray:
-        """[C] half bits."""
-        rounded: np.ndarray = -(-(counts_CK @ self.cache_K) // 16) * 16
+        """[C] eighths of a bit."""
+        rounded: np.ndarray = -(-(counts_CK @ self.cache_K) // EIGHTHS) * EIGHTHS
         return rounded
 
     def grid(self, counts_CK: np.ndarray) -> np.ndarray:
@@ -70,7 +69,7 @@ def prices(parent: Architecture, workload: Workload, widths_W: Mapping[str, np.n
     def decode(amounts: Amounts) -> Any:
         return 2 * (amounts.products + amounts.attends * workload.context)
 
-    return {"memory": line(top.weights, [unit.weights + 2 * unit.state for unit in units], caches=True),
+    return {"memory": line(top.weights, [unit.weights + 8 * unit.state for unit in units], caches=True),
             "params": line(top.parameters, [unit.parameters for unit in units]),
             "active_params": line(top.active, [unit.active for unit in units]),
             "flops_per_token": line(decode(top), [decode(unit) for unit in units]),
@@ -83,7 +82,7 @@ def fits(lines: Mapping[str, Line], limits: tuple[tuple[str, int], ...], counts_
     width = len(lines["params"].base_W)
     fits_CW = np.ones((len(counts_CK), width), bool)
     for key, limit in limits:
-        fits_CW &= lines[key].grid(counts_CK) <= min(limit * HALF_BITS.get(key, 1), 2**63 - 1)
+        fits_CW &= lines[key].grid(counts_CK) <= min(limit * IN_EIGHTHS.get(key, 1), 2**63 - 1)
     return fits_CW
 
 
@@ -91,6 +90,6 @@ def check_range(parent: Architecture, workload: Workload) -> None:
     """Raises InputError if a cost of the parent, the largest of every space, comes near the end of
     int64."""
     most = max(cost(parent, workload).to_json().values())
-    if most * 32 >= 2**63:
+    if most * 2 * EIGHTHS >= 2**63:
         raise InputError(f"a cost of {most:.3g} at context {workload.context} and batch {workload.batch} is above "
-                          f"{2**63 // 32:.3g}, the most the search can count; lower context or batch")
+                          f"{2**63 // (2 * EIGHTHS):.3g}, the most the search can count; lower context or batch")
