@@ -11,6 +11,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from minipuzzle.cli import main
+from minipuzzle.core.published import published
+from minipuzzle.families.architecture import Architecture
 from minipuzzle.pipeline import plan
 from minipuzzle.pipeline.forecast import check_memory
 from minipuzzle.pipeline.stages import STAGES
@@ -52,6 +54,31 @@ def test_a_model_that_cannot_be_pruned_here(model: str, name: str, message: str,
     if model == "nemotron-h-56b":
         passes = next(line for line in result.stdout.splitlines() if "scoring on cpu" in line)
         assert re.search(r"in \d+ passes over the weights \(209\.8 GiB in float32\), layer by layer from disk", passes)
+
+
+def test_doctor_says_for_each_axis_whether_it_can_be_cut_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_transformers", list)
+    monkeypatch.setattr(doctor, "machine_memory", lambda device=None: 2**50)
+    checks = json.loads(invoke("doctor", "nemotron-h-8b", "--json").stdout)
+    told = {c["name"].removeprefix("axis "): c["value"] for c in checks if c["name"].startswith("axis ")}
+    assert list(told)[:3] == ["drop_mamba", "drop_ffn", "drop_attention"]
+    assert told["drop_attention"] == "can be cut (4 layers, 3 at most)"
+    assert told["mamba_num_heads"] == "can be cut (Mamba heads 128, 8 at least, in multiples of 8)"
+    assert told["vocab_size"] == "cannot be cut (vocabulary 131072): the tokenizer decides it"
+    assert told["num_key_value_heads"].startswith("cannot be cut (KV heads 8): ")
+    assert not {"num_experts", "drop_moe"} & set(told)
+
+
+def test_an_axis_at_its_least_and_a_setting_that_is_not_computed_are_told() -> None:
+    config = published("nemotron-h-8b") | {"n_groups": 128, "hybrid_override_pattern": "M-*-"}
+    told = doctor.axes(Architecture.from_config(config), config)
+    assert told["mamba_num_heads"] == ("Mamba heads 128", "it is at its least")
+    assert told["drop_attention"] == ("1 layer", "a model needs one")
+    assert told["hidden_size"][1] == ""
+    config["tie_word_embeddings"] = True
+    reasons = {why for _, why in doctor.axes(Architecture.from_config(config), config).values()}
+    assert "" not in reasons
+    assert any("tie_word_embeddings True: only False is supported" in why for why in reasons)
 
 
 def test_a_scan_that_depends_on_its_chunks_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:

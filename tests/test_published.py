@@ -12,11 +12,11 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from meta import build, counts
+from models_table import current, table
 
 from minipuzzle.cli import main
 from minipuzzle.core.budget import Workload
@@ -34,17 +34,21 @@ TOTALS = {
     "nemotron-nano-9b-v2": 8_888_227_328,
     "nemotron-3-nano-4b": 3_973_556_832,
     "nemotron-3-nano-30b-a3b": 31_577_937_344,
+    "nemotron-3-nano-22b": 22_276_865_600,
     "nemotron-3-super-120b-a12b": 120_668_687_360,
+    "nemotron-3-ultra-550b-a55b": 549_308_968_960,
     "nemotron-4-15b": 15_628_775_424,
     "nemotron-4-340b": 341_029_195_776,
     "minitron-8b": 8_271_699_968,
     "minitron-4b": 4_190_509_056,
 }
-ACTIVE = {"nemotron-3-nano-30b-a3b": 3_580_073_408, "nemotron-3-super-120b-a12b": 12_770_216_960}
+ACTIVE = {"nemotron-3-nano-30b-a3b": 3_580_073_408, "nemotron-3-nano-22b": 2_999_647_808,
+          "nemotron-3-super-120b-a12b": 12_770_216_960, "nemotron-3-ultra-550b-a55b": 56_058_818_560}
 LAYERS = {"nemotron-h-8b": (24, 4, 24, 0), "nemotron-h-47b": (45, 5, 48, 0), "nemotron-h-56b": (54, 10, 54, 0),
           "nemotron-nano-12b-v2": (28, 6, 28, 0), "nemotron-nano-9b-v2": (27, 4, 25, 0),
           "nemotron-3-nano-4b": (21, 4, 17, 0), "nemotron-3-nano-30b-a3b": (23, 6, 0, 23),
-          "nemotron-3-super-120b-a12b": (40, 8, 0, 40), "nemotron-4-15b": (0, 32, 32, 0)}
+          "nemotron-3-nano-22b": (23, 6, 0, 23), "nemotron-3-super-120b-a12b": (40, 8, 0, 40),
+          "nemotron-3-ultra-550b-a55b": (48, 12, 0, 48), "nemotron-4-15b": (0, 32, 32, 0)}
 
 
 def run(*arguments: str):
@@ -60,19 +64,22 @@ def test_a_published_model_has_the_parameters_that_transformers_builds_on_meta(n
     assert {kind: ours[kind] for kind in theirs} == theirs
 
 
+def test_the_readmes_table_of_models_is_the_one_that_the_families_give():
+    assert current() == table(), "python tests/models_table.py"
+
+
 def test_the_readmes_table_of_models_is_true(tmp_path, monkeypatch):
-    """Each name of each row: what the table says of `inspect` and `search` is what they do."""
+    """Each name of each row: what the table says is priced and pruned is what `inspect` and
+    `search` take."""
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")]
-            for line in text[text.index("## Models"):text.index("Published results are recipes")].splitlines()
-            if line.startswith("|") and "`" in line]
-    told = {name: answers for _, names, *answers in rows for name in re.findall(r"`([\w.-]+)`", names)}
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in current().splitlines()[2:]]
+    told = {name: answers for _, _, names, *answers in rows for name in re.findall(r"`([\w.-]+)`", names)}
     assert set(told) == set(published_names())
-    for name, (inspects, searches) in told.items():
+    for name, (inspects, searches, cut, opens) in told.items():
         assert (inspects, run("--json", name).exit_code) == ("yes", 0)
         found = CliRunner().invoke(main, ["search", "--model", name, "--set", "search.keep=1"])
         assert found.exit_code == {"yes": 0, "not yet": 3}[searches], (name, found.output)
+        assert (cut == "-") == (opens == "-") == (searches == "not yet")
 
 
 def test_every_published_name_is_checked_and_says_where_it_comes_from():

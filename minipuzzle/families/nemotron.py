@@ -46,7 +46,7 @@ NEMOTRON = Family(
     axes={axis.name: axis for axis in (
         Axis("hidden_size", "hidden size", "hidden", "hidden {hidden_size}"),
         Axis("ffn_size", "FFN width", "FFN", "FFN {ffn_size}"),
-        Axis("num_attention_heads", "attention heads", groups="num_key_value_heads", fixed="is not cut yet"),
+        Axis("num_attention_heads", "attention heads", groups="num_key_value_heads", fixed="not implemented yet"),
     )},
     embedding_name="model.embed_tokens.weight",
     norm_names=("model.norm.weight", "model.norm.bias"),

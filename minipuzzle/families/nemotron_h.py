@@ -32,7 +32,7 @@ _BLOCK_TYPES = {"mamba": MAMBA, "mamba2": MAMBA, "linear_attention": MAMBA, "att
                 "full_attention": ATTENTION, "mlp": FFN, "moe": MOE}
 _MTP_PATTERN = ATTENTION + MOE  # the default of one MTP depth
 
-_NOT_YET = "is not cut yet"
+_NOT_YET = "not implemented yet"
 _KINDS = (
     Kind(MAMBA, "mamba", "Mamba", {"mixer.": blocks.MAMBA2}),
     Kind(ATTENTION, "attention", "attention", {"mixer.": blocks.ATTENTION}),

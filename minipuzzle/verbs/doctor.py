@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -37,6 +38,7 @@ from minipuzzle.pipeline.machine import machine_memory, versions
 from minipuzzle.pipeline.plan import Plan, make_plan
 from minipuzzle.pipeline.stages import NAMES, STAGES
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.search.space import Bounds, bounds_of
 from minipuzzle.verbs.source import config_of
 
 TOLERANCE = 1e-4
@@ -160,22 +162,51 @@ def _fp8() -> dict[str, Any]:
     return _check("fp8", ", ".join(able) or "no device for it (needs a GPU of compute capability 8.9; optional)", True)
 
 
+def axes(arch: Architecture, config: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Every axis, and every kind of layer to drop, by its key in a recipe's space -> (what the
+    model has of it and how far down it can go, why it cannot be cut or "")."""
+    family, sizes, out = arch.family, arch.sizes(), {}
+    bounds, refusal = dict[str, Bounds](), ""
+    try:
+        arch.check_prunable(config)
+        bounds = bounds_of(arch)
+    except MinipuzzleError as error:
+        refusal = str(error).split(";")[0]
+    for unit, layers in Counter(unit for unit, _ in arch.units).items():
+        name = f"drop_{family.units.get(unit) or family.kinds[unit].name}"
+        most = bounds[name].most if name in bounds else 0
+        out[name] = (f"{layers} layer{'s' * (layers > 1)}" + (f", {most} at most" if most else ""),
+                     "" if most else refusal or "a model needs one")
+    foreign = {axis for letter, kind in family.kinds.items() if letter not in arch.pattern for axis in kind.axes}
+    foreign -= {axis for letter in arch.pattern for axis in family.kinds[letter].axes}
+    for name, axis in family.axes.items():
+        if name not in foreign and sizes[name]:
+            limit = None if axis.fixed else bounds.get(name)
+            why = axis.fixed or refusal or ("" if limit and limit.least < limit.whole else "it is at its least")
+            least = f", {limit.least} at least" if limit and not why else ""
+            multiples = f", in multiples of {limit.divisor}" if limit and limit.divisor > 1 and not why else ""
+            out[name] = (f"{axis.label} {sizes[name]}" + least + multiples, why)
+    return out
+
+
 def _model(model: str) -> list[dict[str, Any]]:
-    """Whether `model` is of a kind that can be pruned, and whether this machine can do it with the
-    default recipe."""
-    there = Path(model).is_dir()
+    """Whether `model` is of a kind that can be pruned, along which axes, and whether this machine
+    can do it with the default recipe."""
+    there, cuts = Path(model).is_dir(), list[dict[str, Any]]()
     try:
         config = config_of(model)
         arch = Architecture.from_config(config)
+        cuts = [_check(f"axis {name}", f"cannot be cut ({has}): {why}" if why else f"can be cut ({has})", True)
+                for name, (has, why) in axes(arch, config).items()]
         arch.check_prunable(config)
         if there:
             open_model(Path(model))
             load_tokenizer(Path(model))
     except MinipuzzleError as error:
-        return [_check(f"{model} can be pruned", " ".join(str(error).split()), False)]
+        return [*cuts, _check(f"{model} can be pruned", " ".join(str(error).split()), False)]
     what = ("the weights' names and shapes are right, the tokenizer works" if there else
             "by its configuration; no weights were looked at")
-    checks = [_check(f"{model} can be pruned", f"{arch}; {what}", True)]
+    checks = [*cuts, _check(f"{model} can be pruned", f"{arch}; {what}", True)]
     try:
         plans = {device: make_plan(arch, Recipe(), memory_bytes=machine_memory(device)) for device in devices()}
     except MinipuzzleError as error:
