@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
 
 from minipuzzle.data.blocks import Blocks, TokenBlocks
 
-# Blocks of one round of the training order: each source has its exact share of a round, in random
-# places.
-ROUND = 1000
+ROUND = 1000  # blocks of the training order in which each source has its exact share
 
 
-@dataclass(frozen=True)
 class BlendedBlocks(Blocks):
     """Blocks of `parts`, numbered one part after the other; `weights` are their shares of the
     training tokens."""
 
-    parts: tuple[TokenBlocks, ...]
-    weights: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        about = [f"{p.corpus_hash}={w:g}" for p, w in zip(self.parts, self.weights, strict=True)]
-        for name, value in (("sequence_length", self.parts[0].sequence_length), ("end_token", self.parts[0].end_token),
-                            ("corpus_hash", hashlib.sha256(",".join(about).encode()).hexdigest()),
-                            ("source", ",".join(f"{p.source}={w:g}" for p, w in zip(self.parts, self.weights,
-                                                                                    strict=True)))):
-            object.__setattr__(self, name, value)
+    def __init__(self, parts: tuple[TokenBlocks, ...], weights: tuple[float, ...]) -> None:
+        self.parts, self.weights = parts, weights
+        self.sequence_length, self.end_token = parts[0].sequence_length, parts[0].end_token
+        pairs = list(zip(parts, weights, strict=True))
+        self.source = ",".join(f"{p.source}={w:g}" for p, w in pairs)
+        about = ",".join(f"{p.corpus_hash}={w:g}" for p, w in pairs)
+        self.corpus_hash = hashlib.sha256(about.encode()).hexdigest()
 
     @property
     def _starts(self) -> np.ndarray:
@@ -45,8 +38,8 @@ class BlendedBlocks(Blocks):
         return np.concatenate([p.first(n) for p, n in zip(self.parts, self.shares(count), strict=True) if n])
 
     def numbers(self, seed: int, first: int, count: int) -> list[int]:
-        """In every round of 1000 blocks each source has its share; a source's own blocks come once
-        an epoch."""
+        """In every ROUND each source has its share, in random places; a source's own blocks come
+        once an epoch."""
         shares, starts, out = self.shares(ROUND), self._starts, []
         for number in range(first // ROUND, (first + count - 1) // ROUND + 1):
             order = np.random.default_rng([seed, number, ROUND]).permutation(np.repeat(np.arange(len(shares)), shares))
@@ -61,7 +54,7 @@ class BlendedBlocks(Blocks):
 
     def shares(self, count: int) -> list[int]:
         """`count` split by the weights, rounded so that it adds up; at least one for each source if
-        it can be."""
+        possible."""
         exact = np.array(self.weights) * count
         shares = np.maximum(np.floor(exact), 1 if count >= len(self.parts) else 0)
         while shares.sum() != count:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -54,12 +57,12 @@ class Blocks(ABC):
 
     @abstractmethod
     def first(self, count: int) -> np.ndarray:
-        """`count` blocks spread evenly over the first `spread_tokens` of the corpus (all of them if
-        there are fewer), int64 [count, T]; of one that has no end the first."""
+        """`count` blocks (all if there are fewer) spread evenly over the first `spread_tokens` of
+        the corpus, int64 [count, T]; of a corpus without an end, the first blocks."""
 
     @abstractmethod
     def numbers(self, seed: int, first: int, count: int) -> list[int]:
-        """The blocks at places first, first + 1, ... of the training order, a function of the seed
+        """The blocks at places first, first + 1, ... of the training order; depends on the seed
         alone."""
 
     @property
@@ -71,15 +74,13 @@ class Blocks(ABC):
         return np.stack([self.block(i) for i in self.numbers(seed, step * size, size)])
 
     def mask(self, ids: np.ndarray) -> np.ndarray:
-        """Whether the place's next token belongs to its own document: false where the document's
-        end is read."""
+        """Whether the next token belongs to the same document: false at a document's end."""
         return np.full(ids.shape, True) if self.end_token is None else ids != self.end_token
 
 
 @dataclass(frozen=True)
 class TokenBlocks(Blocks):
-    """Blocks of consecutive tokens over a memory-mapped file. `tokens` is [n] of uint16 or
-    uint32."""
+    """Blocks of consecutive tokens of a memory-mapped file, `tokens` [n] of uint16 or uint32."""
 
     tokens: np.ndarray
     sequence_length: int
@@ -112,184 +113,175 @@ class TokenBlocks(Blocks):
         return self.num_bytes / len(self.tokens)
 
 
-_ORDERS = 8  # sources of a blend
-_orders: dict[tuple[int, int, int], np.ndarray] = {}
-
-
+@lru_cache(maxsize=8)  # the current epochs of a blend's sources
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    key = (seed, epoch, count)
-    if key not in _orders:
-        if len(_orders) >= _ORDERS:  # only the current epochs are worth remembering
-            _orders.clear()
-        _orders[key] = np.random.default_rng([seed, epoch]).permutation(count)
-    return _orders[key]
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def tokenize(source: str, tokenizer: Tokenizer, folder: Path, identity: str,
-             progress: Callable[[int], None] = lambda done: None, also_held_out: tuple[str, ...] = (),
+             progress: Callable[[int], None] = lambda done: None,
              enough: Mapping[str, int | None] | None = None, least: int = 1) -> None:
-    """Write `train.bin`, `held_out.bin` and, last, `tokens.json` into `folder`; do nothing if they
-    are there.
+    """Write `train.bin`, `held_out.bin` and, last, `tokens.json` into `folder`, unless they are
+    there and were made with the same tokenizer, whose hash is `identity`.
 
-    `enough`: how many tokens of each split do, None for all there are; a split that it leaves out
-    is not tokenised (held_out must be there: what it lacks in a small corpus is taken from train).
-    Left out itself: all of both. What a split gets depends on its own limit alone, so that all
+    `enough`: split -> the number of tokens that will do, None for all there are; a split that is
+    not named is not tokenised (held_out must be named; what a small corpus lacks of it is taken
+    from train). Without `enough`: all of both. A split depends on its own limit alone, so that all
     verbs read the same blocks.
 
-    `identity` (a hash of the tokenizer) is recorded; a cache made with another one is made again.
-    Stopped, it goes on where it was, if the documents up to there are still the same (progress.json
-    holds their hash). `progress` hears the number of documents done. In a small corpus the hash may
-    choose too few documents for `least` tokens, a block: then those with the lowest hashes are held
-    out too (`also_held_out`), at most half of all.
+    After a stop the work continues where it was, provided the documents before that place are
+    unchanged. `progress` receives the number of documents done. In a small corpus the hash may
+    select too few documents for `least` tokens, a block; then those with the lowest hashes, at most
+    half of all, are held out too.
     """
-    manifest, part = folder / "tokens.json", folder / "progress.json"
     limits = dict.fromkeys(SPLITS) if enough is None else dict(enough)
-    if (about := _made_before(folder)) is not None:
-        known, held_out = about["tokenizer"] == identity and "end_token" in about, about["tokens"]["held_out"]
-        if known and _reaches(about["stopped_at"], limits) and least <= max(held_out, about.get("least", 1)):
-            return
+    if _is_made(folder, identity, limits, least):
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    about_part = {"source": source, "tokenizer": identity, "also_held_out": [*also_held_out], "enough": limits}
-    earlier = _begun_before(part)
-    tmp = {split: folder / f"{split}.bin.tmp" for split in limits}
-    if {k: earlier.get(k) for k in about_part} != about_part or not all(path.is_file() for path in tmp.values()):
-        earlier = {}
-    digest = hashlib.sha256()
-    counts = dict.fromkeys(limits, 0)
-    sizes = dict.fromkeys(limits, 0)
-    hashes = {split: hashlib.sha256() for split in limits}  # of what was written
-    done, saved, wanted = 0, time.monotonic(), set(limits)
-    lowest: list[str] = []
-    files = {split: path.open("r+b" if earlier else "wb") for split, path in tmp.items()}
+    also_held_out: list[str] = []
+    while True:
+        writer = _Writer(source, tokenizer, folder, identity, limits, also_held_out)
+        writer.write(progress)
+        more = 2 * len(also_held_out) or 1
+        if writer.tokens["held_out"] >= least or more > min(writer.done // 2, len(writer.lowest)):
+            break
+        also_held_out = writer.lowest[:more]
+    for split, path in writer.paths.items():
+        os.replace(path, folder / f"{split}.bin")
+    stopped_at = {split: None if limit is None or writer.tokens[split] < limit else limit
+                  for split, limit in limits.items()}
+    write_sealed(folder / "tokens.json", {
+        **writer.state(), "source": source, "tokenizer": identity, "dtype": writer.dtype.name,
+        "end_token": tokenizer.eos_token_id, "stopped_at": stopped_at, "has_end": has_end(source),
+        "least": least}, indent=1)
 
-    def unfinished() -> set[str]:
-        return {split for split, limit in limits.items() if limit is None or counts[split] < limit}
 
-    def save() -> None:
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        write_sealed(part, about_part | {"documents": done, "hash": digest.hexdigest(), "tokens": counts,
-                                              "bytes": sizes, "lowest": lowest, "hashes": _digests(hashes)})
-
+def _is_made(folder: Path, identity: str, limits: Mapping[str, int | None], least: int) -> bool:
+    """Whether the tokens of a folder will do, and every byte is as it was written."""
     try:
-        for chunk in _chunks(documents(source), _BATCH):
-            if done < earlier.get("documents", 0):
-                for name, text in chunk:
-                    digest.update(name.encode() + b"\0" + text.encode() + b"\0")
-                done += len(chunk)
-                if done >= earlier["documents"]:
-                    hashes = {split: _hash_start(tmp[split], earlier["tokens"][split] * np.dtype(dtype).itemsize)
-                              for split in limits}
-                    # other documents than then, or other tokens than were written: from the start
-                    if digest.hexdigest() != earlier["hash"] or _digests(hashes) != earlier.get("hashes"):
-                        part.unlink()
-                        return tokenize(source, tokenizer, folder, identity, progress, also_held_out, enough, least)
-                    counts, sizes, lowest = earlier["tokens"], earlier["bytes"], earlier["lowest"]
-                    wanted = unfinished()
-                    for split, file in files.items():
-                        file.truncate(counts[split] * np.dtype(dtype).itemsize)
-                        file.seek(0, os.SEEK_END)
-                continue
-            taken = []
-            for name, text in chunk:
-                raw = text.encode()
-                digest.update(name.encode() + b"\0" + raw + b"\0")
-                split = "held_out" if is_held_out(name) or name in also_held_out else "train"
-                if split in wanted:
-                    taken.append((split, text, len(raw)))
-            encoded = encode(tokenizer, [text for _, text, _ in taken]) if taken else []
-            for (split, _, size), ids in zip(taken, encoded, strict=True):
-                if tokenizer.eos_token_id is not None:
-                    ids = [*ids, tokenizer.eos_token_id]
-                if max(ids, default=0) > np.iinfo(dtype).max:
-                    raise CorruptArtifact(f"the tokenizer has {len(tokenizer)} tokens and makes token {max(ids)}; put "
-                                          "the model's own tokenizer there")
-                data = np.asarray(ids, dtype=dtype).tobytes()
-                files[split].write(data)
-                hashes[split].update(data)
-                counts[split] += len(ids)
-                sizes[split] += size
-            wanted = unfinished()
-            done += len(chunk)
-            lowest = heapq.nsmallest(_BATCH, [*lowest, *(name for name, _ in chunk)], key=name_hash)
-            if time.monotonic() - saved > _SAVE_EVERY_S:
-                save()
-                saved = time.monotonic()
-            progress(done)
-            if not wanted:
-                break
-        if done < earlier.get("documents", 0):  # fewer documents than then
-            part.unlink()
-            return tokenize(source, tokenizer, folder, identity, progress, also_held_out, enough, least)
-    except (Interrupted, KeyboardInterrupt):
-        if done > earlier.get("documents", 0):
-            save()
-        raise
-    except BaseException:
-        for file in files.values():
-            Path(file.name).unlink()
-        part.unlink(missing_ok=True)
-        raise
-    finally:
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-    part.unlink(missing_ok=True)
-    more = 2 * len(also_held_out) or 1
-    if counts["held_out"] < least and more <= min(done // 2, len(lowest)):
-        return tokenize(source, tokenizer, folder, identity, progress, tuple(lowest[:more]), enough, least)
-    for split in limits:
-        os.replace(tmp[split], folder / f"{split}.bin")
-    write_sealed(manifest, {
-        "source": source, "corpus_hash": digest.hexdigest(), "tokenizer": identity, "documents": done,
-        "dtype": np.dtype(dtype).name, "end_token": tokenizer.eos_token_id, "tokens": counts, "bytes": sizes,
-        "stopped_at": {split: None if limit is None or counts[split] < limit else limit
-                       for split, limit in limits.items()}, "has_end": has_end(source), "least": least,
-        "hashes": _digests(hashes)}, indent=1)
-
-
-def _digests(hashes: Mapping[str, Any]) -> dict[str, str]:
-    return {split: found.hexdigest() for split, found in hashes.items()}
-
-
-def _hash_start(path: Path, size: int) -> Any:
-    """SHA-256 of the first `size` bytes of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(min(size, 2**20)):
-            found.update(data)
-            size -= len(data)
-    return found
-
-
-def _made_before(folder: Path) -> dict[str, Any] | None:
-    """What tokens.json tells of tokens that are still as they were written, every byte; else None:
-    made again."""
-    try:
-        about = read_sealed(folder / "tokens.json", "")
-        if all(content_hash(folder / f"{split}.bin") == wanted for split, wanted in about["hashes"].items()):
-            return about
+        about = read_sealed(folder / "tokens.json")
+        made = about["stopped_at"]
+        return (about["tokenizer"] == identity
+                and least <= max(about["tokens"]["held_out"], about["least"])
+                and all(split in made and (made[split] is None or (limit or math.inf) <= made[split])
+                        for split, limit in limits.items())
+                and all(content_hash(folder / f"{split}.bin") == wanted
+                        for split, wanted in about["hashes"].items()))
     except (MinipuzzleError, OSError, KeyError, TypeError):
-        pass
-    return None
+        return False
 
 
-def _begun_before(part: Path) -> dict[str, Any]:
-    """What progress.json tells, which is checked by its hash of the documents; empty if it is
-    damaged or not there."""
-    try:
-        return read_sealed(part, "")
-    except MinipuzzleError:
-        return {}
+class _Writer:
+    """The token files of a corpus while they are written, and what progress.json says of them."""
 
+    def __init__(self, source: str, tokenizer: Tokenizer, folder: Path, identity: str,
+                 limits: Mapping[str, int | None], also_held_out: list[str]) -> None:
+        self.source, self.tokenizer, self.limits = source, tokenizer, limits
+        self.also_held_out, self.part = set(also_held_out), folder / "progress.json"
+        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        self.paths = {split: folder / f"{split}.bin.tmp" for split in limits}
+        self.asked = {"source": source, "tokenizer": identity, "also_held_out": also_held_out,
+                      "enough": dict(limits)}
+        self.begin()
 
-def _reaches(stopped_at: Mapping[str, int | None], limits: Mapping[str, int | None]) -> bool:
-    """Whether tokens that were made up to limits do for others. No limit is all there is."""
-    return all(split in stopped_at and ((made := stopped_at[split]) is None or (limit is not None and made >= limit))
-               for split, limit in limits.items())
+    def begin(self) -> None:
+        self.done, self.lowest, self.digest = 0, list[str](), hashlib.sha256()
+        self.tokens, self.bytes = dict.fromkeys(self.limits, 0), dict.fromkeys(self.limits, 0)
+        self.hashes = {split: hashlib.sha256() for split in self.limits}
+
+    def state(self) -> dict[str, Any]:
+        return {"corpus_hash": self.digest.hexdigest(), "documents": self.done, "tokens": self.tokens,
+                "bytes": self.bytes, "hashes": {s: h.hexdigest() for s, h in self.hashes.items()}}
+
+    def chunks(self) -> Iterator[list[Document]]:
+        found = documents(self.source)
+        return iter(lambda: list(islice(found, _BATCH)), [])
+
+    def read(self, chunk: list[Document]) -> None:
+        """Count and hash documents."""
+        self.done += len(chunk)
+        for name, text in chunk:
+            self.digest.update(f"{name}\0{text}\0".encode())
+
+    def resume(self, chunks: Iterator[list[Document]]) -> bool:
+        """Go on after an earlier stop: read as many documents as then. False if there is nothing to
+        go on with, or the documents or the tokens are not those of then."""
+        try:
+            earlier = read_sealed(self.part)
+            if earlier["asked"] != self.asked:
+                return False
+            while self.done < earlier["documents"]:
+                self.read(next(chunks))
+            self.tokens, self.bytes, self.lowest = earlier["tokens"], earlier["bytes"], earlier["lowest"]
+            for split, path in self.paths.items():
+                os.truncate(path, self.tokens[split] * self.dtype.itemsize)
+                with path.open("rb") as file:
+                    self.hashes[split] = hashlib.file_digest(file, "sha256")
+            return self.state().items() <= earlier.items()
+        except (MinipuzzleError, OSError, StopIteration):
+            return False
+
+    def write(self, progress: Callable[[int], None]) -> None:
+        chunks = self.chunks()
+        if not self.resume(chunks):
+            self.begin()
+            chunks = self.chunks()
+            for path in self.paths.values():
+                path.write_bytes(b"")
+        begun, saved = self.done, time.monotonic()
+        files = {split: path.open("ab") for split, path in self.paths.items()}
+        try:
+            while self.unfinished() and (chunk := next(chunks, None)):
+                self.add(chunk, files)
+                if time.monotonic() - saved > _SAVE_EVERY_S:
+                    self.save(files)
+                    saved = time.monotonic()
+                progress(self.done)
+            self.save(files)
+        except (Interrupted, KeyboardInterrupt):
+            if self.done > begun:
+                self.save(files)
+            raise
+        except BaseException:
+            for path in (*self.paths.values(), self.part):
+                path.unlink(missing_ok=True)
+            raise
+        finally:
+            for file in files.values():
+                file.close()
+        self.part.unlink()
+
+    def unfinished(self) -> set[str]:
+        return {split for split, limit in self.limits.items()
+                if limit is None or self.tokens[split] < limit}
+
+    def add(self, chunk: list[Document], files: Mapping[str, BinaryIO]) -> None:
+        """Tokenise the documents of splits that are not full yet."""
+        wanted, taken = self.unfinished(), []
+        for name, text in chunk:
+            split = "held_out" if is_held_out(name) or name in self.also_held_out else "train"
+            if split in wanted:
+                taken.append((split, text))
+        encoded = encode(self.tokenizer, [text for _, text in taken]) if taken else []
+        end = self.tokenizer.eos_token_id
+        for (split, text), ids in zip(taken, encoded, strict=True):
+            ids = ids if end is None else [*ids, end]
+            if max(ids, default=0) >= 256**self.dtype.itemsize:
+                raise CorruptArtifact(f"the tokenizer has {len(self.tokenizer)} tokens and makes "
+                                      f"token {max(ids)}; put the model's own tokenizer there")
+            data = np.asarray(ids, dtype=self.dtype).tobytes()
+            files[split].write(data)
+            self.hashes[split].update(data)
+            self.tokens[split] += len(ids)
+            self.bytes[split] += len(text.encode())
+        self.read(chunk)
+        self.lowest = heapq.nsmallest(_BATCH, [*self.lowest, *(name for name, _ in chunk)], key=name_hash)
+
+    def save(self, files: Mapping[str, BinaryIO]) -> None:
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        write_sealed(self.part, {**self.state(), "asked": self.asked, "lowest": self.lowest})
 
 
 def load_blocks(folder: Path, split: str, sequence_length: int) -> TokenBlocks:
@@ -302,22 +294,11 @@ def load_blocks(folder: Path, split: str, sequence_length: int) -> TokenBlocks:
     about = read_sealed(folder / "tokens.json", _AGAIN)
     count = about["tokens"][split]
     if count < sequence_length:
-        raise InputError(f"data {about['source']!r}: the {split} part has {count} tokens, less than one block of "
-                          f"{sequence_length}; give more data or a smaller sequence_length")
+        raise InputError(f"data {about['source']!r}: the {split} part has {count} tokens, less than "
+                         f"one block of {sequence_length}; give more data or a smaller sequence_length")
     path = folder / f"{split}.bin"
     if path.stat().st_size != count * np.dtype(about["dtype"]).itemsize:
         raise CorruptArtifact(f"{path}: {path.stat().st_size} bytes for {count} tokens; {_AGAIN}")
     tokens = np.memmap(path, dtype=about["dtype"], mode="r")
     return TokenBlocks(tokens, sequence_length, about["source"], about["corpus_hash"], about["bytes"][split],
-                       about.get("end_token"), about["has_end"])
-
-
-def _chunks(items: Iterable[Document], size: int) -> Iterable[list[Document]]:
-    chunk: list[Document] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+                       about["end_token"], about["has_end"])

@@ -1,15 +1,17 @@
-"""Documents: the standard library's own source, a text, JSONL or parquet file or folder, or a data
-set of the Hub. Or a blend of several, `stdlib=0.7,my/texts=0.3`, whose weights are shares of the
-tokens.
+"""Documents, (name, text), of a source or of a blend, `stdlib=0.7,my/texts=0.3`.
 
-    stdlib                                         the source of Python's standard library
-    hf:owner/name[:config][@revision][#split]      the only spelling that goes to the network; the split is train
-    anything else                                  a path
+    stdlib                                      the source of Python's standard library
+    hf:owner/name[:config][@revision][#split]   a data set of the Hub, by default its split train;
+                                                the only spelling that goes to the network
+    anything else                               a text, JSONL or parquet file, or a folder of them
 
-A document is (name, text). One in `HELD_OUT_EVERY` documents, chosen by the hash of its name, is
-set apart for evaluation and is never calibrated on or trained on. A long text file counts as
-several documents, cut at line ends; so does a short one that is all there is, for a part of it must
-be held out.
+One in `HELD_OUT_EVERY` documents, chosen by the hash of its name, is set apart for evaluation and
+never calibrated or trained on. A long text file counts as several documents, cut at line ends. So
+does a short one that is the only file, because a part of it must be held out.
+
+Files are read here and not by `datasets`: for 53 MB of JSONL that takes 445 MiB and 1.5 s after an
+import of 8 s, against 18 MiB and 0.6 s here (2 busy cores), and it fails where a field is a number
+in one row and text in another. Plain text works without it.
 """
 
 from __future__ import annotations
@@ -73,11 +75,10 @@ def parse_blend(source: str) -> dict[str, float]:
 
 
 def check_sources(source: str) -> None:
-    """Look at a source, or at each of a blend, before any work begins; nothing goes to the network.
+    """Check a source, or each of a blend, without the network.
 
     Raises:
-        InputError: nothing is there, or nothing that can be read; a Hub data set that is spelled
-        wrongly.
+        InputError: it does not exist or cannot be read, or a Hub data set is misspelled.
     """
     for name in parse_blend(source):
         if name.startswith(HUB):
@@ -108,15 +109,15 @@ def documents(source: str) -> Iterator[Document]:
 
 
 def _files(source: str) -> list[Path]:
-    """The data files of a path, each a regular file, in a fixed order.
+    """The data files of a path, in a fixed order.
 
     Raises:
-        InputError: nothing is there, or something that is no file; a name that is not UTF-8.
+        InputError: nothing is there, or not a regular file; a name that is not UTF-8.
     """
     if not source.strip():
         raise InputError("data is empty; name a file or a folder, 'stdlib' or hf:owner/name")
     if source.startswith(TOKENS):
-        raise InputError(f"data {source!r}: tokens that were made before cannot be read yet; give the text")
+        raise InputError(f"data {source!r}: tokens made before cannot be read yet; give the text")
     path = Path(source)
     try:
         path.stat()
@@ -143,8 +144,7 @@ def _files(source: str) -> list[Path]:
 
 def _near(source: str) -> str:
     """What may have been meant: a name beside it, or the Hub."""
-    path = Path(source)
-    names = []
+    path, names = Path(source), []
     if path.parent.is_dir() and os.access(path.parent, os.R_OK):
         with os.scandir(path.parent) as entries:
             names = [str(path.parent / entry.name) for entry in islice(entries, 10_000)]
@@ -154,11 +154,10 @@ def _near(source: str) -> str:
 
 
 def _hub_source(source: str) -> dict[str, str | None]:
-    found = _HUB_SOURCE.fullmatch(source)
-    if found is None:
-        raise InputError(f"data {source!r}: a data set of the Hub is written "
-                          "hf:owner/name[:config][@revision][#split]")
-    return found.groupdict()
+    if found := _HUB_SOURCE.fullmatch(source):
+        return found.groupdict()
+    raise InputError(f"data {source!r}: a data set of the Hub is written "
+                     "hf:owner/name[:config][@revision][#split]")
 
 
 def has_end(source: str) -> bool:
@@ -167,11 +166,8 @@ def has_end(source: str) -> bool:
 
 
 def identity(source: str) -> str:
-    """What tells this state of the data from another: files with sizes and times, or the
-    interpreter's version.
-
-    It is the same from every working directory. For a Hub data set it is the name alone.
-    """
+    """What distinguishes this state of the data from another: files with sizes and times, or the
+    version of Python; of a Hub data set the name alone. The same from every working directory."""
     blend = parse_blend(source)
     if source not in blend:
         return ", ".join(f"{identity(name)}={weight:g}" for name, weight in blend.items())
@@ -186,8 +182,7 @@ def identity(source: str) -> str:
 
 
 def absolute(source: str) -> str:
-    """The source with the absolute paths of what is there: it means the same from another working
-    directory."""
+    """The source with absolute paths, so that it means the same from every working directory."""
     def one(name: str) -> str:
         known = name == "stdlib" or name.startswith(HUB) or not os.path.exists(name)
         return name if known else str(Path(name).absolute())
@@ -209,7 +204,7 @@ def _stdlib() -> Iterator[Document]:
 
 
 def _text(path: Path, name: str, least: int = 1) -> Iterator[Document]:
-    """In pieces of PIECE to 2 PIECE characters; shorter ones where there would be fewer than about
+    """In pieces of PIECE to 2 PIECE characters; in shorter ones if there would be fewer than about
     `least`."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -238,16 +233,15 @@ def _rows(rows: Iterator[dict[str, Any]], name: str) -> Iterator[Document]:
 def _jsonl(path: Path, name: str) -> Iterator[Document]:
     def parse() -> Iterator[dict[str, Any]]:
         with path.open("rb") as lines:
-            for number, line in enumerate(lines):
-                if not line.strip():
-                    continue
+            for number, line in enumerate(lines, 1):
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line) if line.strip() else None
                 except UnicodeDecodeError:
-                    raise InputError(f"{path}, line {number + 1}: not UTF-8 text") from None
+                    raise InputError(f"{path}, line {number}: not UTF-8 text") from None
                 except (ValueError, RecursionError) as error:
-                    raise InputError(f"{path}, line {number + 1}: not JSON ({getattr(error, 'msg', error)})") from None
-                yield row if isinstance(row, dict) else {}
+                    raise InputError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from None
+                if line.strip():
+                    yield row if isinstance(row, dict) else {}
     yield from _rows(parse(), name)
 
 

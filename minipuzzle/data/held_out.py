@@ -1,10 +1,10 @@
-"""The held-out documents in two parts: what selects candidates and weights, and what the reported
-numbers come from.
+"""The held-out documents in two parts: one selects candidates and weights, the other is for the
+reported numbers.
 
-The longest document goes first, each to the part that has fewer tokens so far: the parts are of one
-size, hold documents of the same lengths, and share none. Where documents do not allow that (one is
+The longest document goes first, each to the part with fewer tokens so far. So the parts have about
+the same size and document lengths, and share no document. Where documents do not allow that (one is
 most of the text, or the tokenizer has no end of text), stretches of a sixteenth of the tokens take
-their place: then up to fifteen documents lie on both sides of a border.
+their place; then up to fifteen documents cross a border.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ STRETCHES = 16
 
 
 def two_parts(blocks: Blocks, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(selection, final), int64 [n, T] each: `count` blocks spread evenly over each part, of all
-    where there are fewer.
-
-    Of a blend each source is parted by itself, and has its share of both.
+    """(selection, final), int64 [n, T] each: `count` blocks (all if there are fewer) spread evenly
+    over each part. Each source of a blend is divided by itself, and has its share of both.
 
     Raises:
         InputError: a source has fewer than two blocks.
@@ -76,14 +74,6 @@ def _length(spans_D2: np.ndarray) -> int:
 
 def _spread(tokens: np.ndarray, spans_D2: np.ndarray, count: int, size: int) -> np.ndarray:
     """`count` blocks spread evenly over the spans, joined; int64 [count, size]."""
-    ends = np.cumsum(spans_D2[:, 1] - spans_D2[:, 0])
-    out = np.empty((count, size), np.int64)
-    for row, block in enumerate(np.linspace(0, int(ends[-1]) // size - 1, count).round().astype(int).tolist()):
-        start, filled = block * size, 0
-        while filled < size:
-            span = int(np.searchsorted(ends, start + filled, side="right"))
-            begin = int(spans_D2[span, 1] - (ends[span] - start - filled))
-            more = min(size - filled, int(spans_D2[span, 1]) - begin)
-            out[row, filled : filled + more] = tokens[begin : begin + more]
-            filled += more
-    return out
+    joined = np.concatenate([tokens[begin:end] for begin, end in spans_D2])
+    blocks = joined[: len(joined) // size * size].reshape(-1, size)
+    return blocks[np.linspace(0, len(blocks) - 1, count).round().astype(int)].astype(np.int64)

@@ -1,7 +1,7 @@
-"""The tokenizer of a model folder, and what transformers raises about a folder, as ours.
+"""The tokenizer of a model folder, and what transformers raises about a folder, as our errors.
 
-No code of the folder is run: where its tokenizer (or model) is a class of its own, transformers
-would ask on stdin whether to import it, unless `trust_remote_code` is False.
+No code of the folder runs: `trust_remote_code` is False everywhere. Left out, transformers would
+ask on stdin whether to import a class of the folder.
 """
 
 from __future__ import annotations
@@ -29,15 +29,12 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(folder: Path, whole_documents: bool = True) -> Any:
-    """The tokenizer of a model folder, tried on a few words; its configurations are tried too.
-
-    `whole_documents`: without the model's own maximum, for texts that are cut into blocks
-    afterwards.
+    """The tokenizer of a model folder, tried on a few words; the folder's configurations are
+    tried too. `whole_documents`: without the model's maximum length.
 
     Raises:
         InputError: the folder has none.
-        UnsupportedModel: it is code of the folder, or of a class that this transformers does not
-        have.
+        UnsupportedModel: it is code of the folder, or a class that this transformers lacks.
         CorruptArtifact: its files are damaged.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -47,7 +44,7 @@ def load_tokenizer(folder: Path, whole_documents: bool = True) -> Any:
                           "the model's own there")
     config = folder / "tokenizer_config.json"
     name = str(read_json(config).get("tokenizer_class"))[:100] if config.is_file() else "of an unknown class"
-    # the result has them too: better now than at its reload gate
+    # the result will have them too: fail now, not at its reload gate
     with stock_errors(folder, "config.json"):
         AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if (folder / "generation_config.json").is_file():
@@ -64,11 +61,7 @@ def load_tokenizer(folder: Path, whole_documents: bool = True) -> Any:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """The token ids of each text, without the special tokens of its beginning and end.
-
-    Raises:
-        CorruptArtifact: the tokenizer fails, or its ids are no tokens.
-    """
+    """The token ids of each text, without special tokens. Raises CorruptArtifact."""
     with stock_errors(getattr(tokenizer, "name_or_path", ""), "tokenizer"):
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         if len(ids) != len(texts) or any(min(row, default=0) < 0 or max(row, default=0) >= 2**32 for row in ids):
@@ -78,11 +71,8 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 @contextmanager
 def stock_errors(folder: Path | str, what: str) -> Iterator[None]:
-    """A block in which transformers reads `what` of a folder: whatever it raises is about the
-    folder.
-
-    Its readers raise some forty classes, plain `Exception` and Rust's panics among them.
-    """
+    """A block in which transformers reads `what` of a folder: whatever it raises (some forty
+    classes, plain `Exception` and Rust's panics among them) is about the folder."""
     try:
         yield
     except (MinipuzzleError, MemoryError):
@@ -92,10 +82,10 @@ def stock_errors(folder: Path | str, what: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if "trust_remote_code" in str(error):
-            raise UnsupportedModel(f"{folder}: its {what} is code of that folder, which is never run; give the model a "
-                                   "tokenizer.json of a class that transformers has, and take out auto_map") from None
+            raise UnsupportedModel(f"{folder}: its {what} is code of that folder, which is never run; use a class of "
+                                   "transformers (a tokenizer.json), and remove auto_map") from None
         if isinstance(error, ImportError) or "does not exist or is not currently imported" in str(error):
-            raise UnsupportedModel(f"{folder}: its {what} is not in this transformers ({reason}); give the model a "
+            raise UnsupportedModel(f"{folder}: its {what} is not in this transformers ({reason}); use a "
                                    "tokenizer.json of a class that is") from None
         if isinstance(error, OSError) and error.errno:
             raise our_error(error, folder) from None
