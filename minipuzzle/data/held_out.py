@@ -76,4 +76,5 @@ def _spread(tokens: np.ndarray, spans_D2: np.ndarray, count: int, size: int) -> 
     """`count` blocks spread evenly over the spans, joined; int64 [count, size]."""
     joined = np.concatenate([tokens[begin:end] for begin, end in spans_D2])
     blocks = joined[: len(joined) // size * size].reshape(-1, size)
-    return blocks[np.linspace(0, len(blocks) - 1, count).round().astype(int)].astype(np.int64)
+    rows = np.linspace(0, len(blocks) - 1, count).round().astype(int)
+    return np.asarray(blocks[rows], np.int64)
