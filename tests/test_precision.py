@@ -51,7 +51,7 @@ def test_products_and_gradients_are_of_the_rounded_values() -> None:
     g = torch.Generator().manual_seed(1)
     x, w = torch.randn(2, 5, 16, generator=g).requires_grad_(), torch.randn(24, 16, generator=g).requires_grad_()
     out = torch.randn(2, 5, 24, generator=g)
-    with torch.autocast("cpu", dtype=torch.bfloat16), Products(precision._emulated):
+    with Products(precision._emulated):
         y = F.linear(x, w)
     y.backward(out.bfloat16())
 
@@ -76,8 +76,8 @@ def test_the_first_and_last_two_layers_stay_out_of_fp8(tmp_path: Path, monkeypat
     monkeypatch.setattr(precision, "_emulated", lambda x, w: (shapes.append(w.shape), real(x, w))[1])
     pupil = student()
     use_fp8(pupil, CPU)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        pupil(torch.arange(16)[None])
+    pupil.compute_in(torch.bfloat16)
+    pupil(torch.arange(16)[None])
     inner = list(pupil.blocks)[2:-2]
     expected = [w.shape for b in inner for n, w in b.weights().items() if n.endswith("proj.weight")]
     assert sorted(shapes) == sorted(expected)
@@ -188,12 +188,11 @@ def test_transformer_engine_gets_the_students_own_weights(monkeypatch: pytest.Mo
     for device in (CPU, CUDA):
         pupil = student()
         use_fp8(pupil, device)
+        pupil.compute_in(torch.bfloat16)
         for block in pupil.blocks:
             block.recompute = recompute  # type: ignore[assignment]
         for _ in range(2):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                out = pupil(torch.arange(16)[None])
-            out.square().sum().backward()
+            pupil(torch.arange(16)[None]).square().sum().backward()
         gradients.append({n: p.grad for n, p in pupil.parameters_by_name().items() if n != "lm_head.weight"})
     emulated, engine = gradients
     for name, gradient in emulated.items():

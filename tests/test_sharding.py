@@ -61,6 +61,21 @@ def test_two_processes_are_one(tmp_path: Path, options: dict[str, Any]) -> None:
     assert rows(tmp_path / "two")[0]["loss"] == pytest.approx(rows(tmp_path / "one")[0]["loss"], rel=1e-5)
 
 
+def test_two_processes_in_bf16_are_one(tmp_path: Path) -> None:
+    """FSDP casts what it gathers, one process casts in each block: the same products. Gradients are added up in
+    float32, the weights stay float32."""
+    options = {"precision": "bf16", "activation_checkpointing": True}
+    one, two, exact = (run(n, tmp_path / f"{n} {i}", 2, o) for i, (n, o) in enumerate(((1, options), (2, options), (1, {}))))
+    assert losses(tmp_path / "2 1") == pytest.approx(losses(tmp_path / "1 0"), rel=1e-3)
+    assert losses(tmp_path / "1 0") != pytest.approx(losses(tmp_path / "1 2"), rel=1e-6)
+    assert {t.dtype for t in two.values()} == {torch.float32}
+    gradients = [name for name in one if name.startswith("grad.")]
+    assert len(gradients) > 40
+    for name in gradients:  # as near to each other as to float32
+        noise = (one[name] - exact[name]).norm()
+        assert (two[name] - one[name]).norm() <= noise + 1e-6, name
+
+
 def test_stop_and_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
     straight = run(1, tmp_path / "straight", 8)
     run(2, tmp_path / "two and two", 4)

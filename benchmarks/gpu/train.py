@@ -1,7 +1,7 @@
 """Step `step`: distillation steps of an 8B into a 4B at 8192 tokens a sequence, with random
 weights.
 
-The product's own trainer, loss and teacher, in bf16 autocast with activation checkpointing: Adam's
+The product's own trainer, loss and teacher, in bf16 with activation checkpointing: Adam's
 moments, gradients and weights of the student and the weights of the teacher as the product holds
 them. Weights are made on the device. If the tokens of a pass do not fit, one sequence a pass is
 tried; what did not fit, and the peak that it reached, is kept.
@@ -26,7 +26,7 @@ from minipuzzle.core.budget import Workload
 from minipuzzle.core.published import published
 from minipuzzle.distill.loop import PASS_TOKENS
 from minipuzzle.distill.loss import loss_kernel, next_tokens
-from minipuzzle.distill.precision import autocast
+from minipuzzle.distill.precision import compute_dtype
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.teacher import LiveTeacher
 from minipuzzle.distill.trainer import Batch, Pupil, Trainer
@@ -129,9 +129,11 @@ def train(
 
     reset_memory(run.device)
     at("while the teacher was made")
-    teacher = LiveTeacher(
-        random_model(big, device, 0), autocast=lambda: autocast(settings.precision, device)
-    )
+    made = random_model(big, device, 0)
+    dtype = compute_dtype(settings.precision, device)
+    held = {name: t.to(dtype) for name, t in made.by_name().items()}
+    teacher = LiveTeacher(Model.build(made.family, big, held.items()))
+    del made, held
     at("while the student was made")
     student = HybridLM(family_of(small.model_type), small, random_model(small, device, 1).by_name())
     reset_memory(run.device)

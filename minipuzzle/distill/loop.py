@@ -26,7 +26,7 @@ from minipuzzle.core.errors import InputError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loss import Target
-from minipuzzle.distill.precision import autocast, check_precision
+from minipuzzle.distill.precision import check_precision
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import shard
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher, Teacher
@@ -90,8 +90,6 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
     """
     ranks = ranks or Ranks(pupils[0].student.head.device)
     check_precision(settings.precision, ranks.device)
-    if ranks.device.type == "cuda" and settings.precision != "fp32":
-        torch.set_float32_matmul_precision("high")  # TF32 for the LM heads, which stay float32
     seq, size = blocks.sequence_length, settings.batch(blocks.sequence_length)
     if size % ranks.size:
         raise InputError(f"a step has {size} sequences (distillation.batch_tokens / sequence_length), which "
@@ -120,6 +118,8 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
                 target, streams = source.look(part.ids_BT, part.numbers, layers)
             for trainer in active:
                 trainer.backward(part, target, streams)
+            if isinstance(source, LiveTeacher):
+                source.release()
         tokens, speed = (step + 1) * size * seq, (step + 1 - first) * size * seq / (time.perf_counter() - begin)
         rows: list[Row] = []
         for trainer in list(active):
@@ -168,7 +168,7 @@ def _teacher(teacher: Model | Teacher | None, settings: TrainSettings, ranks: Ra
         if ranks.size > 1:
             model = HybridLM(teacher.family, teacher.arch, teacher.by_name()).requires_grad_(False)
             shard(model, ranks)
-        teacher = LiveTeacher(model, settings.top_k, lambda: autocast(settings.precision, ranks.device))
+        teacher = LiveTeacher(model, settings.top_k)
     if teacher is None and settings.kl_weight:
         raise InputError("without a teacher there is no KL: the LM loss alone is left")
     if settings.hidden_loss_weight and (teacher is None or isinstance(teacher, CachedTeacher)):

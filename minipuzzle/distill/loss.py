@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from minipuzzle.models.logits import wide_product
+
 NO_LABEL = -1
 
 
@@ -51,7 +53,7 @@ class Target:
         """Of all words [n, V]; None if only the top ones are known."""
         if self.hidden_nD is None or self.head_VD is None:
             return None
-        logits = F.linear(self.hidden_nD, self.head_VD.to(self.hidden_nD.dtype)).to(wide)
+        logits = wide_product(self.hidden_nD, self.head_VD).to(wide)
         return F.log_softmax(logits / temperature if temperature != 1 else logits, dim=-1)
 
 
@@ -106,37 +108,36 @@ class _ChunkedLoss(torch.autograd.Function):
         weight = head.to(hidden.dtype)
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=wide)
         sums = torch.zeros(2, dtype=wide, device=hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for i in range(0, len(hidden), chunk):
-                h = hidden[i : i + chunk]
-                logits = F.linear(h, weight).to(wide)
-                delta = log_q = None
-                if kl_scale:
-                    log_q = F.log_softmax(logits / temperature if temperature != 1 else logits, dim=-1)
-                    total, delta = _kl_chunk(log_q, target[i : i + chunk], temperature)
-                    sums[0] += total
-                    delta.mul_(kl_scale / temperature)
-                if labels is not None:
-                    label = labels[i : i + chunk]
-                    known = (label != NO_LABEL).to(wide)
-                    if log_q is None or temperature != 1:
-                        log_q = F.log_softmax(logits, dim=-1)
-                    place = label.clamp(min=0)[:, None]
-                    sums[1] -= (log_q.gather(-1, place)[:, 0] * known).sum()
-                if lm_scale:
-                    assert log_q is not None
-                    pull = log_q.exp_().scatter_add_(-1, place, -torch.ones_like(place, dtype=wide))
-                    pull.mul_((lm_scale * known)[:, None])
-                    delta = pull if delta is None else delta.add_(pull)
-                if delta is None:
-                    grad_hidden[i : i + chunk] = 0
-                    continue
-                delta = delta.to(h.dtype)
-                grad_hidden[i : i + chunk] = delta @ weight
-                if h.dtype == wide:
-                    grad_head.addmm_(delta.T, h)
-                else:
-                    grad_head += delta.T @ h
+        for i in range(0, len(hidden), chunk):
+            h = hidden[i : i + chunk]
+            logits = wide_product(h, weight)
+            delta = log_q = None
+            if kl_scale:
+                log_q = F.log_softmax(logits / temperature if temperature != 1 else logits, dim=-1)
+                total, delta = _kl_chunk(log_q, target[i : i + chunk], temperature)
+                sums[0] += total
+                delta.mul_(kl_scale / temperature)
+            if labels is not None:
+                label = labels[i : i + chunk]
+                known = (label != NO_LABEL).to(wide)
+                if log_q is None or temperature != 1:
+                    log_q = F.log_softmax(logits, dim=-1)
+                place = label.clamp(min=0)[:, None]
+                sums[1] -= (log_q.gather(-1, place)[:, 0] * known).sum()
+            if lm_scale:
+                assert log_q is not None
+                pull = log_q.exp_().scatter_add_(-1, place, -torch.ones_like(place, dtype=wide))
+                pull.mul_((lm_scale * known)[:, None])
+                delta = pull if delta is None else delta.add_(pull)
+            if delta is None:
+                grad_hidden[i : i + chunk] = 0
+                continue
+            delta = delta.to(h.dtype)
+            grad_hidden[i : i + chunk] = delta @ weight
+            if h.dtype == wide:
+                grad_head.addmm_(delta.T, h)
+            else:
+                grad_head += delta.T @ h
         ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
         ctx.mark_non_differentiable(sums)
         return kl_scale * sums[0] + lm_scale * sums[1], sums

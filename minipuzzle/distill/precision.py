@@ -1,4 +1,8 @@
-"""The arithmetic of training: float32, bf16 autocast, or FP8. Weights and moments stay float32.
+"""The arithmetic of a run: float32, bf16 or FP8. The student's weights and moments stay float32.
+
+bf16: the parent lies in its checkpoint's dtype, matrix products take bf16 factors, the stream
+between layers is bf16. Norms, scan, softmax, LM heads' logits and losses are float32. It holds for
+scoring, measuring and teaching as for training; FP8 is for training alone, the rest is bf16 then.
 
 FP8 with per-tensor current scaling, hybrid format (Nemotron-H, arXiv:2504.03624, section 2.3):
 
@@ -16,7 +20,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -62,10 +65,16 @@ def _engine() -> Any:
                           "--no-build-isolation 'minipuzzle[fp8]', or use bf16") from None
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """What the forward pass runs under. RMSNorm, the scan and the losses stay float32 in all
-    cases."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=torch.bfloat16)
+def resolve(precision: str, device: torch.device) -> str:
+    """What `auto` means there: bf16 on a GPU that has it, else fp32."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products, and of a parent in memory."""
+    return torch.float32 if resolve(precision, device) == "fp32" else torch.bfloat16
 
 
 def use_fp8(student: HybridLM, device: torch.device) -> None:

@@ -1,24 +1,47 @@
-"""Several processes: weights, gradients and moments in shards (FSDP2), batches in parts."""
+"""Several processes: weights, gradients and moments in shards (FSDP2), batches in parts.
+
+Each block, the embedding and the LM head are put together when they compute, in the dtype that they
+compute in: no process holds a whole model at any time. Gradients are added up over processes in
+float32.
+"""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
 
 
-def shard(model: HybridLM, ranks: Ranks) -> None:
-    """Split the weights over the processes, block by block. Embeddings, last norm and LM head are
-    one more part, whole from the forward pass to the backward pass: the loss reads the head after
-    the former."""
-    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+def shard(model: HybridLM, ranks: Ranks, compute: torch.dtype | None = None,
+          mesh: DeviceMesh | None = None) -> None:
+    """Split the weights over the processes, part by part. `compute`: the dtype to gather them in;
+    None: their own.
+
+    The embedding is let go of after its lookup, and its backward pass does not need it; the head
+    stays from the loss to the backward pass, which follows at once. The next block is fetched while
+    one computes.
+    """
+    mesh = mesh or init_device_mesh(ranks.device.type, (ranks.size,))
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute and torch.float32)
+    blocks = [fully_shard(block, mesh=mesh, mp_policy=policy) for block in model.blocks]
+    fully_shard(model.embedding, mesh=mesh, mp_policy=policy).set_unshard_in_backward(False)
+    fully_shard(model.lm_head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # the last norm
+    for block, after in pairwise(blocks):
+        block.set_modules_to_forward_prefetch([after])
+
+
+def gathered_head(model: HybridLM) -> torch.Tensor:
+    """The LM head, whole until the next `reshard`."""
+    if isinstance(model.lm_head, FSDPModule):
+        model.lm_head.unshard()
+    return model.head
 
 
 def reshard(model: HybridLM) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +24,7 @@ from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.files import open_tensors, read_sealed, reading, replacing, write_sealed
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loss import Target, chunk_tokens, top_words
+from minipuzzle.distill.sharding import gathered_head, reshard
 from minipuzzle.models.forward import block, embed, final_norm
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
@@ -48,19 +48,24 @@ class Teacher(Protocol):
 
 
 class LiveTeacher:
-    """A model in memory. `autocast` is entered around its forward pass."""
+    """A model in memory, computing in the dtype it is held in."""
 
-    def __init__(self, model: Model | HybridLM, top_k: int = 0,
-                 autocast: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
-        self.model, self.top_k, self.autocast = model, top_k, autocast
+    def __init__(self, model: Model | HybridLM, top_k: int = 0) -> None:
+        self.model, self.top_k = model, top_k
 
     @torch.no_grad()
     def look(self, ids_BT: torch.Tensor, numbers: Sequence[int], layers: Sequence[int]) -> tuple[Target, Streams]:
         streams: Streams = dict.fromkeys(layers, ids_BT)
-        with self.autocast():
-            hidden = self.model(ids_BT, streams) if isinstance(self.model, HybridLM) else _forward(
-                self.model, ids_BT, streams)
-        return Target(hidden.flatten(0, 1), self.model.head.detach(), self.top_k), streams
+        if isinstance(self.model, Model):
+            hidden, head = _forward(self.model, ids_BT, streams), self.model.head
+        else:
+            hidden, head = self.model(ids_BT, streams), gathered_head(self.model)
+        return Target(hidden.flatten(0, 1), head.detach(), self.top_k), streams
+
+    def release(self) -> None:
+        """What it said is no longer used: let go of what is in shards."""
+        if isinstance(self.model, HybridLM):
+            reshard(self.model)
 
 
 def _forward(model: Model, ids_BT: torch.Tensor, streams: Streams) -> torch.Tensor:

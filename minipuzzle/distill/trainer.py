@@ -19,7 +19,7 @@ from minipuzzle.core.rundir import changes
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill import state
 from minipuzzle.distill.loss import NO_LABEL, Target, cosine_loss, distillation_loss, next_tokens
-from minipuzzle.distill.precision import autocast, use_fp8
+from minipuzzle.distill.precision import compute_dtype, use_fp8
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import shard, whole
 from minipuzzle.models.module import Block, HybridLM
@@ -97,8 +97,10 @@ class Trainer:
             block.recompute = settings.activation_checkpointing
         if settings.precision == "fp8":
             use_fp8(student, ranks.device)
+        dtype = None if settings.precision == "fp32" else compute_dtype(settings.precision, ranks.device)
+        student.compute_in(dtype)
         if ranks.size > 1:
-            shard(student, ranks)
+            shard(student, ranks, dtype)
         self.parameters = student.parameters_by_name()
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.95),
                                            weight_decay=settings.weight_decay)
@@ -122,22 +124,21 @@ class Trainer:
         # sharded gradients are means over processes, and the counts are of the whole batch
         share = self.ranks.size
         streams = dict.fromkeys(range(len(self.layers)), part.ids_BT)
-        with autocast(s.precision, self.ranks.device):
-            hidden = student(part.ids_BT, streams).flatten(0, 1)
+        hidden = student(part.ids_BT, streams).flatten(0, 1)
         where = part.mask_BT.flatten()
         labels = part.labels_BT.flatten()
         if not bool(where.all()):
             hidden, labels = hidden[where], labels[where]
             target = None if target is None else target[where]
-        loss, sums = distillation_loss(hidden, student.head, target, labels, temperature=s.temperature,
-                                       kl_scale=s.kl_weight / part.kl_count * share,
-                                       lm_scale=s.lm_loss_weight / part.lm_count * share)
+        loss, sums = student.lm_head(hidden, lambda h, head: distillation_loss(
+            h, head, target, labels, temperature=s.temperature, kl_scale=s.kl_weight / part.kl_count * share,
+            lm_scale=s.lm_loss_weight / part.lm_count * share))
         found = [*sums.double().cpu(), torch.zeros(())]
         if self.layers:
             cosine = cosine_loss(list(streams.values()), [teacher_streams[i] for i in self.layers], part.mask_BT)
             loss = loss + s.hidden_loss_weight / part.kl_count * share * cosine
             found[2] = cosine.detach().double().cpu()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.sums += torch.stack(found) / torch.tensor([part.kl_count, part.lm_count, part.kl_count])
 
     def end(self, tokens: int) -> Row:

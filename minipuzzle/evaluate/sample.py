@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from minipuzzle.models.logits import wide_product
 from minipuzzle.models.walk import Model, final_hidden
 
 
@@ -12,6 +13,6 @@ def greedy(model: Model, ids_T: torch.Tensor, new_tokens: int) -> torch.Tensor:
     """The `new_tokens` most likely next tokens after `ids_T`, one after the other."""
     ids = ids_T.to(model.device)[None]
     for _ in range(new_tokens):
-        best = (final_hidden(model, ids)[:, -1] @ model.head.T).argmax(-1, keepdim=True)
+        best = wide_product(final_hidden(model, ids)[:, -1], model.head).argmax(-1, keepdim=True)
         ids = torch.cat([ids, best], 1)
     return ids[0, len(ids_T):]

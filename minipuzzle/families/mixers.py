@@ -36,10 +36,16 @@ def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, group
     return (weight.to(wide.dtype) * parts.flatten(-2)).to(z.dtype)
 
 
+def linear(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
+    """x W' + b; a model held in bf16 may have its biases in float32."""
+    bias = w.get(f"{name}.bias")
+    return F.linear(x, w[f"{name}.weight"], bias if bias is None else bias.to(x.dtype))
+
+
 def mamba2(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | None) -> torch.Tensor:
     inner, heads, groups = arch.mamba_inner, arch.mamba_num_heads, arch.n_groups
     bsz, seq, _ = x_BTD.shape
-    zxbcdt = F.linear(x_BTD, w["in_proj.weight"], w.get("in_proj.bias"))
+    zxbcdt = linear(x_BTD, w, "in_proj")
     z, xbc, dt_BTH = zxbcdt.split([inner, arch.mamba_conv, heads], dim=-1)  # type: ignore[no-untyped-call]
     if probe is not None:
         probe("mamba", xbc[..., :inner])
@@ -60,28 +66,30 @@ def mamba2(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | N
     y = gated_rms_norm(y.reshape(bsz, seq, inner), z, w["norm.weight"], groups, arch.norm_eps)
     if probe is not None:
         probe("mamba_out", y)
-    return F.linear(y, w["out_proj.weight"], w.get("out_proj.bias"))
+    return linear(y, w, "out_proj")
 
 
 def attention(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | None) -> torch.Tensor:
     bsz, seq, _ = x_BTD.shape
 
     def heads_of(name: str, heads: int) -> torch.Tensor:
-        out = F.linear(x_BTD, w[f"{name}_proj.weight"], w.get(f"{name}_proj.bias"))
-        return out.view(bsz, seq, heads, arch.head_dim).transpose(1, 2)
+        return linear(x_BTD, w, f"{name}_proj").view(bsz, seq, heads, arch.head_dim).transpose(1, 2)
 
     q = heads_of("q", arch.num_attention_heads)
     k, v = (heads_of(name, arch.num_key_value_heads) for name in ("k", "v"))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if q.device.type != "cpu" and q.dtype == torch.float32:
+        # there enable_gqa takes the math kernel, which holds T x T scores of every head
+        k, v = (t.repeat_interleave(arch.num_attention_heads // arch.num_key_value_heads, 1) for t in (k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
     y = y.transpose(1, 2).reshape(bsz, seq, -1)
     if probe is not None:
         probe("attention_out", y)
-    return F.linear(y, w["o_proj.weight"], w.get("o_proj.bias"))
+    return linear(y, w, "o_proj")
 
 
 def ffn(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | None) -> torch.Tensor:
-    inner = F.relu(F.linear(x_BTD, w["up_proj.weight"], w.get("up_proj.bias"))).square()
+    inner = F.relu(linear(x_BTD, w, "up_proj")).square()
     if probe is not None:
         probe("ffn", inner)
-    return F.linear(inner, w["down_proj.weight"], w.get("down_proj.bias"))
+    return linear(inner, w, "down_proj")
 

@@ -179,7 +179,7 @@ def _ablate(source: Source, chosen: Sequence[int], together: int, first: int, id
     cosine: dict[int, torch.Tensor] = {}
 
     def watch(layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        cosine[layer] = 1 - F.cosine_similarity(before, after, dim=-1).double().mean(-1)
+        cosine[layer] = 1 - F.cosine_similarity(_wide(before), _wide(after), dim=-1).double().mean(-1)
 
     whole = Whole(source)
     groups = _groups(chosen, together)
@@ -206,7 +206,7 @@ def damage(parts: Parts, full: torch.Tensor, variants: Sequence[torch.Tensor], r
     `roots`: of the full model and of each variant; `expand` brings a variant's [..., k] to the
     parent's [..., D].
     """
-    errors = torch.stack([expand(v) - full for v in variants])
+    errors = torch.stack([_wide(expand(v)) - _wide(full) for v in variants])
     mse = errors.double().square().mean((-1, -2))
     scale = full.double().square().mean((-1, -2))
     base, others, gram_kl = compare(full, variants, *heads_of(parts, roots), parts.source.arch.vocab_size, ids_BT, gram)
@@ -218,6 +218,11 @@ def damage(parts: Parts, full: torch.Tensor, variants: Sequence[torch.Tensor], r
     flat = errors.flatten(2).transpose(0, 1)
     gram_mse = (flat @ flat.mT).double() / full[0].numel()
     return values, gram_mse.numpy(force=True), gram_kl.numpy(force=True)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """In float32 or better: a difference of bf16 numbers is not one."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def layer_table(pattern: str, values: np.ndarray, **more: Sequence[float]) -> LayerScores:

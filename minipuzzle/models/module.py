@@ -1,13 +1,17 @@
 """A trainable model: the family's blocks with their weights as torch parameters.
 
 Parameters keep their names on disk (`parameters_by_name`), so that what is trained is what is
-written.
+written. They may be wider than what is computed with: `compute` names that dtype, and each part
+casts its own weights when it runs, so that no copy of them outlives it (with activation
+checkpointing; else matrix products keep theirs for the backward pass). Where FSDP has cast them
+already, the cast does nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +22,27 @@ from minipuzzle.families.base import Family
 from minipuzzle.models import forward
 
 
-class Block(nn.Module):
+class Part(nn.Module):
+    """Some weights by name on disk. `compute`: the dtype that they are computed with; None: their
+    own."""
+
+    compute: torch.dtype | None = None
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.names = {name.replace(".", "_"): name for name in weights}
+        for attribute, name in self.names.items():
+            self.register_parameter(attribute, nn.Parameter(weights[name]))
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        return {name: getattr(self, attribute) for attribute, name in self.names.items()}
+
+    def cast(self) -> dict[str, torch.Tensor]:
+        """The weights as they are computed with."""
+        return {name: p.to(self.compute or p.dtype) for name, p in self.weights().items()}
+
+
+class Block(Part):
     """x + mixer(norm(x)) for one layer.
 
     `context` is entered around its computation, again where the backward pass repeats it;
@@ -28,15 +52,9 @@ class Block(nn.Module):
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     recompute = False
 
-    def __init__(self, family: Family, arch: Architecture, kind: str, weights: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
-        self.family, self.arch, self.kind = family, arch, kind
-        self.names = {name.replace(".", "_"): name for name in weights}
-        for attribute, name in self.names.items():
-            self.register_parameter(attribute, nn.Parameter(weights[name]))
-
-    def weights(self) -> dict[str, nn.Parameter]:
-        return {name: getattr(self, attribute) for attribute, name in self.names.items()}
+    def __init__(self, arch: Architecture, kind: str, weights: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(weights)
+        self.arch, self.kind = arch, kind
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -46,46 +64,69 @@ class Block(nn.Module):
 
     def _forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         with self.context():
-            return x_BTD + forward.block(self.arch, self.kind, self.weights(), x_BTD)
+            return x_BTD + forward.block(self.arch, self.kind, self.cast(), x_BTD)
+
+
+class Embedding(Part):
+    """Token ids [B, T] -> the stream [B, T, D]. The rows are cast, not the table."""
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        (table,) = self.weights().values()
+        rows = nn.functional.embedding(ids_BT, table)
+        return rows.to(self.compute or rows.dtype)
+
+
+class Head(Part):
+    """The LM head [V, D]: whole, where it is in shards, only while `use` computes with it."""
+
+    def forward(self, hidden: torch.Tensor, use: Callable[[torch.Tensor, torch.Tensor], Any]) -> Any:
+        """`use(hidden, head)`; what is differentiable of it is so in both."""
+        (weight,) = self.weights().values()
+        return use(hidden, weight)
 
 
 class HybridLM(nn.Module):
     """Token ids [B, T] -> the activations that enter the LM head [B, T, D]. `head` is [V, D]."""
 
     def __init__(self, family: Family, arch: Architecture, weights: Mapping[str, torch.Tensor]) -> None:
-        """`weights` by name on disk, each copied once; all of `arch.shapes()`."""
+        """`weights` by name on disk, all of `arch.shapes()`; each is copied once, but for those on
+        the meta device, which `models/shards.py` fills."""
         super().__init__()
         self.family, self.arch = family, arch
-        layers = [family.layer_prefix(i) for i in range(arch.num_layers)]
-        self.blocks = nn.ModuleList(
-            Block(family, arch, kind, {n: weights[prefix + n].detach().clone() for n in arch.layer_weights(i)})
-            for i, (prefix, kind) in enumerate(zip(layers, arch.pattern, strict=True))
-        )
-        self.names = {name.replace(".", "_"): name for name in arch.top_weights()}
-        for attribute, name in self.names.items():
-            self.register_parameter(attribute, nn.Parameter(weights[name].detach().clone()))
 
-    def top(self) -> dict[str, nn.Parameter]:
-        return {name: getattr(self, attribute) for attribute, name in self.names.items()}
+        def own(prefix: str, names: Any) -> dict[str, torch.Tensor]:
+            return {n: weights[prefix + n].detach().clone() for n in names}
+
+        self.blocks = nn.ModuleList(
+            Block(arch, kind, own(family.layer_prefix(i), arch.layer_weights(i)))
+            for i, kind in enumerate(arch.pattern))
+        self.embedding = Embedding(own("", [family.embedding_name]))
+        self.last = Part(own("", family.norm_names))
+        self.lm_head = Head(own("", [family.head_name]))
+
+    def compute_in(self, dtype: torch.dtype | None) -> None:
+        """Cast weights to this dtype wherever they are used."""
+        for module in self.modules():
+            if isinstance(module, Part):
+                module.compute = dtype
 
     @property
     def head(self) -> torch.Tensor:
-        return self.top()[self.family.head_name]
+        return next(iter(self.lm_head.weights().values()))
 
     def forward(self, ids_BT: torch.Tensor, streams: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
         """`streams`: its values are replaced by the stream [B, T, D] that enters the layer of each
         key."""
-        top = self.top()
-        x = forward.embed(self.family, top, ids_BT)
+        x = self.embedding(ids_BT)
         for i, block in enumerate(self.blocks):
             if streams is not None and i in streams:
                 streams[i] = x
             x = block(x)
-        return forward.final_norm(self.arch, top, x)
+        return forward.final_norm(self.arch, self.last.cast(), x)
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Name on disk -> parameter."""
-        out: dict[str, nn.Parameter] = dict(self.top())
+        out = self.embedding.weights() | self.last.weights() | self.lm_head.weights()
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             out |= {self.family.layer_prefix(i) + name: p for name, p in block.weights().items()}

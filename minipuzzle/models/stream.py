@@ -17,7 +17,7 @@ import torch
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Family
 from minipuzzle.families.mixers import Weights
-from minipuzzle.models.weights import ModelFolder
+from minipuzzle.models.weights import ModelFolder, held
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class StreamedModel:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def open(cls, folder: ModelFolder, device: torch.device) -> StreamedModel:
+    def open(cls, folder: ModelFolder, device: torch.device, dtype: torch.dtype = torch.float32) -> StreamedModel:
         """Raises CorruptArtifact if the embedding or the LM head, which are read piece by piece,
         hold NaN."""
         for name in (folder.family.embedding_name, folder.family.head_name):
             folder.read(name)
-        return cls(folder, device)
+        return cls(folder, device, dtype)
 
     @property
     def family(self) -> Family:
@@ -74,7 +74,7 @@ class StreamedModel:
         return self.folder.mapped(self.family.head_name)[start:stop].to(self.device, self.dtype)
 
     def _read(self, name: str) -> torch.Tensor:
-        return self.folder.read(name).to(self.device, self.dtype)
+        return held(self.folder.read(name), self.dtype, self.device)
 
     def _layer(self, layer: int) -> Weights:
         prefix = self.family.layer_prefix(layer)

@@ -75,8 +75,8 @@ class ModelFolder:
         return tensor
 
     def weights(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-        """All weights by name on disk."""
-        return {name: self.read(name).to(device, dtype) for name in self.files}
+        """All weights by name on disk, `held` for this dtype."""
+        return {name: held(self.read(name), dtype, device) for name in self.files}
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -147,6 +147,13 @@ class ModelFolder:
 
 def _files_of(folder: ModelFolder) -> list[Path]:
     return sorted({file for file, _ in folder.files.values()})
+
+
+def held(tensor: torch.Tensor, compute: torch.dtype, device: torch.device | str | None = None) -> torch.Tensor:
+    """A weight as a model in memory holds it that computes in this dtype: what is float32 in the
+    checkpoint and no matrix (A_log in some) stays so."""
+    keeps = tensor.ndim < 2 and tensor.dtype == torch.float32
+    return tensor.to(device or tensor.device, tensor.dtype if keeps else compute)
 
 
 def tensors_hash(tensors: Mapping[str, torch.Tensor], about: Any = None) -> str:

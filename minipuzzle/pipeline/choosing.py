@@ -151,7 +151,7 @@ MEASURE = Stage(
     "measure", measure_candidates, _measure_estimate,
     settings=("budget", "workload", "space", "scores.layer_metric", "search.strategy", "search.damage",
               "search.measure", "surgery.hidden", "evaluation.samples", "calibration.sequence_length"),
-    world=("model", "tokenizer", "evaluation.data", "seed"), after=(*_LAYERS_AND_WIDTHS, "search"))
+    world=("model", "tokenizer", "evaluation.data", "seed", "precision"), after=(*_LAYERS_AND_WIDTHS, "search"))
 TOURNAMENT = Stage(
     "tournament", tournament, _tournament_estimate,
     settings=("search.finalists", *TRAINING[0]), world=TRAINING[1], after=("score", "curves", "search", "measure"))

@@ -20,7 +20,6 @@ from minipuzzle.distill.loop import distill_model
 from minipuzzle.distill.trained import load_best
 from minipuzzle.evaluate.quality import measure
 from minipuzzle.evaluate.sample import greedy
-from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.pipeline.candidates import chosen_one, read_tournament
@@ -39,6 +38,7 @@ from minipuzzle.pipeline.student import (
     say_training,
     state_folder,
     student_of,
+    to_train,
     train_settings,
     training_blocks,
     training_flops,
@@ -87,12 +87,12 @@ def export(given: Given) -> list[Path]:
     candidate, key = chosen_one(given.files, given.candidate), read_tournament(given.files)["key"]
     reference = parent.reference(ids)
     before, fits = pruned(given, candidate, key)
-    student = HybridLM(parent.folder.family, candidate.architecture, before.by_name())
+    student = to_train(before)
     dtypes = parent.folder.dtypes(candidate.kept_layers)
     plain = cutter_of(given, plain=True).cut(candidate.architecture, candidate.kept_layers)
     result: dict[str, Any] = {
         "candidate": candidate.name, "parent": reference.quality(), "sliced": measure(plain, reference),
-        "pruned": measure(as_written(student, dtypes), reference), "exported": None,
+        "pruned": measure(as_written(student, dtypes, parent.dtype), reference), "exported": None,
         "refit": [fit.to_json() for fit in fits] or None}
     if given.settings.distillation.tokens:
         result["exported"] = load_best(state_folder(given, candidate, key), student)
@@ -107,7 +107,7 @@ def export(given: Given) -> list[Path]:
     result["parameters"] = sum(written.read(name).numel() for name in written.files)
     if result["parameters"] != candidate.cost.parameters:
         raise AssertionError(f"{result['parameters']} parameters written, {candidate.cost.parameters} priced")
-    model = Model.load(written, parent.device)
+    model = Model.load(written, parent.device, parent.dtype)
     result["distilled"] = measure(model, reference)
     given.update(0.7, "writing samples")
     samples = {"pruned": before, "distilled": model}

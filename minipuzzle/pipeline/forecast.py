@@ -63,10 +63,10 @@ def check_memory(plan: Plan, stages: Iterable[Stage], device: torch.device) -> N
     if plan.resident or plan.memory_bytes >= needed:
         return
     if not plan.feasible:
-        raise ResourceError(f"scoring holds up to three layers in float32, {human_bytes(needed)} of this model; there "
-                            f"is {human_bytes(plan.memory_bytes)} to use: raise --memory")
+        raise ResourceError(f"scoring holds up to three layers in {plan.held_in}, {human_bytes(needed)} of this model; "
+                            f"there is {human_bytes(plan.memory_bytes)} to use: raise --memory")
     trains = plan.recipe.distillation.tokens > 0
-    what = "the parent, and a student with its gradient and moments, in float32" if trains else "a student in float32"
+    what = "the parent, and a student with its gradient and moments in float32" if trains else "a student in float32"
     refit = f", {human_bytes(plan.refit_bytes)} of it to refit" if plan.refit_bytes else ""
     less = "; --set distillation.tokens=0 prunes only, and reads the parent layer by layer" if trains else ""
     raise ResourceError(f"{device} has {human_bytes(plan.memory_bytes)} to use, the run needs about "

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from minipuzzle.core.budget import Budget, Workload, human_budget, human_bytes, human_count
 from minipuzzle.core.errors import InputError
 from minipuzzle.data.corpus import check_sources
+from minipuzzle.distill.precision import compute_dtype
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import Cost, cost, layer_parameters
 from minipuzzle.models.passes import STREAM_BYTES
@@ -50,7 +53,8 @@ class Estimate:
 @dataclass(frozen=True)
 class Plan:
     """The resolved request. `points` and `feasible` count architectures of the space and those
-    within the budget; `memory_bytes` is what may be used."""
+    within the budget; `memory_bytes` is what may be used, `weight_bytes` what a weight of the
+    parent takes of it."""
 
     parent: Architecture
     recipe: Recipe
@@ -62,6 +66,7 @@ class Plan:
     feasible: int
     largest: Cost
     memory_bytes: int
+    weight_bytes: int
 
     @property
     def refit_samples(self) -> int:
@@ -77,6 +82,11 @@ class Plan:
         return self.recipe.evaluation.samples * self.recipe.calibration.sequence_length
 
     @property
+    def held_in(self) -> str:
+        """The dtype of the parent in memory."""
+        return "float32" if self.weight_bytes == 4 else "bf16"
+
+    @property
     def students_bytes(self) -> int:
         """Of the largest student in float32: with gradient and two moments where it is trained,
         else as it was cut, as it was written, and plainly sliced. Nothing where none is made."""
@@ -87,7 +97,7 @@ class Plan:
         """Of a stage that makes students: those, the teacher where they are trained, a refit."""
         trains = self.recipe.distillation.tokens > 0
         return self.students_bytes + self.refit_bytes + (
-            4 * self.parent_cost.parameters if trains else self.layers_bytes)
+            self.weight_bytes * self.parent_cost.parameters if trains else self.layers_bytes)
 
     @property
     def state_bytes(self) -> int:
@@ -102,18 +112,17 @@ class Plan:
 
     @property
     def resident(self) -> bool:
-        """Whether the parent is held in memory from the first stage to the last: in float32, twice
-        if it is rotated."""
+        """Whether the parent is held in memory from the first stage to the last; twice if it is
+        rotated."""
         copies = 2 if self.recipe.surgery.hidden == "rotate" else 1
-        needed = 4 * self.parent_cost.parameters * copies + self.students_bytes + self.refit_bytes
+        needed = self.weight_bytes * self.parent_cost.parameters * copies + self.students_bytes + self.refit_bytes
         return needed + SPARE_BYTES <= self.memory_bytes
 
     @property
     def layers_bytes(self) -> int:
-        """Of the layers that a pass from the disk holds, in float32: two that are read, one that is
-        cut."""
+        """Of the layers that a pass from the disk holds: two that are read, one that is cut."""
         arch = self.parent
-        return 12 * max(layer_parameters(arch, i) for i in range(arch.num_layers))
+        return 3 * self.weight_bytes * max(layer_parameters(arch, i) for i in range(arch.num_layers))
 
     @property
     def stream_bytes(self) -> int | None:
@@ -123,7 +132,8 @@ class Plan:
     @property
     def memory(self) -> Memory:
         """How it is used."""
-        students = (self.memory_bytes / 2 - 8 * self.parent_cost.parameters) // (16 * self.largest.parameters)
+        room = self.memory_bytes / 2 - 2 * self.weight_bytes * self.parent_cost.parameters
+        students = room // (16 * self.largest.parameters)
         return Memory(self.memory_bytes, self.resident, self.stream_bytes, max(1, int(students)))
 
     def passes(self) -> str:
@@ -133,9 +143,10 @@ class Plan:
         size = min(c.samples, samples_per_walk(arch, c.sequence_length, arch.num_layers + 1, streams))
         where = "in memory" if self.resident else "layer by layer from disk"
         count = -(-c.samples // size)
+        weights = human_bytes(self.weight_bytes * self.parent_cost.parameters)
         return (f"{c.samples} samples of {c.sequence_length} tokens, {size} at a time, in {count} "
-                f"pass{'es' if count > 1 else ''} over the weights ({human_bytes(4 * self.parent_cost.parameters)} in "
-                f"float32), {where}; {human_bytes(self.memory_bytes)} to use")
+                f"pass{'es' if count > 1 else ''} over the weights ({weights} in "
+                f"{self.held_in}), {where}; {human_bytes(self.memory_bytes)} to use")
 
     def lines(self) -> list[str]:
         """The plan in words."""
@@ -166,10 +177,11 @@ class Plan:
 
 
 def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
-              memory_bytes: int | None = None, reads: tuple[str, ...] = DATA_SECTIONS) -> Plan:
+              memory_bytes: int | None = None, reads: tuple[str, ...] = DATA_SECTIONS,
+              device: torch.device | None = None) -> Plan:
     """Resolve a recipe for a parent. Scoring alone does not need the budget to be met.
     `memory_bytes`: what may be used, the machine's if left out. `reads`: the sections whose data
-    are read.
+    are read. `device`: where it will run, the CPU if left out.
 
     Raises:
         InputError: a setting that is wrong, does not fit the parent, or is not built yet.
@@ -199,11 +211,13 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
         raise InputError("distillation.hidden_loss_weight compares streams of the same size: keep the parent's with "
                           f"space.hidden_size = {parent.hidden_size}, or set it to 0")
     memory = machine_memory() if memory_bytes is None else memory_bytes
+    weight = compute_dtype(d.precision, device or torch.device("cpu")).itemsize
     if not need_budget:
-        return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost, memory)
+        return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost, memory,
+                    weight)
     # without scores the search only enumerates and prices, largest first
     found = search_architectures(parent, space, budget, workload, keep=1)
     return Plan(parent, recipe, workload, budget, parent_cost, space, found.points, found.feasible,
-                found.candidates[0].cost, memory)
+                found.candidates[0].cost, memory, weight)
 
 

@@ -121,8 +121,8 @@ def _curves_estimate(plan: Plan) -> Estimate:
 
 SCORE = Stage(
     "score", score_layers_and_widths, _score_estimate, score_settings,
-    world=("model", "tokenizer", "calibration.data"), shared=True)
+    world=("model", "tokenizer", "calibration.data", "precision"), shared=True)
 CURVES = Stage(
     "curves", measure_width_curves, _curves_estimate,
     settings=("calibration", "surgery.hidden", *_WIDTHS),
-    world=("model", "tokenizer", "calibration.data"), after=("score",), shared=True)
+    world=("model", "tokenizer", "calibration.data", "precision"), after=("score",), shared=True)

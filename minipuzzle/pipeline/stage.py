@@ -119,6 +119,11 @@ class Given:
         return self._declared("seed").seed
 
     @property
+    def precision(self) -> str:
+        """fp32, bf16 or fp8: the run's arithmetic."""
+        return self._declared("precision").precision
+
+    @property
     def candidate(self) -> str | None:
         """The one that the user chose by hand."""
         return self._declared("candidate").candidate

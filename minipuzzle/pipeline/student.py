@@ -18,9 +18,9 @@ from minipuzzle.distill.trainer import Row
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import Model
+from minipuzzle.models.weights import held
 from minipuzzle.pipeline.plan import Plan, refit_samples
 from minipuzzle.pipeline.stage import Given
-from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.refit import BlockFit, read_refit, write_refit, writer_inputs
@@ -28,7 +28,7 @@ from minipuzzle.surgery.refit import BlockFit, read_refit, write_refit, writer_i
 EVALUATIONS = 12  # looks at the selection part of the held-out blocks during a whole distillation
 # settings and outside things that a stage reads which trains a student
 TRAINING = (("distillation", "surgery", "calibration", "evaluation"),
-            ("model", "tokenizer", "calibration.data", "evaluation.data", "distillation.data", "seed"))
+            ("model", "tokenizer", "calibration.data", "evaluation.data", "distillation.data", "seed", "precision"))
 
 
 def training_flops(plan: Plan, tokens: int, looks: int) -> float:
@@ -70,7 +70,12 @@ def pruned(given: Given, candidate: Candidate, key: str) -> tuple[Model, list[Bl
 
 def student_of(given: Given, candidate: Candidate, key: str) -> HybridLM:
     """The candidate, to be trained."""
-    return HybridLM(given.parent.folder.family, candidate.architecture, pruned(given, candidate, key)[0].by_name())
+    return to_train(pruned(given, candidate, key)[0])
+
+
+def to_train(model: Model) -> HybridLM:
+    """A copy in float32, whatever the model is held in."""
+    return HybridLM(model.family, model.arch, {n: t.float() for n, t in model.by_name().items()})
 
 
 def state_folder(given: Given, candidate: Candidate, key: str) -> Path:
@@ -80,14 +85,10 @@ def state_folder(given: Given, candidate: Candidate, key: str) -> Path:
 
 
 def train_settings(given: Given) -> TrainSettings:
-    return settings_of(given.settings, given.seed)
-
-
-def settings_of(recipe: Recipe, seed: int) -> TrainSettings:
-    d = recipe.distillation
+    d = given.settings.distillation
     return TrainSettings(d.tokens, d.batch_tokens, d.learning_rate, d.temperature, lm_loss_weight=d.lm_loss_weight,
-                         hidden_loss_weight=d.hidden_loss_weight, top_k=d.top_k, precision=d.precision,
-                         activation_checkpointing=d.activation_checkpointing, seed=seed)
+                         hidden_loss_weight=d.hidden_loss_weight, top_k=d.top_k, precision=given.precision,
+                         activation_checkpointing=d.activation_checkpointing, seed=given.seed)
 
 
 def training_blocks(given: Given) -> Blocks:
@@ -96,7 +97,8 @@ def training_blocks(given: Given) -> Blocks:
 
 def look(given: Given, candidate: Candidate, reference: Reference, student: HybridLM) -> dict[str, float]:
     """The student as its checkpoint would be written, measured."""
-    return measure(as_written(student, given.parent.folder.dtypes(candidate.kept_layers)), reference)
+    dtypes = given.parent.folder.dtypes(candidate.kept_layers)
+    return measure(as_written(student, dtypes, given.parent.dtype), reference)
 
 
 def say_training(given: Given, name: str, before: float, per_token: float) -> Callable[[int, Row], None]:
@@ -110,6 +112,6 @@ def rounded(student: HybridLM, dtypes: Mapping[str, torch.dtype]) -> Iterator[tu
     return ((n, whole(p.detach()).to(dtypes[n])) for n, p in student.parameters_by_name().items())
 
 
-def as_written(student: HybridLM, dtypes: Mapping[str, torch.dtype]) -> Model:
-    """What is read from the checkpoint that would be written, in float32."""
-    return Model.build(student.family, student.arch, ((n, t.float()) for n, t in rounded(student, dtypes)))
+def as_written(student: HybridLM, dtypes: Mapping[str, torch.dtype], compute: torch.dtype) -> Model:
+    """What is read from the checkpoint that would be written, to compute in that dtype."""
+    return Model.build(student.family, student.arch, ((n, held(t, compute)) for n, t in rounded(student, dtypes)))

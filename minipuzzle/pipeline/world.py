@@ -23,6 +23,7 @@ from minipuzzle.data.blocks import Blocks, load_blocks
 from minipuzzle.data.corpus import identity, parse_blend
 from minipuzzle.data.held_out import two_parts
 from minipuzzle.data.tokenizer import load_tokenizer
+from minipuzzle.distill.precision import compute_dtype, resolve
 from minipuzzle.evaluate.quality import Reference
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.models.stream import StreamedModel
@@ -56,6 +57,7 @@ class Parent:
     folder: ModelFolder
     device: torch.device
     memory: Memory
+    dtype: torch.dtype = torch.float32  # of its matrices, and of products with them
 
     @property
     def arch(self) -> Architecture:
@@ -63,13 +65,13 @@ class Parent:
 
     @cached_property
     def model(self) -> Model:
-        """In memory, in float32: what teaches."""
-        return Model.load(self.folder, self.device)
+        """In memory: what teaches."""
+        return Model.load(self.folder, self.device, self.dtype)
 
     @cached_property
     def source(self) -> Source:
         """As a pass reads it: from memory, or from the disk where it does not fit."""
-        return self.model if self.memory.resident else StreamedModel.open(self.folder, self.device)
+        return self.model if self.memory.resident else StreamedModel.open(self.folder, self.device, self.dtype)
 
     def reference(self, ids_NT: torch.Tensor) -> Reference:
         """Its activations on some held-out blocks; they live as long as what is returned."""
@@ -107,11 +109,21 @@ class World:
         data = {f"{section}.data": lambda s=section: identity(self.source(s))
                 for section in ("calibration", "evaluation", "distillation")}
         return data | {"model": lambda: self.folder.fingerprint, "tokenizer": lambda: self.tokenizer_hash,
-                       "seed": lambda: self.seed, "candidate": lambda: self.candidate or "winner"}
+                       "seed": lambda: self.seed, "candidate": lambda: self.candidate or "winner",
+                       "precision": lambda: self.precision}
+
+    @property
+    def precision(self) -> str:
+        """The arithmetic of the run, from the first pass on."""
+        return resolve(self.recipe.distillation.precision, self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.precision, self.device)
 
     @cached_property
     def parent(self) -> Parent:
-        return Parent(self.folder, self.device, self.memory)
+        return Parent(self.folder, self.device, self.memory, self.dtype)
 
     @cached_property
     def tokenizer_hash(self) -> str:

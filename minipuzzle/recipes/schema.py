@@ -134,7 +134,7 @@ class DistillationSection(_Section):
     lm_loss_weight: float = Field(0.0, ge=0, le=1e3)
     hidden_loss_weight: float = Field(0.0, ge=0, le=1e3)
     top_k: int = Field(0, ge=0, le=2**31)  # of the teacher's words; 0: all of them
-    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # of all passes; fp8: of training alone
     activation_checkpointing: bool = False
 
 

@@ -78,6 +78,7 @@ class Cutter:
             return x
         if self.rotation is None:
             return x.index_select(-1, self._channels(hidden_size).to(x.device))
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         return x @ torch.from_numpy(self.rotation.basis[:, :hidden_size]).to(x)
 
     def _channels(self, hidden_size: int) -> torch.Tensor:
@@ -139,6 +140,7 @@ class Cutter:
         if self.rotation is None:
             wide = hidden.new_zeros(*hidden.shape[:-1], arch.hidden_size)
             return wide.index_copy_(-1, self._channels(keep).to(hidden.device), hidden)
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         basis = torch.from_numpy(self.rotation.basis[:, :keep]).to(hidden)
         return (hidden @ basis.T) * self.source.norms[self.source.family.norm_names[0]]
 
@@ -178,11 +180,13 @@ class Cutter:
         assert self.rotation is not None
         if name in family.top_readers():
             return torch.full_like(tensor[:hidden_size], self._norm_weights(hidden_size)[-1])
+        folded = tensor
         for norm, readers in family.top_readers().items():
             if name in readers:
-                tensor = tensor * self.source.norms[norm]
+                wide = torch.promote_types(tensor.dtype, torch.float32)  # rounded once, at the end
+                folded = tensor.to(wide) * self.source.norms[norm]
         basis = torch.from_numpy(self.rotation.basis[:, :hidden_size]).to(tensor.device)
-        return (tensor.double() @ basis).to(tensor.dtype)
+        return (folded.double() @ basis).to(tensor.dtype)
 
     def _norm_weights(self, hidden_size: int) -> list[float]:
         assert self.rotation is not None

@@ -69,7 +69,8 @@ def fold_norms(weights: Weights, readers: dict[str, tuple[str, ...]]) -> dict[st
     out = dict(weights)
     for norm, names in readers.items():
         for name in names:
-            out[name] = out[name] * weights[norm]
+            wide = torch.promote_types(out[name].dtype, torch.float32)  # not rounded before it is rotated
+            out[name] = out[name].to(wide) * weights[norm]
         out[norm] = torch.ones_like(weights[norm])
     return out
 
@@ -127,7 +128,7 @@ def rotate_weights(weights: Weights, axes: Mapping[str, Dims], readers: dict[str
         if HIDDEN in axes[name]:
             dim = axes[name].index(HIDDEN)
             moved = out[name].double().movedim(dim, -1) @ torch.from_numpy(rotation.basis).to(out[name].device)
-            out[name] = moved.movedim(-1, dim).to(out[name].dtype).contiguous()
+            out[name] = moved.movedim(-1, dim).to(weights[name].dtype).contiguous()
     return out
 
 

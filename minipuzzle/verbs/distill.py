@@ -13,7 +13,7 @@ from minipuzzle.core.files import read_json, reading, replace_folder, restore_fo
 from minipuzzle.core.rundir import digest
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loop import Trained, distill_model
-from minipuzzle.distill.precision import autocast, check_precision
+from minipuzzle.distill.precision import check_precision
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import reshard
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher
@@ -45,7 +45,8 @@ from minipuzzle.verbs.source import find_model
 SECTIONS = ("evaluation", "distillation")  # of the recipe, whose data are read
 # what the training of a folder may read; the verb runs it itself, in its own steps
 ALONE = Stage("distill", lambda given: [], settings=("distillation", "evaluation", "calibration", "workload"),
-              world=("model", "tokenizer", "evaluation.data", "distillation.data", "seed"), recorded=False)
+              world=("model", "tokenizer", "evaluation.data", "distillation.data", "seed", "precision"),
+              recorded=False)
 
 def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir: Path, seed: int, device: str,
             reporter: Reporter, command: str = "", cache_teacher: Path | None = None,
@@ -82,11 +83,11 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
             source = _cached(runner, cache_teacher, blocks, settings)
         else:
             # in several processes the shards go to the device, the whole stays on the CPU
-            source = given.parent.model if ranks.size == 1 else Model.load(big, "cpu")
+            source = given.parent.model if ranks.size == 1 else Model.load(big, "cpu", world.dtype)
         compared = cache_teacher is None and ranks.main
         before = None
         if ranks.main:
-            start = Model.load(small, ranks.device)
+            start = Model.load(small, ranks.device, world.dtype)
             before = _measure(start, final_ids, given.parent.reference(final_ids) if compared else None)
             check_finite(before, small.path, start, final_ids)
             del start
@@ -98,7 +99,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
         def evaluate(s: HybridLM) -> dict[str, float]:
             if ranks.size > 1:
                 return _sharded_loss(s, selection_ids, ranks)
-            return _measure(as_written(s, dtypes), selection_ids, selection)
+            return _measure(as_written(s, dtypes, world.dtype), selection_ids, selection)
 
         if ranks.main:
             run.commit("distill", what, [], 0.0)  # from its first step on it is this training and no other
@@ -155,9 +156,9 @@ def _inputs(runner: Runner, small: ModelFolder) -> dict[str, Any]:
     recipe = runner.recipe
     return {"student": small.fingerprint, "teacher": runner.world.folder.fingerprint,
             "data": {name: runner.world.identities[f"{name}.data"]() for name in SECTIONS},
-            "tokenizer": runner.world.tokenizer_hash, "seed": runner.world.seed,
+            "tokenizer": runner.world.tokenizer_hash, "seed": runner.world.seed, "precision": runner.world.precision,
             "distillation": recipe.distillation.model_dump(
-                exclude={"activation_checkpointing", "data", "tournament_tokens"})}
+                exclude={"activation_checkpointing", "data", "precision", "tournament_tokens"})}
 
 
 def _begin(runner: Runner, inputs: dict[str, Any], cached: bool, redo: bool) -> None:
@@ -196,7 +197,7 @@ def _finish(given: Given, small: ModelFolder, layers: tuple[int, ...], weights: 
     write_model(unchecked, small.arch.to_config(small.config), weights.items(), small.path)
     reload_gate(unchecked, ids, wanted)
     reference = given.parent.reference(final_ids) if compared else None
-    after = _measure(Model.load(open_model(unchecked), given.parent.device), final_ids, reference)
+    after = _measure(Model.load(open_model(unchecked), given.parent.device, given.parent.dtype), final_ids, reference)
     parent = {} if reference is None else reference.quality()
     report = distilled_report(given, small.arch, layers, {"parent": parent, "pruned": before, "distilled": after}, done,
                               exported)
@@ -230,8 +231,7 @@ def _cached(runner: Runner, folder: Path, blocks: Blocks, settings: TrainSetting
            "precision": "fp32" if settings.precision == "fp32" else "bf16"}
 
     def teacher() -> LiveTeacher:
-        return LiveTeacher(Model.load(world.folder, ranks.device),
-                           autocast=lambda: autocast(settings.precision, ranks.device))
+        return LiveTeacher(Model.load(world.folder, ranks.device, world.dtype))
 
     with runner.reporter.stage("cache", len(set(wanted)) / ranks.size) as update:
         cache_blocks(folder, teacher, blocks, wanted, key, ranks, lambda done: update(done, "blocks"))
@@ -254,7 +254,7 @@ def _sharded_loss(student: HybridLM, ids_NT: torch.Tensor, ranks: Ranks) -> dict
     losses = []
     for part in torch.split(ids_NT[[i % len(ids_NT) for i in own]], 4):
         hidden = student(part)
-        losses.append(token_metrics([hidden], student.head, part)[0].loss)
+        losses.append(student.lm_head(hidden, lambda h, head, part=part: token_metrics([h], head, part)[0].loss))
     reshard(student)
     mine = torch.cat(losses)[: sum(i < len(ids_NT) for i in own)].tolist()
     values = [float(x) for found in ranks.gather(mine) for x in found]

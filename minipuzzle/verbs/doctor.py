@@ -208,7 +208,8 @@ def _model(model: str) -> list[dict[str, Any]]:
             "by its configuration; no weights were looked at")
     checks = [*cuts, _check(f"{model} can be pruned", f"{arch}; {what}", True)]
     try:
-        plans = {device: make_plan(arch, Recipe(), memory_bytes=machine_memory(device)) for device in devices()}
+        plans = {device: make_plan(arch, Recipe(), memory_bytes=machine_memory(device), device=device)
+                 for device in devices()}
     except MinipuzzleError as error:
         return [*checks, _check("the default recipe", str(error), False)]
     checks += [_check(f"scoring on {device}", plan.passes(), True) for device, plan in plans.items()]

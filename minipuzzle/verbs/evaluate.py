@@ -55,7 +55,7 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
             reference = world.parent.reference(final_NT)
             found = reference.quality()
         else:
-            reference = Reference(Model.load(other, ranks.device), final_NT)
+            reference = Reference(Model.load(other, ranks.device, world.dtype), final_NT)
             found = measure(world.parent.model, reference)
         check_finite(found, folder.path, world.parent.model, final_NT)
         bytes_per_token = world.blocks("evaluation", "held_out", data[1]).bytes_per_token

@@ -109,7 +109,7 @@ def prepare(model: str | Path | None, recipe: Recipe, device: str = "cpu",
         raise InputError("prune runs in one process; score and distill are the verbs for torchrun")
     check_precision(recipe.distillation.precision, where)
     folder = open_model(find_model(model) if model is not None else bundled_model())
-    return folder, make_plan(folder.arch, recipe, memory_bytes=memory_to_use(memory_bytes, where)), where
+    return folder, make_plan(folder.arch, recipe, memory_bytes=memory_to_use(memory_bytes, where), device=where), where
 
 
 def check_machine(plan: Plan, path: Path, device: torch.device) -> None:

@@ -34,7 +34,7 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
     """
     folder, where = open_model(find_model(model)), find_device(device)
     plan = make_plan(folder.arch, recipe, need_budget=False, memory_bytes=memory_to_use(memory_bytes, where),
-                     reads=("calibration",))
+                     reads=("calibration",), device=where)
     stages = (tokenize_stage(("calibration",)), SCORE, CURVES)
     check_memory(plan, stages, where)
     path = output_dir or default_output(folder, recipe, seed)
