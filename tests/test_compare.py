@@ -107,6 +107,7 @@ def test_values_of_other_types_are_one_line(runs: list[Path], tmp_path: Path, ke
         assert result.exit_code == 5
         assert len(result.stderr.splitlines()) == 1
         assert "report.json" in result.stderr
+        assert ".".join(keys) in result.stderr
 
 
 def test_a_page_never_takes_the_place_of_what_is_no_file(runs: list[Path], tmp_path: Path) -> None:

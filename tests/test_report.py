@@ -20,6 +20,7 @@ from minipuzzle.report import facts, html
 from minipuzzle.report.card import model_card
 from minipuzzle.report.html import render_html, write_report
 from minipuzzle.report.plots import GRID_ROWS, METRIC_WORDS, pareto
+from minipuzzle.report.report import Report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 NASTY = "<script>alert('$x_1$ & \"y\"')</script>"
@@ -107,27 +108,27 @@ def test_same_report_same_bytes(report: dict[str, Any], page: str) -> None:
 
 
 def test_verdict_and_removed(report: dict[str, Any]) -> None:
-    verdict, result = facts.verdict(report), report["result"]["architecture"]
+    verdict, result = facts.verdict(Report.read(report)), report["result"]["architecture"]
     for part in ("2.35M parameters", "5.16 MiB", "bf16, context 1,024, batch 1", "1.842 (parent)", "4.018 (pruned)",
                  "1.994 (distilled)", f"of {len(report['parent']['architecture']['pattern'])} layers",
                  f"hidden size 96 → {result['hidden_size']}", f"FFN width 512 → {result['ffn_size']}"):
         assert part in verdict
-    assert "93.0 %" in (recovery := facts.recovery(report))
+    assert "93.0 %" in (recovery := facts.recovery(Report.read(report)))
     assert "0.152" in recovery
-    strip = facts.strip(report)
+    strip = facts.strip(Report.read(report))
     assert [i for i, layer in enumerate(strip) if layer["kept"]] == report["result"]["kept_layers"]
     assert "".join(layer["kind"] for layer in strip) == report["parent"]["architecture"]["pattern"]
 
 
 def test_table_has_winner_first_and_every_name(report: dict[str, Any], page: str) -> None:
-    rows = facts.candidate_rows(report)
+    rows = facts.candidate_rows(Report.read(report))
     assert len(rows) == min(facts.TABLE_ROWS, 60)
     assert [r["role"] for r in rows[:4]] == ["winner", "finalist", "finalist", ""]
     assert rows[0]["cells"][1][0] == report["result"]["candidate"]
     names = [c["name"] for c in report["candidates"][: facts.TABLE_ROWS]]
     cells = re.findall(r"<td[^>]*>(c\d+)", page)
     assert sorted(cells) == sorted(names)
-    assert all(len(r["cells"]) == len(facts.headings(report)) for r in rows)
+    assert all(len(r["cells"]) == len(facts.headings(Report.read(report))) for r in rows)
 
 
 def test_points_have_titles(report: dict[str, Any], page: str) -> None:
@@ -143,8 +144,8 @@ def test_points_have_titles(report: dict[str, Any], page: str) -> None:
     assert sum(t.startswith("layer ") for t in titles) == len(metrics) * len(layers) + len(layers) + len(kept)
     assert len(metrics) == 5
     grid = [t for t in titles if re.match(r"c\d+ keeps layer ", t)]
-    shown = facts.best(report, GRID_ROWS)
-    assert len(grid) == sum(len(c["kept_layers"]) for c in shown)
+    shown = Report.read(report).best(GRID_ROWS)
+    assert len(grid) == sum(len(c.kept_layers) for c in shown)
 
 
 def test_everything_is_escaped(report: dict[str, Any]) -> None:

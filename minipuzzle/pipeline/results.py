@@ -33,6 +33,7 @@ from minipuzzle.pipeline.stage import Given
 from minipuzzle.pipeline.student import cutter_of, state_folder
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.report.card import model_card
+from minipuzzle.report.report import Report
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.rank import rank_correlation
 
@@ -40,9 +41,9 @@ REPORT_CANDIDATES = 200
 WORSE = 1.1  # times the best: noise does not move the last looks of a cosine that far
 
 
-def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """report.json (docs/files.md). Losses in nats per token; those of the result are all on the
-    final part of the held-out blocks, those of the candidates on the part that selects.
+def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, Any]] = ()) -> Report:
+    """Losses of the result are on the final part of the held-out blocks, those of the candidates on
+    the part that selects.
 
     `given`: of the export; `found`: what it measured. `stages`: with the seconds that each took.
     """
@@ -51,7 +52,7 @@ def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, 
     parent, plain, pruned, final = (found[name] for name in ("parent", "sliced", "pruned", "distilled"))
     gap = plain["loss"] - parent["loss"]
     alerts = _alerts(found["exported"], found)
-    return _about(given, parent) | {
+    return Report.read(_about(given, parent) | {
         "result": {"parameters": found["parameters"], "memory_bytes": chosen.cost.memory_bytes,
                    "loss_sliced": plain["loss"], "loss_pruned": pruned["loss"], "loss_distilled": final["loss"],
                    "loss_distilled_stderr": final.get("loss_stderr"),
@@ -77,21 +78,20 @@ def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, 
         "warnings": alerts + _warnings(given, gap) + _prediction_notes(candidates, controls),
         "defaults": _defaults(recipe),
         "samples": found["samples"],
-    }
+    })
 
 
 def distilled_report(given: Given, student: Architecture, kept_layers: Sequence[int], measured: Mapping[str, Any],
-                     trained: Trained, exported: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of a model that was distilled alone, in the keys of report.json: for its card.
+                     trained: Trained, exported: Mapping[str, Any]) -> Report:
+    """Of a model that was distilled alone: for its card.
 
-    `measured`: `parent`, `pruned` and `distilled` as evaluate/quality.py gives them; without a
-    teacher `parent` is
-    empty. `exported`: as distill/loop.py's `load_best` tells it.
+    `measured`: `parent` (empty without a teacher), `pruned` and `distilled`, as
+    evaluate/quality.py gives them. `exported`: as `load_best` in distill/trained.py tells it.
     """
     alerts = _alerts(exported, measured)
     price = cost(student, given.settings.workload.build())
     pruned, final = measured["pruned"], measured["distilled"]
-    return _about(given, measured["parent"]) | {
+    return Report.read(_about(given, measured["parent"]) | {
         "result": {"parameters": price.parameters, "memory_bytes": price.memory_bytes, "loss_pruned": pruned["loss"],
                    "loss_distilled": final["loss"], "kl_pruned": pruned.get("kl"), "kl_distilled": final.get("kl"),
                    "agreement_distilled": final.get("agreement"), "path": str(given.folder / "model"),
@@ -101,7 +101,7 @@ def distilled_report(given: Given, student: Architecture, kept_layers: Sequence[
         "distillation": {"tokens": trained.tokens, "seconds": trained.seconds},
         "alerts": alerts,
         "warnings": alerts + held_out_notes(given) + training_notes(given.settings, given.parent.device),
-    }
+    })
 
 
 def _about(given: Given, parent: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +110,6 @@ def _about(given: Given, parent: Mapping[str, Any]) -> dict[str, Any]:
     price, final = cost(arch, workload), given.final_ids()
     held_out = given.blocks("evaluation", "held_out", given.settings.calibration.sequence_length)
     return {
-        "schema": 1,
         "model": "bundled model" if folder.path.parent.name == "bundled" else folder.path.name,
         "license": licence_of(folder.path),
         "generated": time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -318,11 +317,12 @@ def _defaults(recipe: Recipe) -> list[str]:
     return out
 
 
-def model_card_files(report: dict[str, Any]) -> dict[str, str]:
+def model_card_files(report: Report) -> dict[str, str]:
     """README.md and minipuzzle.json for the result's folder."""
     keys = ("schema", "model", "license", "generated", "command", "seed", "parent", "result", "paired", "alerts",
             "budget", "workload", "evaluation", "recipe", "versions", "hashes", "hardware", "warnings")
-    about = json.dumps({k: report[k] for k in keys if k in report}, indent=1, allow_nan=False) + "\n"
+    data = report.to_json()
+    about = json.dumps({k: data[k] for k in keys if k in data}, indent=1, allow_nan=False) + "\n"
     return {"README.md": model_card(report), "minipuzzle.json": about}
 
 

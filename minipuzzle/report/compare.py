@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +11,50 @@ from matplotlib.figure import Figure
 
 from minipuzzle.core.files import parse_yaml, write_atomic
 from minipuzzle.report import facts
-from minipuzzle.report.facts import at
 from minipuzzle.report.html import environment, figures_of, unbroken
 from minipuzzle.report.plots import METRIC_WORDS, WIDE, grid_of_layers, in_units, plain_ticks, wide_scale
+from minipuzzle.report.report import Report
 from minipuzzle.report.svg import CHOSEN, INK, KIND_COLORS, SERIES, hover
 
 COLORS = (*KIND_COLORS.values(), CHOSEN, *SERIES[1:])
 MARKERS = "osD^vPX*"
-# column of the table, its path in report.json, its format
-COLUMNS = (("parameters", ("result", "parameters"), facts.count), ("memory", ("result", "memory_bytes"), facts.size),
-           ("parent loss", ("parent", "loss"), facts.number), ("sliced", ("result", "loss_sliced"), facts.number),
-           ("pruned", ("result", "loss_pruned"), facts.number),
-           ("distilled", ("result", "loss_distilled"), facts.number),
-           ("recovered", ("result", "recovery"), facts.percent), ("KL", ("result", "kl_distilled"), facts.number),
-           ("agreement", ("result", "agreement_distilled"), facts.percent),
-           ("tokens", ("distillation", "tokens"), facts.count), ("time", ("seconds",), facts.duration))
+Value = float | None
+# column of the table -> (its value, its format)
+COLUMNS: dict[str, tuple[Callable[[Report], Value], Callable[[Value], str]]] = {
+    "parameters": (lambda r: r.result.parameters, facts.count), "memory": (lambda r: r.result.memory_bytes, facts.size),
+    "parent loss": (lambda r: r.parent.loss, facts.number), "sliced": (lambda r: r.result.loss_sliced, facts.number),
+    "pruned": (lambda r: r.result.loss_pruned, facts.number),
+    "distilled": (lambda r: r.result.loss_distilled, facts.number),
+    "recovered": (lambda r: r.result.recovery, facts.percent), "KL": (lambda r: r.result.kl_distilled, facts.number),
+    "agreement": (lambda r: r.result.agreement_distilled, facts.percent),
+    "tokens": (lambda r: r.distillation.tokens, facts.count), "time": (lambda r: r.seconds, facts.duration)}
 
 
-def comparison(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def reports_of(found: Mapping[str, Mapping[str, Any] | Report]) -> dict[str, Report]:
+    return {name: Report.read(data) for name, data in found.items()}
+
+
+def comparison(found: Mapping[str, Mapping[str, Any] | Report]) -> dict[str, Any]:
     """runs: what each run came to; settings: the recipe keys in which they differ; warnings.
 
-    `reports`: report.json by the name to show, in order.
+    `found`: report.json by the name to show, in order.
     """
-    runs, recipes = [], {}
-    for name, raw in reports.items():
-        report = facts.clean(raw)
-        report["seconds"] = sum(at(s, "seconds") or 0 for s in at(report, "stages") or []) or None
-        values = {label.replace(" ", "_"): at(report, *path) for label, path, _ in COLUMNS}
-        runs.append({"name": name, "candidate": at(report, "result", "candidate"),
-                     "pattern": at(report, "result", "architecture", "pattern"),
-                     "kept_layers": at(report, "result", "kept_layers"), "seed": report.get("seed")} | values)
-        recipes[name] = _flat(report) | {"seed": report.get("seed")}
+    reports = reports_of(found)
+    runs = [{"name": name, "candidate": r.result.candidate, "pattern": r.result.architecture.get("pattern"),
+             "kept_layers": r.result.kept_layers, "seed": r.seed}
+            | {label.replace(" ", "_"): value(r) for label, (value, _) in COLUMNS.items()}
+            for name, r in reports.items()]
+    recipes = {name: _flat(report) | {"seed": report.seed} for name, report in reports.items()}
     keys = dict.fromkeys(key for recipe in recipes.values() for key in recipe)
     settings = {key: {name: recipe.get(key) for name, recipe in recipes.items()} for key in keys
                 if len({str(recipe.get(key)) for recipe in recipes.values()}) > 1}
     return {"schema": 1, "runs": runs, "settings": settings, "warnings": _differences(reports)}
 
 
-def _flat(report: dict[str, Any]) -> dict[str, Any]:
+def _flat(report: Report) -> dict[str, Any]:
     """section.key: value of the recipe in the report."""
     try:
-        recipe = parse_yaml(str(report.get("recipe") or ""))
+        recipe = parse_yaml(report.recipe or "")
     except yaml.YAMLError:
         return {}
     sections = recipe.items() if isinstance(recipe, dict) else ()
@@ -59,20 +62,21 @@ def _flat(report: dict[str, Any]) -> dict[str, Any]:
             for key, value in values.items()}
 
 
-def _differences(reports: Mapping[str, dict[str, Any]]) -> list[str]:
-    out = []
-    for what, path in (("parents", ("hashes", "model")), ("held-out texts", ("hashes", "corpus")),
-                       ("numbers of held-out tokens", ("evaluation", "tokens")), ("workloads", ("workload",))):
-        if len({str(at(r, *path)) for r in reports.values()}) > 1:
-            out.append(f"The runs have different {what}: their numbers do not compare directly.")
-    return out
+def _differences(reports: Mapping[str, Report]) -> list[str]:
+    every = reports.values()
+    parts: dict[str, list[Any]] = {
+        "parents": [r.hashes.get("model") for r in every],
+        "held-out texts": [r.hashes.get("corpus") for r in every],
+        "numbers of held-out tokens": [r.evaluation.tokens for r in every],
+        "workloads": [r.workload for r in every]}
+    return [f"The runs have different {what}: their numbers do not compare directly."
+            for what, values in parts.items() if len(set(map(str, values))) > 1]
 
 
-def compare_quality(reports: Mapping[str, dict[str, Any]]) -> Figure | None:
+def compare_quality(reports: Mapping[str, Report]) -> Figure | None:
     """Cost against held-out loss of each result: hollow before training, filled after."""
-    rows = [(name, at(r, "result", "memory_bytes"), at(r, "result", "loss_pruned"), at(r, "result", "loss_distilled"))
-            for name, r in reports.items()]
-    rows = [r for r in rows if r[1] is not None and r[3] is not None]
+    rows = [(name, memory, r.result.loss_pruned, after) for name, r in reports.items()
+            if (memory := r.result.memory_bytes) is not None and (after := r.result.loss_distilled) is not None]
     if not rows:
         return None
     figure = Figure(figsize=(WIDE, 3.4), layout="constrained")
@@ -86,7 +90,7 @@ def compare_quality(reports: Mapping[str, dict[str, Any]]) -> Figure | None:
                              label=name)
         hover(marks, [f"{name}: {facts.size(memory)}, loss {facts.number(before)} pruned, {facts.number(after)} "
                       "distilled"])
-    parents = {round(loss, 3) for r in reports.values() if (loss := at(r, "parent", "loss")) is not None}
+    parents = {round(loss, 3) for r in reports.values() if (loss := r.parent.loss) is not None}
     for loss in sorted(parents):
         axis.axhline(loss, color=INK, ls="--", lw=1, label=f"parent {loss:.3f}")
     wide_scale(axis, "y", [v for r in rows for v in r[2:] if v is not None] + sorted(parents), 6)
@@ -97,32 +101,31 @@ def compare_quality(reports: Mapping[str, dict[str, Any]]) -> Figure | None:
     return figure
 
 
-def compare_layers(reports: Mapping[str, dict[str, Any]]) -> Figure | None:
+def compare_layers(reports: Mapping[str, Report]) -> Figure | None:
     """Which layers each result keeps, where all have the same parent."""
-    patterns = {at(r, "parent", "architecture", "pattern") for r in reports.values()}
-    rows = [{"name": name, "kept_layers": at(r, "result", "kept_layers")} for name, r in reports.items()]
-    rows = [r for r in rows if r["kept_layers"]]
+    patterns = {r.parent.architecture.get("pattern") for r in reports.values()}
+    rows = [(name, r.result.kept_layers) for name, r in reports.items() if r.result.kept_layers]
     pattern = next(iter(patterns))
     if len(patterns) > 1 or not pattern or not rows:
         return None
-    notes = [facts.number(at(reports[r["name"]], "result", "loss_distilled")) for r in rows]
-    return grid_of_layers(rows, pattern, [str(r["name"]) for r in rows], notes, "loss")
+    notes = [facts.number(reports[name].result.loss_distilled) for name, _ in rows]
+    return grid_of_layers(rows, pattern, [name for name, _ in rows], notes, "loss")
 
 
 FIGURES = ((compare_quality, "Hollow: pruned, before training; filled: distilled. Lower and further left is better."),
            (compare_layers, "A row is a run's result, a column a layer of the parent; a dot is a removed layer."))
 
 
-def render_comparison(reports: Mapping[str, dict[str, Any]]) -> str:
+def render_comparison(found: Mapping[str, Mapping[str, Any] | Report]) -> str:
     """The page that compares runs; the same reports give the same bytes."""
-    reports = {name: facts.clean(report) for name, report in reports.items()}
+    reports = reports_of(found)
     data = comparison(reports)
     rows = [{"role": "", "cells": [(str(i + 1), i + 1), (run["name"], run["name"])] + [
-        (form(value), value) for label, _, form in COLUMNS for value in [run[label.replace(" ", "_")]]]}
+        (form(value), value) for label, (_, form) in COLUMNS.items() for value in [run[label.replace(" ", "_")]]]}
         for i, run in enumerate(data["runs"])]
     figures = figures_of(reports, "Runs side by side", FIGURES)
     return environment().get_template("compare.html").render(
-        data=data, figures=figures, rows=rows, headings=("#", "run", *(label for label, *_ in COLUMNS)),
+        data=data, figures=figures, rows=rows, headings=("#", "run", *COLUMNS),
         verdict=unbroken(_verdict(data["runs"])))
 
 
@@ -138,8 +141,8 @@ def _verdict(runs: list[dict[str, Any]]) -> str:
                                              f"{least['distilled']:.3f}.")
 
 
-def write_comparison(reports: Mapping[str, dict[str, Any]], path: Path) -> Path:
+def write_comparison(found: Mapping[str, Mapping[str, Any] | Report], path: Path) -> Path:
     """Write the page, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, render_comparison(reports))
+    write_atomic(path, render_comparison(found))
     return path

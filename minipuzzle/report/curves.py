@@ -14,8 +14,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from minipuzzle.core.budget import human_bytes, human_count
 from minipuzzle.families.cost import cost, layer_parameters
 from minipuzzle.report import facts
-from minipuzzle.report.facts import at
 from minipuzzle.report.plots import HALF, METRIC_WORDS, TALL, WIDE, in_units, layer_ticks, plain_ticks, wide_scale
+from minipuzzle.report.report import Report, Rows
 from minipuzzle.report.svg import CHOSEN, INK, KIND_COLORS, LINE, MUTED, SERIES, hover
 
 # weights are grey; the caches have the colour of the layers that keep them
@@ -29,16 +29,16 @@ MEMORY_PARTS = (("weights_bytes", "weights", MUTED), ("kv_cache_bytes", "KV cach
 # ----------------------------------------------------------------------------------------------
 
 
-def widths(report: dict[str, Any]) -> Figure | None:
+def widths(report: Report) -> Figure | None:
     """One column per axis: above, the share of importance that the best channels hold; below, the
     measured damage of cutting that axis alone. The chosen width and the parent's are marked."""
-    first = at(report, "scores", "metric") or "kl"
-    rows = [r for r in at(report, "scores", "curves") or [] if at(r, "width") is not None]
+    first = report.scores.metric or "kl"
+    rows = [r for r in report.scores.curves if r.get("width") is not None]
     metric = next((m for m in (first, "kl", "mse", "loss_delta") if any(r.get(m) is not None for r in rows)), first)
     rows = [r for r in rows if r.get(metric) is not None]
     least = {n: min((r["width"] for r in rows if r.get("axis") == n), default=0) for n in facts.WIDTHS}
-    shares = [r for r in at(report, "scores", "widths") or []
-              if at(r, "median") is not None and r["width"] >= least.get(r.get("axis"), 0)]
+    shares = [r for r in report.scores.widths
+              if r.get("median") is not None and r["width"] >= least.get(str(r.get("axis")), 0)]
     cut = {r.get("axis") for r in rows} or {r.get("axis") for r in shares}
     names = [n for n in facts.WIDTHS if n in cut]
     if not names:
@@ -83,15 +83,14 @@ def _damage_panel(panel: Axes, rows: list[dict[str, Any]], metric: str, words: s
           [f"{words} {a}: {facts.METRICS.get(metric, metric)} {b:.4g}" for a, b in zip(x, y, strict=True)])
 
 
-def cuts(report: dict[str, Any]) -> Figure | None:
+def cuts(report: Report) -> Figure | None:
     """Parameters of each of the parent's layers, and how many of them the result keeps."""
-    parent, result = facts.architecture_of(at(report, "parent")), facts.architecture_of(at(report, "result"))
-    kept = at(report, "result", "kept_layers")
+    parent, result, kept = report.parent.arch, report.result.arch, report.result.kept_layers
     if parent is None or result is None or kept is None or len(kept) != result.num_layers:
         return None
     before = [layer_parameters(parent, i) for i in range(parent.num_layers)]
     after = dict(zip(kept, (layer_parameters(result, i) for i in range(result.num_layers)), strict=True))
-    shares = at(report, "scores", "kept_importance") or {}
+    shares = report.scores.kept_importance
     figure = Figure(figsize=(WIDE, 2.2), layout="constrained")
     axis = figure.subplots()
     step, unit = in_units("params", max(before))
@@ -115,9 +114,9 @@ def _cut_words(layer: int, kind: str, before: int, after: int, share: float | No
         + (f"; {share:.1%} of the importance of its channels kept" if share is not None else "")
 
 
-def _mark_width(panel: Axes, report: dict[str, Any], name: str) -> None:
+def _mark_width(panel: Axes, report: Report, name: str) -> None:
     """A line at the chosen width and one at the parent's."""
-    chosen, parent = at(report, "result", "architecture", name), at(report, "parent", "architecture", name)
+    chosen, parent = report.result.architecture.get(name), report.parent.architecture.get(name)
     if isinstance(parent, int | float):
         panel.axvline(parent, color=MUTED, lw=1, ls=":")
     if isinstance(chosen, int | float):
@@ -128,8 +127,8 @@ def _mark_width(panel: Axes, report: dict[str, Any], name: str) -> None:
 # --------------------------------------------------------------------------------------------
 
 
-def _series(curve: Any, x: str, y: str) -> tuple[list[float], list[float]]:
-    rows = [r for r in curve or [] if at(r, x) is not None and at(r, y) is not None]
+def _series(curve: Rows, x: str, y: str) -> tuple[list[float], list[float]]:
+    rows = [r for r in curve if r.get(x) is not None and r.get(y) is not None]
     return [r[x] for r in rows], [r[y] for r in rows]
 
 
@@ -139,25 +138,24 @@ def _token_axis(axis: Axes) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: human_count(v)))
 
 
-def ranks(report: dict[str, Any]) -> Figure | None:
+def ranks(report: Report) -> Figure | None:
     """The finalists' order before and after the tournament."""
-    metric = facts.quality(report)
-    some = [(at(c, "measured", metric), at(c, "after_distillation", "loss"), c) for c in facts.finalists(report)]
-    some = [s for s in some if s[0] is not None and s[1] is not None]
+    metric = report.metric
+    some = [(x, y, c) for c in report.finalists if (x := facts.quality(c, "measured", metric)) is not None
+            and (y := facts.quality(c, "after_distillation", "loss")) is not None]
     if len(some) < 2:
         return None
     figure = Figure(figsize=(HALF, max(TALL, 0.4 * len(some) + 1)), layout="constrained")
     axis = figure.subplots()
     before = sorted(range(len(some)), key=lambda i: some[i][0])
     after = sorted(range(len(some)), key=lambda i: some[i][1])
-    win = facts.chosen(report)
     for i, (start, end, candidate) in enumerate(some):
-        y = [before.index(i) + 1, after.index(i) + 1]
-        bold = candidate is win
-        axis.plot([0, 1], y, color=CHOSEN if bold else MUTED, marker="o", lw=3 if bold else 1.5)
+        places = [before.index(i) + 1, after.index(i) + 1]
+        bold = candidate is report.winner
+        axis.plot([0, 1], places, color=CHOSEN if bold else MUTED, marker="o", lw=3 if bold else 1.5)
         weight = "bold" if bold else "normal"
-        axis.text(-0.06, y[0], f"{candidate.get('name', '?')}  {start:.3f}", ha="right", va="center", weight=weight)
-        axis.text(1.06, y[1], f"{end:.3f}", ha="left", va="center", weight=weight)
+        axis.text(-0.06, places[0], f"{candidate.name}  {start:.3f}", ha="right", va="center", weight=weight)
+        axis.text(1.06, places[1], f"{end:.3f}", ha="left", va="center", weight=weight)
     axis.set_xticks([0, 1], ["before\n" + {"kl": "KL", "loss": "loss"}[metric], "after the tournament\nheld-out loss"])
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
@@ -169,10 +167,9 @@ def ranks(report: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def tournament(report: dict[str, Any]) -> Figure | None:
+def tournament(report: Report) -> Figure | None:
     """Training KL of the finalists over the tournament."""
-    runs = [(at(r, "candidate"), *_series(at(r, "curve"), "tokens", "kl"))
-            for r in at(report, "distillation", "tournament") or []]
+    runs = [(r.candidate, *_series(r.curve, "tokens", "kl")) for r in report.distillation.tournament]
     runs = [r for r in runs if len(r[1]) > 1]
     if not runs:
         return None
@@ -180,10 +177,9 @@ def tournament(report: dict[str, Any]) -> Figure | None:
     runs = [(name, x[: (n := sum(v <= end for v in x))], y[:n]) for name, x, y in runs]
     figure = Figure(figsize=(HALF, TALL), layout="constrained")
     axis = figure.subplots()
-    win = at(facts.chosen(report), "name")
     others = iter(SERIES[1:] * len(runs))
     for name, x, y in runs:
-        bold = name == win
+        bold = report.winner is not None and name == report.winner.name
         axis.plot(x, y, color=CHOSEN if bold else next(others), lw=2 if bold else 1, label=str(name),
                   zorder=3 if bold else 2)
     wide_scale(axis, "y", [v for _, _, y in runs for v in y], 10)
@@ -194,10 +190,10 @@ def tournament(report: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def distillation(report: dict[str, Any]) -> Figure | None:
+def distillation(report: Report) -> Figure | None:
     """The result's KL over training, in training batches and on held-out blocks; and the held-out
     loss of each step from the parent to the result, all on the same blocks."""
-    curve = at(report, "distillation", "curve")
+    curve = report.distillation.curve
     tokens, train = _series(curve, "tokens", "kl")
     if len(tokens) < 2:
         return None
@@ -218,14 +214,12 @@ def distillation(report: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def _losses(axis: Axes, report: dict[str, Any]) -> None:
-    result = at(report, "result") or {}
-    paired = at(report, "paired") or {}
-    steps = [("parent", at(report, "parent", "loss"), None),
-             ("sliced", result.get("loss_sliced"), at(paired, "sliced", "stderr")),
-             ("pruned", result.get("loss_pruned"), at(paired, "pruned", "stderr")),
-             ("distilled", result.get("loss_distilled"), at(paired, "stderr"))]
-    steps = [s for s in steps if s[1] is not None]
+def _losses(axis: Axes, report: Report) -> None:
+    result, paired = report.result, report.paired
+    steps = [(name, loss, error) for name, loss, error in (
+        ("parent", report.parent.loss, None), ("sliced", result.loss_sliced, paired.sliced.stderr),
+        ("pruned", result.loss_pruned, paired.pruned.stderr), ("distilled", result.loss_distilled, paired.stderr))
+        if loss is not None]
     y = range(len(steps))
     if not steps:
         axis.set_visible(False)
@@ -246,18 +240,18 @@ def _losses(axis: Axes, report: dict[str, Any]) -> None:
 # -------------------------------------------------------------------------------------
 
 
-def memory(report: dict[str, Any]) -> Figure | None:
+def memory(report: Report) -> Figure | None:
     """Weights, KV cache and Mamba state of parent and result as the context grows; the rest as in
     the workload."""
-    both = [(name, facts.architecture_of(at(report, name))) for name in ("parent", "result")]
-    both = [(name, arch) for name, arch in both if arch is not None]
-    if len(both) < 2:
+    parent, result = report.parent.arch, report.result.arch
+    if parent is None or result is None:
         return None
-    load = facts.workload_of(report)
+    load = report.load
     contexts = sorted({max(1, load.context * 2**i // 8) for i in range(9)})
-    priced = {name: [cost(a, dataclasses.replace(load, context=n)) for n in contexts] for name, a in both if a}
+    priced = {name: [cost(arch, dataclasses.replace(load, context=n)) for n in contexts]
+              for name, arch in (("parent", parent), ("result", result))}
     divisor, unit = in_units("memory", max(c.memory_bytes for costs in priced.values() for c in costs))
-    limit = at(report, "budget", "memory", "limit")
+    limit = report.budget["memory"].limit if "memory" in report.budget else None
     figure = Figure(figsize=(WIDE, TALL), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for axis, (name, costs) in zip(axes, priced.items(), strict=True):
@@ -285,10 +279,9 @@ def _tokens(value: float, _: Any) -> str:
     return f"{value:g}"
 
 
-def stages(report: dict[str, Any]) -> Figure | None:
+def stages(report: Report) -> Figure | None:
     """Seconds of each stage."""
-    rows = [(str(at(s, "name")), at(s, "seconds")) for s in at(report, "stages") or []]
-    rows = [(name, seconds) for name, seconds in rows if seconds is not None]
+    rows = [(str(s.name), s.seconds) for s in report.stages if s.seconds is not None]
     if not rows:
         return None
     figure = Figure(figsize=(WIDE, 0.24 * len(rows) + 0.6), layout="constrained")

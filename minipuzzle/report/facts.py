@@ -1,17 +1,14 @@
-"""What the report says in words and numbers, read from the dict of report.json; any part of it may
-be missing."""
+"""What a report says in words and numbers; any part of it may be missing."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
-from minipuzzle.core.budget import BUDGET_KEYS, Workload, human_bytes, human_count
-from minipuzzle.core.errors import UnsupportedModel
+from minipuzzle.core.budget import BUDGET_KEYS, human_bytes, human_count
 from minipuzzle.families import registry
-from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Axis, Kind
+from minipuzzle.report.report import Candidate, Report
 
 KINDS = registry.kinds()
 WIDTHS = registry.widths()
@@ -20,38 +17,9 @@ ABSENT = "-"  # what stands for a number that was not measured
 METRICS = {"kl": "KL", "mse": "MSE", "nmse": "relative MSE", "loss_delta": "change of loss", "cosine": "1 - cosine"}
 
 
-def at(data: Any, *keys: str) -> Any:
-    """data[key][key]...; None where a step is missing."""
-    for key in keys:
-        data = data.get(key) if isinstance(data, Mapping) else None
-    return data
-
-
-def clean(value: Any) -> Any:
-    """The same as plain JSON values: NaN and infinity become None, numpy's numbers Python's, paths
-    text."""
-    if isinstance(value, Mapping):
-        return {str(k): clean(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(v) for v in value]
-    if hasattr(value, "tolist"):  # a numpy number or array
-        return clean(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def architecture_of(data: Any) -> Architecture | None:
-    """The Architecture of a part of the report; None if it is absent or incomplete."""
-    try:
-        return Architecture.from_json({k: v for k, v in at(data, "architecture").items() if v is not None})
-    except (AttributeError, TypeError, KeyError, UnsupportedModel):
-        return None
-
-
-def kinds_and_widths(report: dict[str, Any]) -> tuple[list[Kind], list[Axis]]:
+def kinds_and_widths(report: Report) -> tuple[list[Kind], list[Axis]]:
     """Of the parent's layers; of all families where the report does not know it."""
-    parent = architecture_of(at(report, "parent"))
+    parent = report.parent.arch
     if parent is None:
         return [kind for kind in KINDS.values() if not kind.refuse], list(WIDTHS.values())
     kinds = [kind for letter, kind in parent.family.kinds.items() if letter in parent.pattern]
@@ -59,15 +27,9 @@ def kinds_and_widths(report: dict[str, Any]) -> tuple[list[Kind], list[Axis]]:
     return kinds, [axis for name, axis in parent.family.widths.items() if name in used]
 
 
-def legend(report: dict[str, Any]) -> str:
+def legend(report: Report) -> str:
     """M Mamba, * attention, - FFN."""
     return ", ".join(f"{kind.letter} {kind.label}" for kind in kinds_and_widths(report)[0])
-
-
-def workload_of(report: dict[str, Any]) -> Workload:
-    """The workload that memory is counted at; the defaults where the report is silent."""
-    known = {k: v for k, v in (at(report, "workload") or {}).items() if v is not None}
-    return Workload(**known | {"keep_16bit": tuple(known.get("keep_16bit", ()))})
 
 
 # formats
@@ -104,111 +66,75 @@ def duration(seconds: float | None) -> str:
 # ------------------------------------------------------------------------------------------
 
 
-def candidates(report: dict[str, Any]) -> list[dict[str, Any]]:
-    return [c for c in at(report, "candidates") or [] if isinstance(c, dict)]
-
-
-def measured(report: dict[str, Any]) -> list[dict[str, Any]]:
-    return [c for c in candidates(report) if c.get("measured")]
-
-
-def controls(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The random candidates that were measured to judge the prediction."""
-    return [c for c in at(report, "controls") or [] if isinstance(c, dict)]
-
-
-def prediction(report: dict[str, Any]) -> str:
+def prediction(report: Report) -> str:
     """How well predicted damage orders what was measured, where it was chosen by and in the whole
     space."""
-    chosen, drawn = (at(report, "rank_correlation", key) for key in ("measured", "controls"))
+    chosen, drawn = report.rank_correlation.measured, report.rank_correlation.controls
     if chosen is None and drawn is None:
         return ""
     text = "Rank correlation (Spearman) of the prediction with the measured KL; 1 is a perfect order, 0 is chance: "
-    some = [f"{number(chosen, '.2f')} among the {len(measured(report))} candidates that it put first, a narrow "
+    some = [f"{number(chosen, '.2f')} among the {len(report.measured)} candidates that it put first, a narrow "
             "selection that differs by less than it can foretell"] if chosen is not None else []
     if drawn is not None:
-        some.append(f"{number(drawn, '.2f')} among {len(controls(report))} drawn at random from all within the budget, "
+        some.append(f"{number(drawn, '.2f')} among {len(report.controls)} drawn at random from all within the budget, "
                     "which is how well it leads through the whole space")
     return text + "; ".join(some) + "."
 
 
-def finalists(report: dict[str, Any]) -> list[dict[str, Any]]:
-    return [c for c in candidates(report) if c.get("after_distillation")]
-
-
-def chosen_role(report: dict[str, Any]) -> str:
-    """Why the result's candidate was distilled."""
-    return "chosen by hand" if at(report, "result", "chosen_by_hand") else "winner"
-
-
-def chosen(report: dict[str, Any]) -> dict[str, Any] | None:
-    """The candidate that became the result."""
-    found = [c for c in candidates(report) if c.get("chosen") or c.get("name") == at(report, "result", "candidate")]
-    return found[0] if found and found[0].get("name") else None
-
-
-def best(report: dict[str, Any], limit: int) -> list[dict[str, Any]]:
-    """The result's candidate, the other finalists, then the rest in the order of the search."""
-    first = chosen(report)
-    order = ([first] if first else []) + finalists(report) + candidates(report)
-    seen: dict[int, dict[str, Any]] = {id(c): c for c in order}
-    return list(seen.values())[:limit]
-
-
-def quality(report: dict[str, Any]) -> str:
-    """The measured quality that the figures use: KL to the parent, else loss."""
-    return "kl" if any(at(c, "measured", "kl") is not None for c in candidates(report)) else "loss"
-
-
-def summary(candidate: dict[str, Any]) -> str:
+def summary(candidate: Candidate) -> str:
     """One line for a hover text."""
-    parts = [str(candidate.get("name", "?"))]
-    arch = architecture_of(candidate)
-    if arch:
-        parts.append(str(arch))
-    for text, value, form in (("memory", at(candidate, "cost", "memory_bytes"), size),
-                              ("parameters", at(candidate, "cost", "parameters"), count),
-                              ("KL", at(candidate, "measured", "kl"), number),
-                              ("loss", at(candidate, "measured", "loss"), number),
-                              ("loss after the tournament", at(candidate, "after_distillation", "loss"), number)):
+    c, parts = candidate, [candidate.name] + ([str(candidate.arch)] if candidate.arch else [])
+    for text, value, form in (("memory", c.cost.get("memory_bytes"), size),
+                              ("parameters", c.cost.get("parameters"), count),
+                              ("KL", quality(c, "measured", "kl"), number),
+                              ("loss", quality(c, "measured", "loss"), number),
+                              ("loss after the tournament", quality(c, "after_distillation", "loss"), number)):
         if value is not None:
             parts.append(f"{text} {form(value)}")
     return "; ".join(parts)
 
 
-def budget_of(report: dict[str, Any]) -> tuple[str, int | None]:
+def quality(candidate: Candidate, section: str, metric: str) -> float | None:
+    """One number of `predicted`, `measured` or `after_distillation`."""
+    part = getattr(candidate, section)
+    value: float | None = part.get(metric) if isinstance(part, dict) else getattr(part, metric, None)
+    return value
+
+
+def budget_of(report: Report) -> tuple[str, int | None]:
     """(budget key, limit) of the axis that figures use: memory, or the first budget asked for."""
-    limits = {k: at(v, "limit") for k, v in (at(report, "budget") or {}).items() if k in BUDGET_KEYS}
+    limits = {k: v.limit for k, v in report.budget.items() if k in BUDGET_KEYS}
     key = "memory" if "memory" in limits or not limits else next(iter(limits))
     return key, limits.get(key)
 
 
-def headings(report: dict[str, Any]) -> list[str]:
+def headings(report: Report) -> list[str]:
     """Of the columns of `candidate_rows`."""
     kinds, axes = kinds_and_widths(report)
     return ["#", "candidate", *(kind.letter for kind in kinds), *(axis.heading for axis in axes), "parameters",
             "memory", "predicted", "KL", "loss", "after", "agreement"]
 
 
-def candidate_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+def candidate_rows(report: Report) -> list[dict[str, Any]]:
     """Rows of the table; each cell is (text, value to sort by)."""
     rows, (kinds, axes) = [], kinds_and_widths(report)
-    for rank, c in enumerate(best(report, TABLE_ROWS), 1):
-        arch = architecture_of(c)
-        cells: list[tuple[str, Any]] = [(str(rank), rank), (str(c.get("name", "?")), str(c.get("name", "?")))]
+    for rank, c in enumerate(report.best(TABLE_ROWS), 1):
+        arch = c.arch
+        cells: list[tuple[str, Any]] = [(str(rank), rank), (c.name, c.name)]
         for kind in kinds:
             layers = arch.pattern.count(kind.letter) if arch else None
             cells.append((number(layers, "d"), layers))
         for axis in axes:
-            width = widths_text(at(c, "architecture", axis.name))
+            width = widths_text(c.architecture.get(axis.name))
             cells.append((width, width.split("..")[0]))
-        for value, form in ((at(c, "cost", "parameters"), count), (at(c, "cost", "memory_bytes"), size),
-                            (at(c, "predicted", "damage"), number), (at(c, "measured", "kl"), number),
-                            (at(c, "measured", "loss"), number), (at(c, "after_distillation", "loss"), number),
-                            (at(c, "measured", "agreement"), percent)):
+        for value, form in ((c.cost.get("parameters"), count), (c.cost.get("memory_bytes"), size),
+                            (c.predicted.get("damage"), number), (quality(c, "measured", "kl"), number),
+                            (quality(c, "measured", "loss"), number),
+                            (quality(c, "after_distillation", "loss"), number),
+                            (quality(c, "measured", "agreement"), percent)):
             cells.append((form(value), value))
-        is_chosen = c is chosen(report)
-        role = chosen_role(report) if is_chosen else "finalist" if c.get("after_distillation") else ""
+        is_chosen = c is report.winner
+        role = report.winner_role if is_chosen else "finalist" if c.after_distillation else ""
         rows.append({"cells": cells, "role": role, "chosen": is_chosen})
     return rows
 
@@ -224,27 +150,26 @@ def widths_text(value: Any) -> str:
     return ABSENT if value is None or value == [] else str(value)
 
 
-def workload_text(report: dict[str, Any]) -> str:
-    load = workload_of(report)
+def workload_text(report: Report) -> str:
+    load = report.load
     return f"{load.precision}, context {load.context:,}, batch {load.batch}"
 
 
-def verdict(report: dict[str, Any]) -> str:
+def verdict(report: Report) -> str:
     """One sentence: size and memory before and after, what was removed, and the loss on the way."""
-    parent, result = at(report, "parent") or {}, at(report, "result") or {}
+    parent, result = report.parent, report.result
     parts = []
-    if parent.get("parameters") and result.get("parameters"):
-        parts.append(f"{count(parent['parameters'])} parameters became {count(result['parameters'])}")
-    if parent.get("memory_bytes") and result.get("memory_bytes"):
-        parts.append(f"{size(parent['memory_bytes'])} of memory became {size(result['memory_bytes'])} "
+    if parent.parameters and result.parameters:
+        parts.append(f"{count(parent.parameters)} parameters became {count(result.parameters)}")
+    if parent.memory_bytes and result.memory_bytes:
+        parts.append(f"{size(parent.memory_bytes)} of memory became {size(result.memory_bytes)} "
                      f"({workload_text(report)})")
     text, gone = " and ".join(parts), removed(report)
     if text and gone:
         text += f" by removing {gone}"
     steps = [f"{number(value)} ({name})" for value, name in
-             ((parent.get("loss"), "parent"),
-              (result.get("loss_pruned"), "pruned" if cut(report) else "before training"),
-              (result.get("loss_distilled") if trained(report) else None, "distilled")) if value is not None]
+             ((parent.loss, "parent"), (result.loss_pruned, "pruned" if report.cut else "before training"),
+              (result.loss_distilled if report.trained else None, "distilled")) if value is not None]
     if steps:
         text += ("; held-out loss" if text else "Held-out loss")
         text += f" went from {' to '.join(steps)}" if len(steps) > 1 else f" is {steps[0]}"
@@ -252,58 +177,46 @@ def verdict(report: dict[str, Any]) -> str:
     return f"{text}." if text else "The report has no results yet."
 
 
-def choice(report: dict[str, Any]) -> str:
+def choice(report: Report) -> str:
     """Who chose the result, where it was not the tournament."""
-    if not at(report, "result", "chosen_by_hand"):
+    if not report.result.chosen_by_hand:
         return ""
-    return (f"Candidate {at(report, 'result', 'candidate')} was chosen by hand; the run itself may prefer "
+    return (f"Candidate {report.result.candidate} was chosen by hand; the run itself may prefer "
             "another.")
 
 
-def cut(report: dict[str, Any]) -> bool:
-    """Whether it was cut here: `distill` takes a student as it comes, pruned, distilled before, or
-    neither."""
-    return at(report, "result", "candidate") is not None
-
-
-def trained(report: dict[str, Any]) -> bool:
-    """Whether the result was distilled at all: a run may only prune."""
-    return bool(at(report, "distillation", "tokens") != 0)
-
-
-def recovery(report: dict[str, Any]) -> str:
+def recovery(report: Report) -> str:
     """What distillation gave back of what plain slicing took."""
-    result = at(report, "result") or {}
-    if result.get("recovery") is None:
+    result = report.result
+    if result.recovery is None:
         return ""
-    left, gap = result.get("gap_left"), percent(result["recovery"])
-    what = f"of the gap that slicing opened (loss {number(result.get('loss_sliced'))} by plain selection, untrained)"
-    if not trained(report):
-        return (f"Without training, {gap} {what} is recovered"
-                + (f", and {number(left)} nats per token are left." if left is not None else "."))
-    return f"Distillation recovered {gap} {what}" + (
-        f" and leaves {number(left)} nats per token." if left is not None else ".")
+    what = (f"{percent(result.recovery)} of the gap that slicing opened (loss {number(result.loss_sliced)} by plain "
+            "selection, untrained)")
+    left = "" if result.gap_left is None else f"{number(result.gap_left)} nats per token"
+    if not report.trained:
+        return f"Without training, {what} is recovered" + (f", and {left} are left." if left else ".")
+    return f"Distillation recovered {what}" + (f" and leaves {left}." if left else ".")
 
 
-def exported(report: dict[str, Any]) -> str:
+def exported(report: Report) -> str:
     """Which weights were exported, and why those."""
-    found = at(report, "result", "exported")
-    if at(found, "step") is None or at(found, "steps") is None:
+    found = report.result.exported
+    if found is None or found.step is None or found.steps is None:
         return ""
-    which = f"of step {found['step']:,} of {found['steps']:,}" if found["step"] else "from before training"
+    which = f"of step {found.step:,} of {found.steps:,}" if found.step else "from before training"
     return (f"The weights exported are those {which}: of all looks during training, the first before it, they were "
             "the best on the held-out blocks that select.")
 
 
-def difference(report: dict[str, Any]) -> str:
+def difference(report: Report) -> str:
     """The result's loss minus the parent's, with the paired standard error."""
-    value, error = (at(report, "paired", key) for key in ("loss_minus_parent", "stderr"))
+    value, error = report.paired.loss_minus_parent, report.paired.stderr
     return number(value, "+.4f") + (f" ± {error:.4f}" if value is not None and error is not None else "")
 
 
-def removed(report: dict[str, Any]) -> str:
+def removed(report: Report) -> str:
     """Which layers by kind and which widths went, as a phrase; '' where that is not known."""
-    parent, result = architecture_of(at(report, "parent")), architecture_of(at(report, "result"))
+    parent, result = report.parent.arch, report.result.arch
     if parent is None or result is None:
         return ""
     gone = parent.num_layers - result.num_layers
@@ -316,42 +229,38 @@ def removed(report: dict[str, Any]) -> str:
     return f"{text} and narrowing {', '.join(widths)}" if widths else f"{text}, all widths kept"
 
 
-def strip(report: dict[str, Any]) -> list[dict[str, Any]]:
+def strip(report: Report) -> list[dict[str, Any]]:
     """The parent's layers in order: kind, whether the result keeps it, and a line on it. [] where
     that is not known."""
-    parent, kept = architecture_of(at(report, "parent")), at(report, "result", "kept_layers")
+    parent, kept = report.parent.arch, report.result.kept_layers
     if parent is None or kept is None:
         return []
-    metric = at(report, "scores", "metric") or "kl"
-    scores = {at(r, "layer"): at(r, metric) for r in at(report, "scores", "layers") or []}
+    metric = report.scores.metric or "kl"
+    scores = {r.get("layer"): r.get(metric) for r in report.scores.layers}
     return [{"kind": kind, "name": KINDS[kind].name, "kept": i in kept, "text": f"layer {i}, {KINDS[kind].label}: "
              + ("kept" if i in kept else "removed")
              + (f"; without it {METRICS.get(metric, metric)} {scores[i]:.4g}" if scores.get(i) is not None else "")}
             for i, kind in enumerate(parent.pattern)]
 
 
-def key_figures(report: dict[str, Any]) -> list[dict[str, str]]:
+def key_figures(report: Report) -> list[dict[str, str]]:
     """Tiles: label, value, note. Only what is known."""
-    parent, result = at(report, "parent") or {}, at(report, "result") or {}
+    parent, result, more = report.parent, report.result, difference(report)
     tiles = []
 
-    def add(label: str, known: Any, value: str, note: str) -> None:
-        if known is not None:
-            tiles.append({"label": label, "value": value, "note": note})
+    def add(label: str, value: float | None, form: Callable[[float | None], str], note: str) -> None:
+        if value is not None:
+            tiles.append({"label": label, "value": form(value), "note": note})
 
-    for label, key, form in (("parameters", "parameters", count), ("memory", "memory_bytes", size)):
-        before, after = parent.get(key), result.get(key)
-        note = f"{percent(after / before)} of the parent's {form(before)}" if before and after else ""
-        add(label, after, form(after), note)
-    more = difference(report)
-    add("held-out loss", result.get("loss_distilled"), number(result.get("loss_distilled")),
-        f"parent {number(parent.get('loss'))}" + (f"; difference {more}" if more != ABSENT else ""))
-    add("gap recovered", result.get("recovery"), percent(result.get("recovery")),
-        f"{number(result.get('gap_left'))} nats per token are left")
-    agreement = result.get("agreement_distilled")
-    add("KL to the parent", result.get("kl_distilled"), number(result.get("kl_distilled")),
-        (f"before distillation {number(result.get('kl_pruned'))}" if trained(report) else "not trained")
-        + (f"; same next token {percent(agreement)}" if agreement is not None else ""))
-    seconds = [s["seconds"] for s in at(report, "stages") or [] if at(s, "seconds") is not None]
-    add("time", seconds or None, duration(sum(seconds)), str(at(report, "hardware") or ""))
+    for label, before, after, form in (("parameters", parent.parameters, result.parameters, count),
+                                       ("memory", parent.memory_bytes, result.memory_bytes, size)):
+        add(label, after, form, f"{percent(after / before)} of the parent's {form(before)}" if before and after else "")
+    add("held-out loss", result.loss_distilled, number,
+        f"parent {number(parent.loss)}" + (f"; difference {more}" if more != ABSENT else ""))
+    add("gap recovered", result.recovery, percent, f"{number(result.gap_left)} nats per token are left")
+    same = result.agreement_distilled
+    add("KL to the parent", result.kl_distilled, number,
+        (f"before distillation {number(result.kl_pruned)}" if report.trained else "not trained")
+        + (f"; same next token {percent(same)}" if same is not None else ""))
+    add("time", report.seconds, duration, report.hardware or "")
     return tiles

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -17,6 +17,7 @@ from markupsafe import Markup
 from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.files import write_atomic
 from minipuzzle.report import curves, facts, plots
+from minipuzzle.report.report import Report
 from minipuzzle.report.svg import Draw, draw
 
 # (section, heading of the section, [(figure, caption)]): the order of the page
@@ -69,22 +70,22 @@ def environment() -> Environment:
     return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=load)
 
 
-def render_html(report: dict[str, Any]) -> str:
+def render_html(data: Mapping[str, Any] | Report) -> str:
     """The page of a report; a part that the report lacks is left out. The same report gives the
     same bytes."""
-    report = facts.clean(report)
+    report = Report.read(data)
     sections = []
     for name, heading, figures in FIGURES:
         drawn = figures_of(report, heading, figures)
         if drawn:
             sections.append({"name": name, "heading": heading, "figures": drawn, "note": _note(report, name)})
-    samples = [(label, text) for key, label in SAMPLES if (text := facts.at(report, "samples", key)) is not None
-               and (key != "distilled" or facts.trained(report))]
+    samples = [(label, text) for key, label in SAMPLES if (text := getattr(report.samples, key)) is not None
+               and (key != "distilled" or report.trained)]
     return environment().get_template("report.html").render(
-        report=report, at=facts.at, sections=sections, verdict=unbroken(facts.verdict(report)),
+        report=report, sections=sections, verdict=unbroken(facts.verdict(report)),
         choice=facts.choice(report), recovery=unbroken(facts.recovery(report)), strip=facts.strip(report),
         kinds=facts.legend(report), tiles=facts.key_figures(report), samples=samples,
-        headings=facts.headings(report), rows=facts.candidate_rows(report), total=len(facts.candidates(report)),
+        headings=facts.headings(report), rows=facts.candidate_rows(report), total=len(report.candidates),
         facts=_provenance(report), unbroken=unbroken)
 
 
@@ -106,45 +107,41 @@ def unbroken(text: str) -> str:
     return re.sub(r"(\d) (%|(?:[KMGT]iB|min|h|s)\b)", "\\1\N{NO-BREAK SPACE}\\2", text)
 
 
-def _note(report: dict[str, Any], section: str) -> str:
+def _note(report: Report, section: str) -> str:
     """A sentence with numbers under a heading."""
-    search, training = facts.at(report, "search") or {}, facts.at(report, "distillation") or {}
-    if section == "tradeoff" and search.get("feasible") is not None:
-        return (f"{search['feasible']:,} of {facts.number(search.get('points'), ',')} architectures meet the budget; "
-                f"{facts.number(search.get('measured'), ',')} of them were measured.")
-    if section == "tradeoff" and search.get("points") is not None:
-        return (f"The integer program chose its candidates from {search['points']:,} architectures; "
-                f"{facts.number(search.get('measured'), ',')} of them were measured.")
+    search, training = report.search, report.distillation
+    if section == "tradeoff" and search.points is not None:
+        found = (f"The integer program chose its candidates from {search.points:,} architectures"
+                 if search.feasible is None else
+                 f"{search.feasible:,} of {search.points:,} architectures meet the budget")
+        return f"{found}; {facts.number(search.measured, ',')} of them were measured."
     if section == "prediction":
         return facts.prediction(report)
-    if section == "distillation" and training.get("tokens") is not None:
-        speed = training.get("tokens_per_second")
-        return (f"{facts.count(training['tokens'])} tokens in {facts.duration(training.get('seconds'))}"
+    if section == "distillation" and training.tokens is not None:
+        speed = training.tokens_per_second
+        return (f"{facts.count(training.tokens)} tokens in {facts.duration(training.seconds)}"
                 + (f", {speed:,.0f} tokens per second." if speed is not None else ".")
                 + f" {facts.exported(report)}").rstrip()
     return ""
 
 
-def _provenance(report: dict[str, Any]) -> list[tuple[str, str]]:
+def _provenance(report: Report) -> list[tuple[str, str]]:
     """Label and text of the run's particulars, for the last part of the page."""
-    evaluation, out = facts.at(report, "evaluation") or {}, []
-    if evaluation.get("blocks") is not None:
-        per_byte = evaluation.get("bytes_per_token")
-        out.append(("held-out text", f"{evaluation['blocks']:,} blocks of "
-                    f"{facts.number(evaluation.get('sequence_length'), ',')} tokens from "
-                    f"{evaluation.get('source') or 'an unnamed source'}"
+    evaluation, out = report.evaluation, []
+    if evaluation.blocks is not None:
+        per_byte = evaluation.bytes_per_token
+        out.append(("held-out text", f"{evaluation.blocks:,} blocks of {facts.number(evaluation.sequence_length, ',')} "
+                    f"tokens from {evaluation.source or 'an unnamed source'}"
                     + (f", {per_byte:.2f} bytes per token" if per_byte else "")))
-    load = facts.at(report, "workload")
-    if load:
-        out.append(("workload", ", ".join(f"{k} {v}" for k, v in load.items() if v not in (None, []))))
-    for label, value in (("generated", report.get("generated")), ("hardware", report.get("hardware")),
-                         ("seed", report.get("seed")), ("parent", facts.at(report, "parent", "path")),
-                         ("result", facts.at(report, "result", "path"))):
+    if report.workload:
+        out.append(("workload", ", ".join(f"{k} {v}" for k, v in report.workload.items() if v not in (None, []))))
+    for label, value in (("generated", report.generated), ("hardware", report.hardware), ("seed", report.seed),
+                         ("parent", report.parent.path), ("result", report.result.path)):
         if value is not None:
             out.append((label, str(value)))
     for group in ("versions", "hashes"):
         out += [(f"{name} ({group[:-1] if group == 'versions' else 'hash'})", str(value))
-                for name, value in (facts.at(report, group) or {}).items()]
+                for name, value in getattr(report, group).items()]
     return out
 
 
@@ -165,11 +162,12 @@ def showing(name: str) -> Iterator[None]:
                               "'minipuzzle prune' writes it again") from None
 
 
-def write_report(report: dict[str, Any], folder: Path) -> Path:
+def write_report(found: Mapping[str, Any] | Report, folder: Path) -> Path:
     """Write report.json and report.html into `folder`, each whole or not at all; returns the page's
     path."""
+    report = Report.read(found)
     page = render_html(report)
-    data = json.dumps(facts.clean(report), indent=1, ensure_ascii=False, allow_nan=False)
+    data = json.dumps(report.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "report.json", data + "\n")
     write_atomic(folder / "report.html", page)

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from minipuzzle.core.budget import BUDGET_KEYS, human_budget
 from minipuzzle.report import facts
-from minipuzzle.report.facts import at
+from minipuzzle.report.report import Candidate, Report
 from minipuzzle.report.svg import (
     CARD,
     CHOSEN,
@@ -75,8 +75,8 @@ def in_units(key: str, largest: float) -> tuple[float, str]:
 # ------------------------------------------------------------------------------------------
 
 
-def damage_words(report: dict[str, Any]) -> str:
-    metric = at(report, "scores", "metric")
+def damage_words(report: Report) -> str:
+    metric = report.scores.metric or ""
     return f"predicted damage ({facts.METRICS.get(metric, metric) or 'sum of scores'})"
 
 
@@ -102,20 +102,19 @@ class _Role(NamedTuple):
 _ROLES = (_Role("candidate", MUTED, "o", 16, 2), _Role("finalist", FINALIST, "D", 34, 4),
           _Role("", CHOSEN, "*", 130, 5))
 _CONTROL = _Role("random", INK, "s", 18, 3)
-_Point = tuple[dict[str, Any], float, float]  # candidate, x, y
+_Point = tuple[Candidate, float, float]  # candidate, x, y
 
 
-def _by_role(report: dict[str, Any], points: list[_Point]) -> list[tuple[_Role, list[_Point]]]:
+def _by_role(report: Report, points: list[_Point]) -> list[tuple[_Role, list[_Point]]]:
     """The points of the plain candidates, the finalists and the result; without empty groups."""
-    win, last = facts.chosen(report), facts.finalists(report)
     groups: list[list[_Point]] = [[], [], []]
     for point in points:
-        groups[2 if point[0] is win else 1 if point[0] in last else 0].append(point)
-    roles = (*_ROLES[:2], _ROLES[2]._replace(name=facts.chosen_role(report)))
+        groups[2 if point[0] is report.winner else 1 if point[0].after_distillation else 0].append(point)
+    roles = (*_ROLES[:2], _ROLES[2]._replace(name=report.winner_role))
     return [(role, group) for role, group in zip(roles, groups, strict=True) if group]
 
 
-def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric: str) -> bool:
+def _scatter_candidates(axis: Axes, report: Report, section: str, metric: str) -> bool:
     """Points of one quality against cost, with front, finalists and the result. False if there is
     none.
 
@@ -124,8 +123,8 @@ def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric
     """
     key, limit = facts.budget_of(report)
     column = BUDGET_KEYS[key][0]
-    have = [(c, at(c, "cost", column), at(c, section, metric)) for c in facts.candidates(report)]
-    have = [(c, x, y) for c, x, y in have if x is not None and y is not None]
+    have = [(c, x, y) for c in report.candidates
+            if (x := c.cost.get(column)) is not None and (y := facts.quality(c, section, metric)) is not None]
     if not have:
         return False
     divisor, unit = in_units(key, max(x for _, x, _ in have))
@@ -144,8 +143,8 @@ def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric
             marks = axis.scatter([p[1] for p in ended], [p[3] for p in ended], s=look.area, marker=look.marker,
                                  c=look.color, edgecolors=INK, linewidths=0.6, zorder=look.order,
                                  label=f"{look.name}, distilled")
-            after = "distillation" if group[0][0] is facts.chosen(report) else "the tournament"
-            hover(marks, [f"{c.get('name', '?')} after {after}: {facts.METRICS.get(metric, metric)} {end:.4g}"
+            after = "distillation" if group[0][0] is report.winner else "the tournament"
+            hover(marks, [f"{c.name} after {after}: {facts.METRICS.get(metric, metric)} {end:.4g}"
                           for c, _, _, end in ended])
             ends += [p[3] for p in ended]
     front = pareto([(p[1], p[2]) for p in points])
@@ -159,21 +158,20 @@ def _scatter_candidates(axis: Axes, report: dict[str, Any], section: str, metric
     return True
 
 
-def _trained(report: dict[str, Any], candidate: dict[str, Any], metric: str) -> float | None:
+def _trained(report: Report, candidate: Candidate, metric: str) -> float | None:
     """A candidate's quality after the longest training it had."""
-    final = at(report, "result", "exported", metric) if candidate is facts.chosen(report) else None
-    after: float | None = at(candidate, "after_distillation", metric)
-    return after if final is None else final
+    final: float | None = getattr(report.result.exported, metric, None) if candidate is report.winner else None
+    return facts.quality(candidate, "after_distillation", metric) if final is None else final
 
 
-def tradeoff(report: dict[str, Any]) -> Figure | None:
+def tradeoff(report: Report) -> Figure | None:
     """Cost against measured quality; also against predicted damage where few candidates were
     measured."""
-    metric = facts.quality(report)
+    metric = report.metric
     panels = [("measured", metric, f"measured {METRIC_WORDS[metric]}")]
-    if len(facts.measured(report)) < 8:
+    if len(report.measured) < 8:
         panels.append(("predicted", "damage", damage_words(report)))
-    panels = [p for p in panels if any(at(c, p[0], p[1]) is not None for c in facts.candidates(report))]
+    panels = [p for p in panels if any(facts.quality(c, p[0], p[1]) is not None for c in report.candidates)]
     if not panels:
         return None
     figure = Figure(figsize=(WIDE, 3.6 * len(panels) ** 0.6), layout="constrained")
@@ -188,15 +186,14 @@ def tradeoff(report: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def prediction(report: dict[str, Any]) -> Figure | None:
+def prediction(report: Report) -> Figure | None:
     """Predicted damage against measured quality."""
-    metric = facts.quality(report)
-    pairs = [(c, at(c, "predicted", "damage"), at(c, "measured", metric)) for c in facts.candidates(report)]
-    pairs = [p for p in pairs if p[1] is not None and p[2] is not None]
+    metric = report.metric
+    pairs, drawn = ([(c, x, y) for c in some if (x := c.predicted.get("damage")) is not None
+                     and (y := facts.quality(c, "measured", metric)) is not None]
+                    for some in (report.candidates, report.controls))
     if len(pairs) < 3:
         return None
-    drawn = [(c, at(c, "predicted", "damage"), at(c, "measured", metric)) for c in facts.controls(report)]
-    drawn = [p for p in drawn if p[1] is not None and p[2] is not None]
     figure = Figure(figsize=(WIDE, 3.0), layout="constrained")
     axis = figure.subplots()
     for look, some in [*_by_role(report, pairs), *([(_CONTROL, drawn)] if drawn else [])]:
@@ -238,34 +235,33 @@ def layer_ticks(axis: Axes, kinds: str) -> None:
     axis.grid(axis="x", visible=False)
 
 
-def layer_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = [r for r in at(report, "scores", "layers") or []
-            if at(r, "kind") in KIND_COLORS and at(r, "layer") is not None]
+def layer_rows(report: Report) -> list[dict[str, Any]]:
+    rows = [r for r in report.scores.layers if r.get("kind") in KIND_COLORS and r.get("layer") is not None]
     return sorted(rows, key=lambda r: r["layer"])
 
 
-def layers(report: dict[str, Any]) -> Figure | None:
+def layers(report: Report) -> Figure | None:
     """Importance of each layer with standard errors by the metric of the search; removed layers are
     hollow."""
     return _layers(report, _metrics(report)[:1])
 
 
-def layers_by_other_metrics(report: dict[str, Any]) -> Figure | None:
+def layers_by_other_metrics(report: Report) -> Figure | None:
     """The same, one panel for each of the other metrics."""
     return _layers(report, _metrics(report)[1:])
 
 
-def _metrics(report: dict[str, Any]) -> list[str]:
+def _metrics(report: Report) -> list[str]:
     rows = layer_rows(report)
-    first = at(report, "scores", "metric") or "mse"
+    first = report.scores.metric or "mse"
     return [m for m in dict.fromkeys((first, *METRIC_WORDS)) if any(r.get(m) is not None for r in rows)]
 
 
-def _layers(report: dict[str, Any], metrics: list[str]) -> Figure | None:
+def _layers(report: Report, metrics: list[str]) -> Figure | None:
     if not metrics:
         return None
     rows = layer_rows(report)
-    kept = at(report, "result", "kept_layers")
+    kept = report.result.kept_layers
     gone = {r["layer"] for r in rows} - set(kept) if kept is not None else set()
     figure = Figure(figsize=(WIDE, 1.2 * len(metrics) + (2.2 if len(metrics) == 1 else 0.9)), layout="constrained")
     axes = figure.subplots(len(metrics), 1, squeeze=False, sharex=True)[:, 0]
@@ -304,24 +300,25 @@ def _importance(axis: Axes, rows: list[dict[str, Any]], metric: str, gone: set[i
     plain_ticks(axis)
 
 
-def kept_grid(report: dict[str, Any]) -> Figure | None:
+def kept_grid(report: Report) -> Figure | None:
     """Rows are candidates, columns the parent's layers; a coloured cell is a layer that is kept."""
-    parent = facts.architecture_of(at(report, "parent"))
+    parent = report.parent.arch
     pattern = parent.pattern if parent else "".join(r["kind"] for r in layer_rows(report))
-    pool = facts.measured(report) or facts.candidates(report)
-    rows = [c for c in facts.best(report, len(facts.candidates(report))) if c in pool and c.get("kept_layers")]
+    every = report.best(len(report.candidates))
+    rows = [c for c in every if c.kept_layers and (c.measured is not None or not report.measured)]
     rows = rows[:GRID_ROWS]
     if not rows or not pattern:
         return None
-    win, last, metric = facts.chosen(report), facts.finalists(report), facts.quality(report)
-    names = [_short(c.get("name")) + (" ★" if c is win else " ◆" if c in last else "") for c in rows]
-    notes = [facts.number(at(c, "measured", metric)) for c in rows]
-    return grid_of_layers(rows, pattern, names, notes, {"kl": "KL", "loss": "loss"}[metric], bold=rows[0] is win)
+    win, metric = report.winner, report.metric
+    names = [_short(c.name) + (" ★" if c is win else " ◆" if c.after_distillation else "") for c in rows]
+    notes = [facts.number(facts.quality(c, "measured", metric)) for c in rows]
+    return grid_of_layers([(c.name, c.kept_layers) for c in rows], pattern, names, notes,
+                          {"kl": "KL", "loss": "loss"}[metric], bold=rows[0] is win)
 
 
-def grid_of_layers(rows: list[dict[str, Any]], pattern: str, names: list[str], notes: list[str], heading: str,
+def grid_of_layers(rows: list[tuple[str, list[int]]], pattern: str, names: list[str], notes: list[str], heading: str,
                    bold: bool = False) -> Figure:
-    """The grid: `rows` have kept_layers; on their left a name, on their right a note under a
+    """The grid: `rows` are (name, kept layers); on their left a label, on their right a note under a
     heading."""
     figure = Figure(figsize=(WIDE, 0.19 * len(rows) + 1.15), layout="constrained")
     axis = figure.subplots()
@@ -344,23 +341,22 @@ def grid_of_layers(rows: list[dict[str, Any]], pattern: str, names: list[str], n
     return figure
 
 
-def _grid_cells(axis: Axes, rows: list[dict[str, Any]], pattern: str) -> None:
+def _grid_cells(axis: Axes, rows: list[tuple[str, list[int]]], pattern: str) -> None:
     """A coloured cell for each kept layer, which says what it is, and a dot for each removed
     one."""
     for kind in in_order(pattern):
-        cells = [(x, y, c) for y, c in enumerate(rows) for x in c["kept_layers"]
+        cells = [(x, y, name) for y, (name, kept) in enumerate(rows) for x in kept
                  if x < len(pattern) and pattern[x] == kind]
         if cells:
             boxes = [[(x - 0.43, y - 0.4), (x + 0.43, y - 0.4), (x + 0.43, y + 0.4), (x - 0.43, y + 0.4)]
                      for x, y, _ in cells]
             marks = PolyCollection(boxes, facecolors=KIND_COLORS[kind], linewidths=0)
             axis.add_collection(marks)
-            hover(marks, [f"{c.get('name', '?')} keeps layer {x} ({facts.KINDS[kind].label})" for x, _, c in cells])
-    gone = [(x, y) for y, c in enumerate(rows) for x in set(range(len(pattern))) - set(c["kept_layers"])]
+            hover(marks, [f"{name} keeps layer {x} ({facts.KINDS[kind].label})" for x, _, name in cells])
+    gone = [(x, y) for y, (_, kept) in enumerate(rows) for x in set(range(len(pattern))) - set(kept)]
     axis.plot([x for x, _ in gone], [y for _, y in gone], ls="", marker=".", color=MUTED, ms=2.5, mew=0)
 
 
-def _short(name: Any) -> str:
+def _short(text: str) -> str:
     """Names often differ at their end only: cut the middle."""
-    text = str(name)
     return text if len(text) <= 22 else f"{text[:9]}…{text[-12:]}"

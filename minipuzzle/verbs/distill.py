@@ -38,6 +38,7 @@ from minipuzzle.pipeline.student import EVALUATIONS, as_written, rounded, train_
 from minipuzzle.pipeline.tokens import tokenize_stage
 from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.report.report import Report
 from minipuzzle.surgery.gate import reload_gate, sample_logits
 from minipuzzle.verbs.folder import open_run, write_about
 from minipuzzle.verbs.source import find_model
@@ -119,7 +120,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
             found = {"path": str(run.path / "model"), "tokens": done.tokens, "seconds": done.seconds,
                      "loss_before": before["loss"], "kl_before": before.get("kl"), "loss": after["loss"],
                      "kl": after.get("kl"), "loss_teacher": parent.get("loss"), "best_step": done.best_step,
-                     "exported": exported, "alerts": report["alerts"], "warnings": report["warnings"],
+                     "exported": exported, "alerts": report.alerts, "warnings": report.warnings,
                      "skipped": done.skipped, "processes": ranks.size}
         return dict(ranks.broadcast(found))
     except InputError:
@@ -188,7 +189,7 @@ def _begin(runner: Runner, inputs: dict[str, Any], cached: bool, redo: bool) -> 
 
 def _finish(given: Given, small: ModelFolder, layers: tuple[int, ...], weights: dict[str, torch.Tensor],
             before: dict[str, float], compared: bool, done: Trained,
-            exported: Row) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
+            exported: Row) -> tuple[Report, dict[str, float], dict[str, float]]:
     """(the report of OUTPUT_DIR/model, its quality, the teacher's if known): written, through the
     gate, measured, with its card."""
     unchecked, final, final_ids = given.folder / "model-unchecked", given.folder / "model", given.final_ids()

@@ -70,7 +70,7 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
             restore_folder(result.path / "model")
             runner.reporter.start(estimates(plan, STAGES))
             runner.make(lambda: write_about(runner))
-            return report(runner)
+            return write_results(runner)
     except InputError:
         run.discard_unused()
         raise
@@ -122,18 +122,18 @@ def check_machine(plan: Plan, path: Path, device: torch.device) -> None:
     check_memory(plan, STAGES, device)
 
 
-def report(runner: Runner) -> Run:
+def write_results(runner: Runner) -> Run:
     """Everything that was found -> candidates.csv, candidates.json, report.json, report.html."""
     given = runner.given(runner.stages["export"], lambda done, note: None)
     path, recipe, arch = given.folder, given.settings, given.parent.arch
-    data = make_report(given, read_json(path / "search" / "result.json", hint=AGAIN), runner.stage_list())
+    report = make_report(given, read_json(path / "search" / "result.json", hint=AGAIN), runner.stage_list())
     found = read_candidates(given.files, given.candidate)
     write_json(path / "candidates.json", candidates_document(
         budget_of(recipe, arch), recipe.workload.build(), given.parent.folder.path.name, arch, found))
     frame = to_frame(found)
     write_atomic(path / "candidates.csv", frame.to_csv(index=False))
-    write_report(data, path)
+    write_report(report, path)
     write_about(runner)
-    return Run(path, data, frame)
+    return Run(path, report.to_json(), frame)
 
 

@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading
 from minipuzzle.report import curves, plots
+from minipuzzle.report.report import Report
 from minipuzzle.report.svg import Draw, styled
 
 
 def _figure(draw: Draw) -> Callable[[Run], Figure | None]:
     def plot(self: Run) -> Figure | None:
-        return styled(draw, self.report)
+        return styled(draw, Report.read(self.report))
 
     plot.__doc__ = f"{draw.__doc__} None where the run has nothing to draw."
     return plot
