@@ -1,5 +1,4 @@
-"""Candidate: an architecture, what it costs, and its quality as predicted and as measured, side by
-side."""
+"""Candidate: an architecture, what it costs, and its predicted and measured quality side by side."""
 
 from __future__ import annotations
 
@@ -19,12 +18,10 @@ from minipuzzle.families.cost import Cost
 class Candidate:
     """A point of the search. `kept_layers` are the parent's 0-based indices.
 
-    predicted: `layers` and `widths` damage (null where it was not scored), their standard errors,
-    and their sum `damage`.
-    measured: before any training: `loss`, `kl`, `accuracy`, `agreement` and standard errors, on
-    held-out blocks.
-    after_distillation: the same after the tournament; `loss` alone, not a number, of a student that
-    diverged. In JSON what is not a finite number is null.
+    predicted: `layers` and `widths` damage (null where not scored), their standard errors, and
+    their sum `damage`. measured, before any training, on held-out blocks: `loss`, `kl`, `accuracy`,
+    `agreement` and standard errors. after_distillation: the same after the tournament; of a student
+    that diverged `loss` alone, NaN. JSON has null for what is not finite.
     """
 
     name: str

@@ -1,20 +1,21 @@
 """Predicted damage: what is known about every layer and width of a space, added up.
 
     damage = layers + sum over axes of curve(axis, width)
-    additive:   layers = sum_i score(i)                                      over the dropped layers i
-    quadratic:  layers = sum_i score(i) + sum_{i != j} interaction(i, j)     exact for one layer, second order for sets
+    additive:   layers = sum_i score(i)                over the dropped layers i
+    quadratic:  layers = sum_i score(i) + sum_{i != j} interaction(i, j)
+                exact for one layer, second order for sets
 
 For kl the interaction is half the covariance of the changes of the logits under the parent's
 probabilities, for mse the mean product of the errors (importance/layers.py). rank.py says how well
 it predicts what was measured.
-The suffixes: L = layers, C = combinations of layer counts, W = combinations of widths, A = axes.
+Suffixes: L layers, N samples, C combinations of layer counts, W combinations of widths, A axes.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,32 +27,26 @@ from minipuzzle.search.space import Space
 
 @dataclass(frozen=True)
 class Damage:
-    """What each layer [L] and each value of each axis is predicted to do; None where nothing was
+    """The predicted damage of each layer [L] and of each value of each axis; None where nothing was
     scored."""
 
     orders: tuple[list[int], ...]  # of each kind, in the order in which layers go
-    values_L: np.ndarray | None
-    stderr_L: np.ndarray | None
-    axes: tuple[np.ndarray, ...] | None
+    values_L: np.ndarray | None = None
+    stderr_L: np.ndarray | None = None
+    axes: tuple[np.ndarray, ...] | None = None
     axes_stderr: tuple[np.ndarray, ...] | None = None
     pairs_LL: np.ndarray | None = None  # interactions, with a zero diagonal
-    values_NL: np.ndarray | None = None  # what each sample says of values_L, NaN where a race did not look
+    values_NL: np.ndarray | None = None  # values_L sample by sample, NaN where a race did not look
     pairs_NLL: np.ndarray | None = None
-
-    def widths_stderr(self, index_WA: np.ndarray) -> np.ndarray | None:
-        """[W] standard error of `widths`, with the axes' errors independent; NaN where it was not
-        measured."""
-        if self.axes_stderr is None:
-            return None
-        errors_AW = np.stack([values[index_WA[:, i]] for i, values in enumerate(self.axes_stderr)])
-        return np.asarray(np.sqrt((errors_AW**2).sum(0)))
 
     def widths(self, index_WA: np.ndarray) -> np.ndarray | None:
         """[W] damage by the widths at these indices of the axes."""
-        if self.axes is None:
-            return None
-        damage_AW = np.stack([values[index_WA[:, i]] for i, values in enumerate(self.axes)])
-        return np.asarray(damage_AW.sum(0))
+        return _look_up(self.axes, index_WA, lambda damage_AW: damage_AW.sum(0))
+
+    def widths_stderr(self, index_WA: np.ndarray) -> np.ndarray | None:
+        """[W] its standard error, with the axes' errors independent; NaN where it was not
+        measured."""
+        return _look_up(self.axes_stderr, index_WA, lambda errors_AW: np.sqrt((errors_AW**2).sum(0)))
 
     def layers(self, space: Space) -> np.ndarray | None:
         """[C] damage by the layers that go, the lowest-scored of each kind first."""
@@ -62,8 +57,8 @@ class Damage:
 
     def layers_stderr(self, space: Space) -> np.ndarray | None:
         """[C] its standard error; NaN where it was not measured. Layers share their samples, so
-        that their errors go together; only where no samples came with the scores (a CSV from
-        elsewhere) they count as independent."""
+        their errors are correlated; without the samples (a CSV from elsewhere) they count as
+        independent."""
         if self.stderr_L is None:
             return None
         if self.values_NL is None:
@@ -72,7 +67,7 @@ class Damage:
                             lambda pairs_LL: _dropped_pairs(pairs_LL, self.orders, space))
 
     def set_stderr(self, gone_L: np.ndarray) -> float:
-        """The same of the sum over any set of layers, a mask [L], without interactions."""
+        """The same for any set of layers, a mask [L], without interactions."""
         assert self.stderr_L is not None
         if self.values_NL is None:
             return float(np.sqrt((self.stderr_L[gone_L] ** 2).sum()))
@@ -80,12 +75,12 @@ class Damage:
 
     def _stderr(self, singles: Callable[[np.ndarray], np.ndarray], pairs: Callable[[np.ndarray], np.ndarray]
                 ) -> np.ndarray:
-        """Of an estimate that is a linear function of means over samples.
+        """Of an estimate that is linear in means over samples.
 
-        A mean is a sum of 1/n of each of its n samples, so the estimate is one of what each sample
-        adds, and its variance is the sum of theirs. In a race the later samples know fewer layers:
-        those of one look add alike, and the variance of what one adds is taken over all samples up
-        to it, which know these layers too.
+        A mean is a sum of 1/n of each of its n samples, so the estimate is a sum over samples too,
+        and its variance is the sum of their variances. In a race the later samples know fewer
+        layers: the samples of one look contribute alike, and the variance of one contribution is
+        taken over all samples up to that look, which know these layers too.
         """
         assert self.values_NL is not None
         known_NL, variance = ~np.isnan(self.values_NL), np.zeros(())
@@ -101,8 +96,7 @@ class Damage:
         return np.asarray(np.sqrt(variance))
 
     def _pairs_add(self, begin: int, end: int) -> np.ndarray | None:
-        """[end, L, L] what each sample adds to the interactions known at sample `begin`, about
-        their mean."""
+        """[end, L, L] what each sample adds to the interactions known at sample `begin`, centred."""
         if self.pairs_NLL is None:
             return None
         known_NLL = ~np.isnan(self.pairs_NLL)
@@ -110,48 +104,57 @@ class Damage:
         return np.asarray(adds_NLL - adds_NLL.mean(0))
 
 
+def _look_up(axes: tuple[np.ndarray, ...] | None, index_WA: np.ndarray,
+             add_up: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | None:
+    return None if axes is None else np.asarray(add_up(
+        np.stack([values[index_WA[:, i]] for i, values in enumerate(axes)])))
+
+
 def predict(parent: Architecture, space: Space, scores: LayerScores | None, curves: WidthCurves | None,
             metric: str, damage: str = "auto") -> Damage:
     """Look up what is known about every layer and width of the space. `damage`: additive,
-    quadratic, or auto, which is what each removal added where layers were scored iteratively, else
-    quadratic where interactions were measured.
+    quadratic, or auto: what each removal added where layers were scored iteratively, else quadratic
+    where interactions were measured.
 
     Raises:
         InputError: scores of another model, no such metric, an axis that was not measured.
         CorruptArtifact: values that are not finite.
     """
-    values_L = stderr_L = axes = axes_stderr = pairs_LL = order_L = values_NL = pairs_NLL = None
-    if scores is not None:
-        if scores.pattern != parent.pattern:
-            raise InputError(f"scores {scores.source or 'given'} are of another model: {len(scores.pattern)} layers "
-                              f"{scores.pattern}, the parent has {parent.num_layers} {parent.pattern}")
-        values_L, stderr_L = scores.metric(metric), scores.stderr(metric)
-        _check_finite(values_L, f"scores {scores.source or 'given'}", metric)
-        order_L, values_NL = scores.order, _samples(scores, metric, 1)
-    added_L = scores.added(metric) if scores is not None and damage == "auto" else None
-    if added_L is not None and scores is not None and values_L is not None:
+    known = Damage(()) if scores is None else _of_layers(parent, scores, metric, damage)
+    order_L = None if scores is None else scores.order
+    orders = tuple(drop_order(parent, kind, known.values_L, order_L) for kind in parent.family.drops.values())
+    axes = axes_stderr = None
+    if curves is not None:
+        if metric not in curves.table.columns:
+            have = [c for c in curves.table.columns if c in LAYER_METRICS]
+            raise InputError(f"width curves have no column {metric!r}; they have {', '.join(have) or 'no metric'}")
+        axes = tuple(_curve(parent, curves, axis, metric, values) for axis, values in space.widths.items())
+        if f"{metric}_stderr" in curves.table.columns:
+            axes_stderr = tuple(curves.damage(axis, f"{metric}_stderr", np.array(values), _whole(parent, axis, values))
+                                for axis, values in space.widths.items())
+    return replace(known, orders=orders, axes=axes, axes_stderr=axes_stderr)
+
+
+def _of_layers(parent: Architecture, scores: LayerScores, metric: str, damage: str) -> Damage:
+    source = scores.source or "given"
+    if scores.pattern != parent.pattern:
+        raise InputError(f"scores {source} are of another model: {len(scores.pattern)} layers {scores.pattern}, "
+                         f"the parent has {parent.num_layers} {parent.pattern}")
+    values_L, stderr_L = scores.metric(metric), scores.stderr(metric)
+    _check_finite(values_L, f"scores {source}", metric)
+    values_NL, added_L = _samples(scores, metric, 1), scores.added(metric)
+    pairs_LL = pairs_NLL = None
+    if damage == "auto" and added_L is not None:
         gone, added_NL = np.isfinite(added_L), _samples(scores, f"added_{metric}", 1)
         values_L = np.where(gone, added_L, values_L)
         values_NL = None if values_NL is None or added_NL is None else np.where(gone, added_NL, values_NL)
     elif damage != "additive":
         pairs_LL = _interactions(scores, metric, damage == "quadratic")
-        if pairs_LL is not None and scores is not None:
+        if pairs_LL is not None:
             pairs_NLL = _samples(scores, f"pairs_{metric}", 2)
-            if pairs_NLL is None:
-                values_NL = None
-            else:
-                pairs_NLL = pairs_NLL * (1 - np.eye(len(pairs_LL)))
-    orders = tuple(drop_order(parent, kind, values_L, order_L) for kind in parent.family.drops.values())
-    if curves is not None:
-        if metric not in curves.table.columns:
-            have = [c for c in curves.table.columns if c in LAYER_METRICS]
-            raise InputError(f"width curves have no column {metric!r}; they have {', '.join(have) or 'no metric'}")
-        axes = tuple(_curve(parent, curves, axis, metric, values)
-                     for axis, values in space.widths.items())
-        if f"{metric}_stderr" in curves.table.columns:
-            axes_stderr = tuple(curves.damage(axis, f"{metric}_stderr", np.array(values), _whole(parent, axis, values))
-                                for axis, values in space.widths.items())
-    return Damage(orders, values_L, stderr_L, axes, axes_stderr, pairs_LL, values_NL, pairs_NLL)
+            values_NL = None if pairs_NLL is None else values_NL
+            pairs_NLL = None if pairs_NLL is None else pairs_NLL * (1 - np.eye(len(pairs_LL)))
+    return Damage((), values_L, stderr_L, pairs_LL=pairs_LL, values_NL=values_NL, pairs_NLL=pairs_NLL)
 
 
 def _samples(scores: LayerScores, name: str, sides: int) -> np.ndarray | None:
@@ -167,12 +170,12 @@ def _samples(scores: LayerScores, name: str, sides: int) -> np.ndarray | None:
     return None if found is None else np.asarray(found, float)
 
 
-def _interactions(scores: LayerScores | None, metric: str, asked: bool) -> np.ndarray | None:
+def _interactions(scores: LayerScores, metric: str, asked: bool) -> np.ndarray | None:
     """[L, L] with a zero diagonal, or None where they were not measured and not `asked` for."""
-    if scores is None or metric not in scores.interactions:
+    if metric not in scores.interactions:
         if asked:
-            raise InputError(f"search.damage quadratic needs interactions of the metric {metric!r}; minipuzzle score "
-                              "measures those of kl and mse, or use search.damage additive")
+            raise InputError(f"search.damage quadratic needs interactions of the metric {metric!r}; use kl or mse, "
+                             "which 'minipuzzle score' measures, or search.damage additive")
         return None
     pairs_LL = np.array(scores.interactions[metric], float)
     if pairs_LL.shape != (len(scores.table),) * 2:
@@ -186,12 +189,10 @@ def _interactions(scores: LayerScores | None, metric: str, asked: bool) -> np.nd
 def drop_order(parent: Architecture, kind: str, values_L: np.ndarray | None,
                order_L: np.ndarray | None = None) -> list[int]:
     """Layers of a kind (the first of each run that goes together) in the order in which they go: by
-    `order_L` where iterative scoring found one, then lowest score first; of equals the later one
-    goes first.
-
-    (The published scores of the 56B have one such tie at the cut, FFN 85 and 96, and 96 went.)
-    Without scores there is no ranking, and those nearest to the middle of the stack go first: in
-    every published profile the first and last layers matter most.
+    `order_L` where iterative scoring found one, then lowest score first. Of equals the later goes
+    first (in the published scores of the 56B FFN 85 and 96 tie at the cut, and 96 went). Without
+    scores those nearest to the middle of the stack go first: in every published profile the first
+    and last layers matter most.
     """
     layers = np.array(parent.layers_of(kind), int)
     keys = np.abs(2 * layers - (parent.num_layers - 1)) if values_L is None else values_L[layers]
@@ -209,18 +210,14 @@ def _dropped_sums(values_L: np.ndarray, orders: tuple[list[int], ...], space: Sp
 def _dropped_pairs(pairs_LL: np.ndarray, orders: tuple[list[int], ...], space: Space) -> np.ndarray:
     """[C] sum of the interactions of all pairs of layers that go, each counted twice."""
     out: np.ndarray | float = 0.0
-    for a, (order, drops) in enumerate(zip(orders, space.drops.values(), strict=True)):
-        for b, (other, more) in enumerate(zip(orders, space.drops.values(), strict=True)):
+    kinds = list(zip(orders, space.drops.values(), strict=True))
+    for a, (order, drops) in enumerate(kinds):
+        for b, (other, more) in enumerate(kinds[: a + 1]):
             sums = np.zeros((len(order) + 1, len(other) + 1))
             sums[1:, 1:] = pairs_LL[np.ix_(order, other)].cumsum(0).cumsum(1)
-            if a == b:
-                shape = [1] * len(orders)
-                shape[a] = len(drops)
-                out = out + sums[list(drops), list(drops)].reshape(shape)
-            elif a < b:
-                shape = [1] * len(orders)
-                shape[a], shape[b] = len(drops), len(more)
-                out = out + 2 * sums[np.ix_(drops, more)].reshape(shape)
+            found = sums[list(drops), list(drops)] if a == b else 2 * sums[np.ix_(drops, more)].T
+            shape = [len(drops) if k == a else len(more) if k == b else 1 for k in range(len(kinds))]
+            out = out + found.reshape(shape)
     return np.ravel(np.broadcast_to(out, [len(drops) for drops in space.drops.values()]))
 
 
@@ -229,7 +226,7 @@ def _curve(parent: Architecture, curves: WidthCurves, axis: str, metric: str, wi
     whole = _whole(parent, axis, widths)
     if widths != (whole,) and axis not in set(curves.table["axis"]):
         raise InputError(f"width curves have nothing about {axis}, which the space cuts to {widths[0]}; "
-                          "measure it, or leave the axis at the parent's width")
+                         "measure it, or leave the axis at the parent's width")
     damage = curves.damage(axis, metric, np.array(widths), whole)
     _check_finite(damage, f"width curve {axis}", metric)
     return damage

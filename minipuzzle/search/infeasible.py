@@ -1,9 +1,7 @@
-"""What to say when nothing meets the budget: which limit binds, the least this space can do, what
-would help.
+"""The error when nothing meets the budget: which limit binds, what the space can reach, what helps.
 
-Every cost grows with every count and every width, so one point, the smallest architecture of the
-space, has the
-least of all costs at once: budgets that are each feasible alone are always feasible together.
+Every cost grows with every count and every width, so the smallest architecture of the space has the
+least of all costs at once, and budgets that are each feasible alone are feasible together.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from minipuzzle.search.space import Space, bounds_of
 
 
 def shape(parent: Architecture, counts: Sequence[int], widths: Sequence[int]) -> Architecture:
-    """An architecture with so many layers of each kind, in any order: for its price only."""
+    """An architecture with so many layers of each kind, in any order, for its price only."""
     units = parent.family.drops.values()
     pattern = "".join(unit * int(n) for unit, n in zip(units, counts, strict=True))
     values: dict[str, Any] = dict(zip(parent.family.widths, map(int, widths), strict=True))
@@ -45,16 +43,17 @@ def round_up(key: str, value: int) -> str:
 
 
 def infeasible(parent: Architecture, smallest: Architecture, budget: Budget, workload: Workload) -> Infeasible:
-    """The error for a space whose smallest architecture is too large. One line."""
-    least = cost(smallest, workload).to_json()
-    limits, texts, binding = dict(budget.limits), dict(budget.texts), budget.exceeded(least)
+    """The error for a space whose smallest architecture is too large."""
+    least, texts = cost(smallest, workload).to_json(), dict(budget.texts)
+    binding = [(key, limit, least[BUDGET_KEYS[key][0]]) for key, limit in budget.limits
+               if key in budget.exceeded(least)]
     missed, needed = [], []
-    for key in binding:
-        limit, asked = human_budget(key, limits[key]), texts.get(key)
-        same = asked is None or asked.replace(" ", "") == limit.replace(" ", "")
-        missed.append(f"{key} {limit if same else f'{asked} ({limit})'}: the smallest has "
-                      f"{human_budget(key, least[BUDGET_KEYS[key][0]])}")
-        needed.append(f"{key}={round_up(key, least[BUDGET_KEYS[key][0]])}")
+    for key, number, has in binding:
+        limit = human_budget(key, number)
+        asked = texts.get(key, limit)
+        shown = limit if asked.replace(" ", "") == limit.replace(" ", "") else f"{asked} ({limit})"
+        missed.append(f"{key} {shown}: the smallest has {human_budget(key, has)}")
+        needed.append(f"{key}={round_up(key, has)}")
     return Infeasible(f"no architecture of this space meets {'; '.join(missed)}. Raise the budget to at least "
                       f"{' '.join(needed)}, or {_advice(parent, smallest, budget, workload)}")
 
@@ -65,9 +64,8 @@ def _advice(parent: Architecture, smallest: Architecture, budget: Budget, worklo
         costs = cost(arch, workload).to_json()
         return max(costs[BUDGET_KEYS[key][0]] / max(limit, 1) for key, limit in budget.limits)
 
-    options = [(excess(arch), text, arch) for arch, text in _wider(parent, smallest)]
-    after, text, arch = min(options, default=(excess(smallest), "", smallest), key=lambda option: option[0])
-    if after >= excess(smallest):
+    arch, text = min(_wider(parent, smallest), default=(smallest, ""), key=lambda option: excess(option[0]))
+    if excess(arch) >= excess(smallest):
         return "serve a shorter context, a smaller batch or a lower precision: no wider space helps"
     costs = cost(arch, workload).to_json()
     then = ", ".join(f"{key} {human_budget(key, costs[BUDGET_KEYS[key][0]])}"
@@ -76,8 +74,7 @@ def _advice(parent: Architecture, smallest: Architecture, budget: Budget, worklo
 
 
 def _wider(parent: Architecture, smallest: Architecture) -> Iterator[tuple[Architecture, str]]:
-    """The smallest architecture with one axis cut in half, as far as it goes, and how to ask for
-    it."""
+    """The smallest architecture with one axis halved, as far as it goes, and how to ask for it."""
     axes, family = bounds_of(dataclasses.replace(parent, **parent.widest())), parent.family
     counts = [len(smallest.layers_of(unit)) for unit in family.drops.values()]
     widths = [smallest.sizes()[name] for name in family.widths]

@@ -1,13 +1,14 @@
 """The costs of families/cost.py over a whole grid at once, in int64.
 
-For given widths every cost is a line in the numbers of layers: base + sum over kinds of count x
-(cost of one). Bytes are counted in eighths of a bit, so that everything stays an integer.
-The suffixes: K = kinds of layers (or runs of layers) that can go, C = combinations of their counts,
-W = combinations of widths.
+For given widths every cost is linear in the numbers of layers: base + sum over kinds of count x
+(cost of one). Bytes are counted in half bits, sixteen to a byte, so everything is an integer.
+Suffixes: K kinds of layers (or runs of layers) that can go, C combinations of their counts, W
+combinations of widths, P points.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,8 @@ IN_EIGHTHS = {"memory": EIGHTHS, "kv_cache": EIGHTHS}  # budgets priced in eight
 
 @dataclass(frozen=True)
 class Line:
-    """base [W] + counts . each [K, W] + cache, an exact integer. The KV cache is rounded up to
-    bytes as a whole."""
+    """base [W] + counts . each [K, W] + cache, an exact integer. The KV cache as a whole is rounded
+    up to bytes."""
 
     base_W: np.ndarray
     each_KW: np.ndarray
@@ -54,12 +55,9 @@ def prices(parent: Architecture, workload: Workload, widths_W: Mapping[str, np.n
     """Budget key -> Line. `widths_W`: axis -> its value at each point, [W]."""
     family = parent.family
     sizes = {**parent.sizes()} | {name: np.asarray(values, np.int64) for name, values in widths_W.items()}
-    top, units = of_top(family, sizes, workload), []
-    for unit in family.drops.values():
-        amounts = Amounts()
-        for kind in unit:
-            amounts = amounts.plus(of_layer(family.kinds[kind], sizes, workload))
-        units.append(amounts)
+    top = of_top(family, sizes, workload)
+    units = [functools.reduce(Amounts.plus, (of_layer(family.kinds[kind], sizes, workload) for kind in unit))
+             for unit in family.drops.values()]
     none_W = np.zeros(len(next(iter(widths_W.values()))), np.int64)
     cache_K = np.array([unit.cache for unit in units], np.int64)
 
@@ -77,18 +75,15 @@ def prices(parent: Architecture, workload: Workload, widths_W: Mapping[str, np.n
 
 
 def fits(lines: Mapping[str, Line], limits: tuple[tuple[str, int], ...], counts_CK: np.ndarray) -> np.ndarray:
-    """[C, W] bool: the points that meet every limit. Rounding up to whole bytes cannot change the
-    answer."""
-    width = len(lines["params"].base_W)
-    fits_CW = np.ones((len(counts_CK), width), bool)
+    """[C, W] bool: the points that meet every limit. Rounding up to bytes cannot change it."""
+    fits_CW = np.ones((len(counts_CK), len(lines["params"].base_W)), bool)
     for key, limit in limits:
         fits_CW &= lines[key].grid(counts_CK) <= min(limit * IN_EIGHTHS.get(key, 1), 2**63 - 1)
     return fits_CW
 
 
 def check_range(parent: Architecture, workload: Workload) -> None:
-    """Raises InputError if a cost of the parent, the largest of every space, comes near the end of
-    int64."""
+    """Raise InputError if a cost of the parent, the largest of every space, nears 2^63."""
     most = max(cost(parent, workload).to_json().values())
     if most * 2 * EIGHTHS >= 2**63:
         raise InputError(f"a cost of {most:.3g} at context {workload.context} and batch {workload.batch} is above "

@@ -1,5 +1,4 @@
-"""The order of candidates as knowledge grows, which to measure next, and how well the prediction
-did."""
+"""The order of candidates as more is known, which to measure next, and how good the prediction was."""
 
 from __future__ import annotations
 
@@ -14,12 +13,11 @@ from minipuzzle.search.candidate import Candidate
 
 
 def rank(candidates: list[Candidate]) -> list[Candidate]:
-    """Best first: by loss after distillation, then by KL measured before it, then by predicted
-    damage.
+    """Best first: by loss after distillation, then measured KL, then predicted damage.
 
-    Whoever has been further comes first, whatever its number: the stages before chose it, and
-    losses, KL and damage have no common scale. Within a stage null or NaN (a student that diverged)
-    is last; ties go by name.
+    A candidate that got further comes first, whatever its number: earlier stages chose it, and the
+    three have no common scale. Within a stage null or NaN (a diverged student) is last; ties go by
+    name.
     """
     def key(c: Candidate) -> tuple[int, float, str]:
         for stage, (values, name) in enumerate(((c.after_distillation, "loss"), (c.measured, "kl"),
@@ -32,11 +30,8 @@ def rank(candidates: list[Candidate]) -> list[Candidate]:
 
 
 def rank_correlation(candidates: list[Candidate], metric: str = "kl") -> float | None:
-    """Spearman's rank correlation of predicted damage and a measured metric, in [-1, 1]; 1 is a
-    perfect order.
-
-    None with fewer than 3 candidates that have both, or where one of the two does not vary.
-    """
+    """Spearman's rank correlation of predicted damage and a measured metric; None with fewer than 3
+    candidates that have both, or if one of the two does not vary."""
     pairs = np.array([(_number(c.predicted, "damage"), _number(c.measured, metric)) for c in candidates
                       if c.measured]).reshape(-1, 2)
     pairs = pairs[np.isfinite(pairs).all(axis=1)]
@@ -46,24 +41,20 @@ def rank_correlation(candidates: list[Candidate], metric: str = "kl") -> float |
 
 
 def diverse(candidates: list[Candidate], count: int) -> list[Candidate]:
-    """The `count` candidates to measure: the best predicted, but at most an eighth of one shape.
+    """The `count` candidates to measure: the best predicted, at most an eighth of them of one shape
+    (numbers of layers of each kind, hidden size) as long as there are others.
 
-    Shape: the numbers of layers of each kind and the hidden size. The additive prediction orders
-    variants of one shape well and errs between shapes, so a list of near-twins would measure its
-    error once; this way at least 8 shapes are measured where there are so many. What the quota left
-    out fills up the rest. In predicted order (null last, then as given), hence the best predicted
-    is first.
+    The prediction orders candidates of one shape well and errs between shapes; near-twins would
+    measure its error only once. In predicted order (null last, then as given).
     """
     ordered = sorted(candidates, key=lambda c: _number(c.predicted, "damage"))
     quota, taken = math.ceil(count / 8), Counter[tuple[str, int]]()
-    chosen: list[int] = []
-    left_out: list[int] = []
+    chosen, left_out = list[int](), list[int]()
     for position, c in enumerate(ordered):
         shape = ("".join(sorted(c.architecture.pattern)), c.architecture.hidden_size)
         taken[shape] += 1
         (chosen if taken[shape] <= quota else left_out).append(position)
-    chosen = (chosen + left_out)[: max(0, count)]
-    return [ordered[position] for position in sorted(chosen)]
+    return [ordered[position] for position in sorted((chosen + left_out)[: max(0, count)])]
 
 
 def _number(values: Mapping[str, float | None] | None, name: str) -> float:

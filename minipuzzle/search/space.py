@@ -1,8 +1,7 @@
 """Space: the numbers of layers to drop and the widths that the search may choose from.
 
-A recipe writes ranges, `[low, high]` or `[low, high, step]`, in absolute numbers or relative to the
-parent ("0.5x"). Both ends of a range are always in the space, also where the step does not reach
-the upper one.
+A recipe writes ranges (core/ranges.py). Both ends of a range are always in the space, even if the
+step does not reach the upper one.
 """
 
 from __future__ import annotations
@@ -21,50 +20,46 @@ from minipuzzle.families.registry import FAMILIES
 
 @dataclass(frozen=True)
 class Space:
-    """Absolute values, ascending, by the keys of a recipe and in the family's order. The space is
+    """Ascending absolute values, by the keys of a recipe and in the family's order; the space is
     their Cartesian product.
 
-    drops: how many of a kind of layer go (or of a run of layers that go together). widths: values
-    of an axis.
+    drops: how many layers of a kind go (or of a run that goes together). widths: values of an axis.
     """
 
     drops: Mapping[str, tuple[int, ...]]
     widths: Mapping[str, tuple[int, ...]]
 
     def __post_init__(self) -> None:
-        for name, values in (self.drops | self.widths).items():  # type: ignore[operator]
-            assert values, f"{name} has no values"
-            assert list(values) == sorted(set(values)), f"{name} {values}: ascending, each once"
+        for name, values in (*self.drops.items(), *self.widths.items()):
+            assert values and list(values) == sorted(set(values)), f"{name} {values}: ascending, each once"  # noqa: PT018
 
     @property
     def num_points(self) -> int:
-        return math.prod(len(values) for values in (*self.drops.values(), *self.widths.values()))
+        return math.prod(map(len, (*self.drops.values(), *self.widths.values())))
 
     @property
     def widths_shape(self) -> tuple[int, ...]:
-        return tuple(len(values) for values in self.widths.values())
+        return tuple(map(len, self.widths.values()))
 
     def to_json(self) -> dict[str, list[int]]:
-        return {name: list(values) for part in (self.drops, self.widths) for name, values in part.items()}
+        return {name: list(values) for name, values in (*self.drops.items(), *self.widths.items())}
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a parent allows on one axis: `least` to `most` in multiples of `divisor`; `whole` is
-    1x."""
+    """What a parent allows on one axis: `least` to `most`, multiples of `divisor`; 1x is `whole`."""
 
     name: str
     whole: int
     least: int
     most: int
-    divisor: int = 1  # of every value; a model with another one cannot be built
+    divisor: int = 1  # a model with another value cannot be built
     groups: str = ""  # what the divisor is
-    rounding: int = 1  # of values that are relative; a taste of the hardware, not a need
+    rounding: int = 1  # of relative values; what hardware prefers, not a need
     is_drop: bool = True
 
     def relative(self, factor: Fraction) -> int:
-        """`factor` of the parent: floored for drops, to the nearest multiple of `rounding` for
-        widths."""
+        """`factor` of the parent: drops are rounded down, widths to a multiple of `rounding`."""
         exact = factor * self.whole
         if self.is_drop or exact == self.whole:
             return int(exact)
@@ -73,8 +68,8 @@ class Bounds:
 
 
 def bounds_of(parent: Architecture) -> dict[str, Bounds]:
-    """The axes of a parent by their keys in a recipe. One layer with a KV cache stays if it has
-    any, else one of the kind that it has most of.
+    """The axes of a parent by their keys in a recipe. One layer with a KV cache stays if there is
+    any, else one of the most frequent kind.
 
     Raises:
         InputError: the parent's layers differ in a width.
@@ -101,15 +96,14 @@ def bounds_of(parent: Architecture) -> dict[str, Bounds]:
 def resolve_space(spec: Mapping[str, Sequence[int | str] | int | str | None], parent: Architecture) -> Space:
     """The space that a recipe's ranges mean for this parent.
 
-    A missing axis or null is the parent's own value alone. Drops above the number of layers are
-    clipped to it. Without a step, drops go by 1 and widths by an eighth of the parent. The widths
-    of a kind of layer that the parent does not have are left at the parent's: another value would
-    be the same model again. So are the axes of other families.
+    A missing axis or null keeps the parent's value. Drops are clipped to the number of layers.
+    Without a step, drops go by 1 and widths by an eighth of the parent. Widths of kinds of layers
+    that the parent does not have stay the parent's, since another value would be the same model;
+    so do the axes of other families.
 
     Raises:
-        InputError: an unknown axis, something that is not a range, an empty range, more drops than
-        layers,
-            widths above the parent's, heads that do not divide by the groups.
+        InputError: an unknown axis, not a range or an empty one, more drops than layers, widths
+            above the parent's, heads that do not divide by the groups.
     """
     family, bounds = parent.family, bounds_of(parent)
     known = {name for other in FAMILIES.values() if other.write for name in (*other.drops, *other.widths)}
