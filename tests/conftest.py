@@ -14,11 +14,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import dataclasses
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from minipuzzle import Recipe
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("family_contract")
@@ -33,6 +39,18 @@ WORDS = """the state of a hybrid model is small and its memory does not grow wit
 keeps every token layers are removed one by one and what is left learns again from its parent def return self import
 for in range none true false if else raise error value number list dict"""
 DOCUMENTS = 400
+RECIPE = """
+recipe: 1
+budget: {memory: 0.7x}
+workload: {context: 128}
+calibration: {data: DATA, samples: 4, sequence_length: 32}
+space: {drop_mamba: [0, 1], drop_ffn: [0, 1], hidden_size: [16, 32, 8], ffn_size: [24, 48, 12]}
+search: {measure: 3, finalists: 2}
+evaluation: {data: DATA, samples: 4}
+surgery: {hidden: rotate}
+distillation:
+  {data: DATA, tournament_tokens: 128, tokens: 256, sequence_length: 32, batch_tokens: 64, learning_rate: 3.0e-3}
+"""
 
 
 @pytest.fixture(scope="session")
@@ -81,3 +99,39 @@ def model_folder(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "max_new_tokens": 7}))
     (folder / "LICENSE").write_text("A licence that travels.\n")
     return folder
+
+
+# a small run, for tests of what happens to runs
+# ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def neither_gate_nor_page() -> Iterator[None]:
+    """They take most of the time of such a run, and are tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minipuzzle.pipeline.finishing.reload_gate", lambda *given: 0.0)
+        patch.setattr("minipuzzle.report.html.render_html", lambda report: "")
+        yield
+
+
+@pytest.fixture(scope="module")
+def without_gate_and_page() -> Iterator[None]:
+    with neither_gate_nor_page():
+        yield
+
+
+@pytest.fixture(scope="session")
+def recipe(texts: Path) -> Recipe:
+    """A whole run of the tiny model in seconds, rotated and trained."""
+    from minipuzzle import Recipe
+
+    return Recipe.parse(RECIPE.replace("DATA", str(texts)), "test")
+
+
+@pytest.fixture(scope="session")
+def finished(model_folder: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that run. Copy it before you change it."""
+    from minipuzzle import prune
+
+    with neither_gate_nor_page():
+        return prune(model_folder, recipe, tmp_path_factory.mktemp("runs") / "run").path

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +18,12 @@ from minipuzzle import Recipe, prune
 from minipuzzle.cli import main
 from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.partial import Partial
+from minipuzzle.models.weights import open_model
+from minipuzzle.pipeline import choosing
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.stages import NAMES as STAGES
 from minipuzzle.verbs.score import score
 
-RECIPE = """
-recipe: 1
-budget: {memory: 0.7x}
-workload: {context: 128}
-calibration: {data: DATA, samples: 4, sequence_length: 32}
-space: {drop_mamba: [0, 1], drop_ffn: [0, 1], hidden_size: [16, 32, 8], ffn_size: [24, 48, 12]}
-search: {measure: 3, finalists: 2}
-evaluation: {data: DATA, samples: 4}
-surgery: {hidden: rotate}
-distillation:
-  {data: DATA, tournament_tokens: 128, tokens: 256, sequence_length: 32, batch_tokens: 64, learning_rate: 3.0e-3}
-"""
 # every file of a finished run but those of the training, the licence and the reports' copies
 FILES = ("run.json", "candidates.json", "candidates.csv", "report.json", "metrics.jsonl", "stages/tokenize.json",
          "stages/score.json", "stages/curves.json", "stages/search.json", "stages/measure.json",
@@ -51,23 +40,7 @@ REPEATABLE = ("candidates.csv", "candidates.json", "scores/layers.csv", "scores/
               "scores/rotation.safetensors", "search/tournament.json", "model/config.json", "model/tokenizer.json")
 
 
-@pytest.fixture(scope="module")
-def recipe(texts: Path) -> Recipe:
-    return Recipe.parse(RECIPE.replace("DATA", str(texts)), "test")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _neither_gate_nor_page() -> Iterator[None]:
-    """They take most of the time of such a run, and are tested elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minipuzzle.pipeline.finishing.reload_gate", lambda *given: 0.0)
-        patch.setattr("minipuzzle.report.html.render_html", lambda report: "")
-        yield
-
-
-@pytest.fixture(scope="module")
-def finished(model_folder: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prune(model_folder, recipe, tmp_path_factory.mktemp("runs") / "run").path
+pytestmark = pytest.mark.usefixtures("without_gate_and_page")
 
 
 @pytest.fixture
@@ -120,6 +93,56 @@ def test_every_file_damaged(copy: Path, finished: Path, model_folder: Path, reci
         damage(copy, pattern, DAMAGES[(i + shift) % len(DAMAGES)])
     prune(model_folder, recipe, copy, redo=True)
     assert_same(copy, finished)
+
+
+def test_a_tournament_made_again_may_have_another_winner(copy: Path, finished: Path, model_folder: Path, recipe: Recipe,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the training and the export of the earlier winner are no result of this run."""
+    first, second = (c["name"] for c in json.loads((finished / "candidates.json").read_text())["candidates"][:2])
+    (copy / "stages" / "tournament.json").unlink()
+    monkeypatch.setattr(choosing, "rank", lambda found: sorted(found, key=lambda c: c.name != second))
+    reporter = Reporter()
+    run = prune(model_folder, recipe, copy, reporter=reporter)
+    assert [name for name, seconds in reporter.seconds.items() if seconds > 0] == ["tournament", "distill", "export"]
+    assert run.report["result"]["candidate"] == second != first
+    assert json.loads((finished / "report.json").read_text())["result"]["candidate"] == first
+    assert open_model(run.model_path).arch.to_json() == run.report["result"]["architecture"]
+    logs = [(folder / "metrics.jsonl").read_text() for folder in (copy, finished, *copy.glob(f"distillation/{second}-*"))]
+    assert logs[0] == logs[2] != logs[1]
+    again = Reporter()
+    prune(model_folder, recipe, copy, reporter=again)
+    assert set(again.seconds.values()) == {0.0}
+
+
+@pytest.fixture(scope="module")
+def other_result(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the run with the second candidate's own result; that one's folder."""
+    run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("other") / "run"))
+    name = json.loads((run / "candidates.json").read_text())["candidates"][1]["name"]
+    return prune(run, candidate=name).path
+
+
+OF_A_CANDIDATE = ("stages/distill.json", "stages/export.json", "metrics.jsonl", "search/result.json", "model/config.json",
+                  "model/model.safetensors", "model/tokenizer.json", "model/README.md")
+
+
+@pytest.mark.parametrize("shift", range(3))
+def test_redo_mends_the_result_of_another_candidate(other_result: Path, tmp_path: Path, shift: int) -> None:
+    """Several of its files at once and its training; the run's own result is not touched."""
+    run = Path(shutil.copytree(other_result.parents[1], tmp_path / "run"))
+    folder = run / "candidates" / other_result.name
+    for i, pattern in enumerate(OF_A_CANDIDATE):
+        damage(folder, pattern, DAMAGES[(i + 2 * shift) % len(DAMAGES)])
+    if shift:
+        damage(next(run.glob(f"distillation/{other_result.name}-*")), "state-*/*.safetensors", "flipped")
+    with pytest.raises(CorruptArtifact, match=r"--redo"):
+        prune(run, candidate=other_result.name)
+    prune(run, candidate=other_result.name, redo=True)
+    for file in ("model/config.json", "model/tokenizer.json", "candidates.csv"):
+        assert (folder / file).read_bytes() == (other_result / file).read_bytes(), file
+    mine, theirs = (load_file(f / "model" / "model.safetensors") for f in (folder, other_result))
+    assert {n: t.tolist() for n, t in mine.items()} == {n: t.tolist() for n, t in theirs.items()}
+    assert_same(run, other_result.parents[1])
 
 
 def doctor(run: Path) -> Result:

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import RECIPE
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_damage import RECIPE, assert_same
+from test_damage import assert_same
 from tiny import ARCH, FAMILY, tokens, trained_like
 
 from minipuzzle import Recipe, prune
@@ -37,24 +38,7 @@ from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.verbs.distill import distill
 from minipuzzle.verbs.evaluate import evaluate
 
-
-@pytest.fixture(scope="module")
-def recipe(texts: Path) -> Recipe:
-    return Recipe.parse(RECIPE.replace("DATA", str(texts)), "test")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _neither_gate_nor_page() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minipuzzle.pipeline.finishing.reload_gate", lambda *given: 0.0)
-        patch.setattr("minipuzzle.report.html.render_html", lambda report: "")
-        yield
-
-
-@pytest.fixture(scope="module")
-def finished(model_folder: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prune(model_folder, recipe, tmp_path_factory.mktemp("runs") / "run").path
-
+pytestmark = pytest.mark.usefixtures("without_gate_and_page")
 
 # the disk
 # --------------------------------------------------------------------------------------------------------
@@ -233,7 +217,7 @@ def test_a_student_that_explodes(model_folder: Path, recipe: Recipe, tmp_path: P
         distill(student, model_folder, recipe, tmp_path / "out", 0, "cpu", Reporter())
 
 
-def test_a_matrix_of_zeros_is_named(model_folder: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_matrix_of_zeros_is_named(model_folder: Path, recipe: Recipe, texts: Path, tmp_path: Path) -> None:
     names = ("backbone.layers.1.mixer.down_proj.weight", "backbone.layers.3.mixer.q_proj.weight")
 
     def change(weights: dict[str, torch.Tensor]) -> None:
@@ -248,6 +232,13 @@ def test_a_matrix_of_zeros_is_named(model_folder: Path, recipe: Recipe, tmp_path
     (warning,) = [w for w in run.report["warnings"] if "all zero" in w]
     assert all(name in warning for name in names)
     assert warning in json.loads((run.model_path / "minipuzzle.json").read_text())["warnings"]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.replace("DATA", str(texts)))
+    said = CliRunner().invoke(main, ["score", str(folder.path), "--recipe", str(file), "-o", str(tmp_path / "scored")])
+    assert said.exit_code == 0, said.stderr
+    (line,) = [line for line in said.stderr.splitlines() if "all zero" in line]
+    assert line == warning
+    assert "all zero" not in said.stdout
 
 
 @pytest.mark.parametrize("name", [FAMILY.head_name, FAMILY.embedding_name, *FAMILY.norm_names])
