@@ -25,7 +25,6 @@ from minipuzzle.core.files import CANDIDATES_BYTES, machine_errors, our_error, p
 
 if TYPE_CHECKING:
     from minipuzzle.core.budget import Workload
-    from minipuzzle.pipeline.progress import Reporter
     from minipuzzle.recipes.schema import Recipe
 
 
@@ -33,8 +32,8 @@ LONGEST_LINE = 2000  # of an error: what it quotes may be any length
 
 
 class _Path(click.Path):
-    """A path as a user writes it, or with `names` also a name in its place: not empty, and not one
-    that the system refuses to look at. Whether anything is there, and what, the verbs say."""
+    """A path, or with `names` also a name in its place: not empty, and not one that the system
+    refuses to look at. The verbs say whether anything is there."""
 
     def __init__(self, names: bool = False) -> None:
         super().__init__(path_type=str if names else Path)
@@ -56,8 +55,8 @@ class _Path(click.Path):
 
 
 class _Group(click.Group):
-    """Errors of the user's making become one line on stderr and their own exit code; bugs keep
-    their traceback."""
+    """Errors that users can cause become one line on stderr and an exit code; bugs keep their
+    traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -102,9 +101,9 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _say_and_exit(error: MinipuzzleError) -> NoReturn:
-    text = " ".join(str(error).split())
-    click.echo(f"minipuzzle: {text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + '...'}", err=True)
+def _say_and_exit(error: MinipuzzleError | click.ClickException, text: str = "", more: str = "") -> NoReturn:
+    text = " ".join((text or str(error)).split())
+    click.echo(f"minipuzzle: {text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + '...'}{more}", err=True)
     sys.exit(error.exit_code)
 
 
@@ -112,10 +111,7 @@ def _refuse(error: click.UsageError) -> NoReturn:
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         raise error
     command = error.ctx.command_path if error.ctx else "minipuzzle"
-    text = " ".join(error.format_message().split())
-    text = text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + "..."
-    click.echo(f"minipuzzle: {text} See '{command} --help'.", err=True)
-    sys.exit(error.exit_code)
+    _say_and_exit(error, error.format_message(), f" See '{command} --help'.")
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -158,7 +154,18 @@ def _memory(ctx: click.Context, param: click.Parameter, text: str | None) -> int
     return None if text is None else parse_quantity(text, "bytes")
 
 
+Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
+
+
+def _options(*options: Decorator) -> Decorator:
+    """Several decorators as one, in the order in which --help shows them."""
+    return lambda command: functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+
+
+model_argument = click.argument("model", type=_Path(names=True))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 redo_option = click.option("--redo", is_flag=True,
                            help="Make damaged stages again, and those that a changed recipe invalidates.")
 memory_option = click.option("--memory", "memory_bytes", metavar="SIZE", callback=_memory,
@@ -166,23 +173,25 @@ memory_option = click.option("--memory", "memory_bytes", metavar="SIZE", callbac
                                   "disk layer by layer. Default: all of the device's.")
 
 
-def recipe_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """--recipe, --set, and --budget and --data where the verb reads them; the command gets
-    `recipe`.
+def recipe_options(*sections: str) -> Decorator:
+    """--recipe, --set, and --budget and --data where the verb reads them; the command gets a
+    `recipe`. `sections` are those that the verb reads, all if none is named: a file may have
+    others, for other verbs, but a setting that would be ignored is refused."""
+    options = [
+        click.option("--recipe", "name", default="default", show_default=True, type=_Path(names=True),
+                     metavar="NAME", help="A shipped recipe or a YAML file."),
+        click.option("--set", "settings", multiple=True, metavar="A.B=C",
+                     help="Override one key of the recipe. Repeatable; the last value wins.")]
+    if not sections or "budget" in sections:
+        options.append(click.option("--budget", "budgets", multiple=True, metavar="KEY=VALUE",
+                                    help="memory=31.7GiB, params=4.5B, kv_cache=0.5x, ...; replaces the "
+                                         "recipe's. Repeatable."))
+    if not sections or "calibration" in sections:
+        options.append(click.option("--data", help="stdlib, a text, JSONL or parquet file or folder, "
+                                                   "hf:owner/name; or a=0.7,b=0.3."))
 
-    `sections`: those of a recipe that the verb reads, all if none is named. A recipe's file may
-    have the others, for other verbs; a setting that would be ignored is refused.
-    """
-    budget = click.option("--budget", "budgets", multiple=True, metavar="KEY=VALUE",
-                          help="memory=31.7GiB, params=4.5B, kv_cache=0.5x, ...; replaces the recipe's. Repeatable.")
-    data = click.option("--data", help="stdlib, a text, JSONL or parquet file or folder, hf:owner/name; or "
-                                       "a=0.7,b=0.3.")
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        @click.option("--recipe", "name", default="default", show_default=True, type=_Path(names=True), metavar="NAME",
-                      help="A shipped recipe or a YAML file.")
-        @click.option("--set", "settings", multiple=True, metavar="A.B=C",
-                      help="Override one key of the recipe. Repeatable; the last value wins.")
+    def decorate(command: Command) -> Command:
+        @_options(*options)
         @functools.wraps(command)
         def wrapped(name: str, settings: tuple[str, ...], budgets: tuple[str, ...] = (), data: str | None = None,
                     **rest: Any) -> Any:
@@ -191,23 +200,27 @@ def recipe_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..
             recipe = Recipe.load(name, budget=_pairs(budgets, "--budget"), data=data, settings=_settings(settings))
             refuse_unread(settings, sections)
             return command(recipe=recipe, **rest)
-
-        wrapped = data(wrapped) if not sections or "calibration" in sections else wrapped
-        return budget(wrapped) if not sections or "budget" in sections else wrapped
+        return wrapped
     return decorate
 
 
 def refuse_unread(settings: tuple[str, ...], sections: tuple[str, ...], why: str = "") -> None:
-    """Raise InputError for a `--set` in a section that the verb does not read; without `sections`
-    it reads all."""
+    """Raise InputError for a `--set` in a section that the verb does not read."""
     for key in _pairs(settings, "--set"):
         if sections and key.partition(".")[0] not in sections:
             raise InputError(f"--set {key}: '{click.get_current_context().command_path}' does not read "
                               f"{key.partition('.')[0]}{why}; it reads {', '.join(sections)}")
 
 
-def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """-o, --seed, --device, --json, -v, -q; the command gets a `reporter` for the last two."""
+def run_options(command: Command) -> Command:
+    """What verbs that make a run take. The command gets a `reporter` for -v and -q, and the
+    `command` line."""
+    @_options(click.option("-o", "--output-dir", type=_Path(), help="Default: derived from the model and the recipe."),
+              click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1),
+                           help="Seed of everything random."),
+              device_option, redo_option, json_option,
+              click.option("-v", "--verbose", is_flag=True, help="Also print what each stage reports while it runs."),
+              click.option("-q", "--quiet", is_flag=True, help="Print errors only."))
     @functools.wraps(command)
     def wrapped(verbose: bool, quiet: bool, **rest: Any) -> Any:
         from minipuzzle.pipeline.progress import Reporter, Terminal
@@ -215,22 +228,11 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         if verbose and quiet:
             raise InputError("-v and -q exclude each other")
         interrupt.install(keeps=True)
-        out = command(reporter=Reporter() if quiet else Terminal(verbose=verbose), **rest)
+        out = command(reporter=Reporter() if quiet else Terminal(verbose=verbose),
+                      command=shlex.join(["minipuzzle", *sys.argv[1:]]), **rest)
         if interrupt.received():
             click.echo("minipuzzle: the signal came when all but the last files was done; they are finished", err=True)
         return out
-
-    for option in (
-        click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
-        click.option("-v", "--verbose", is_flag=True, help="Also print what each stage reports while it runs."),
-        json_option,
-        click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
-        click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1),
-                     help="Seed of everything random."),
-        click.option("-o", "--output-dir", type=_Path(),
-                     help="Default: derived from the model and the recipe."),
-    ):
-        wrapped = option(wrapped)
     return wrapped
 
 
@@ -248,10 +250,6 @@ def _given(*names: str) -> list[str]:
     return [n for n in names if ctx.get_parameter_source(n) not in (None, ParameterSource.DEFAULT)]
 
 
-def _command() -> str:
-    return shlex.join(["minipuzzle", *sys.argv[1:]])
-
-
 @main.command()
 @click.argument("model", required=False, type=_Path(names=True))
 @recipe_options()
@@ -259,11 +257,9 @@ def _command() -> str:
 @memory_option
 @click.option("--candidate", help="With a run as MODEL: also distil this candidate, into RUN/candidates/NAME/.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are read.")
-@redo_option
 @click.option("--fresh", is_flag=True, help="Delete what the run directory holds and start again.")
-def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool,
-          reporter: Reporter, memory_bytes: int | None, candidate: str | None, dry_run: bool, redo: bool,
-          fresh: bool) -> None:
+def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int, as_json: bool,
+          candidate: str | None, dry_run: bool, **options: Any) -> None:
     """Make a model smaller: score, search, measure, distill, export and report.
 
     MODEL is a Hugging Face folder or a Hub id. The default is the bundled model.
@@ -282,12 +278,11 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
         given = _given("name", "budgets", "data", "settings", "seed", "output_dir")
         model, recipe, output_dir, seed = reopen(model, given)
     if dry_run:
-        folder, plan, where = verb.prepare(model, recipe, device, memory_bytes)
+        folder, plan, where = verb.prepare(model, recipe, options["device"], options["memory_bytes"])
         _print(plan_json(plan, STAGES), as_json, plan_lines(plan, STAGES))
         verb.check_machine(plan, output_dir or default_output(folder, recipe, seed), where)  # as the run would fail
         return
-    run = verb.prune(model, recipe, output_dir, seed=seed, device=device, redo=redo, fresh=fresh,
-                     candidate=candidate, reporter=reporter, command=_command(), memory_bytes=memory_bytes)
+    run = verb.prune(model, recipe, output_dir, seed=seed, candidate=candidate, **options)
     parent, result, paired = (run.report[name] for name in ("parent", "result", "paired"))
     recovered = "" if result["recovery"] is None else f" ({result['recovery']:.0%} of the gap recovered)"
     _print(run.report, as_json, [
@@ -304,9 +299,17 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     ])
 
 
-def workload_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--precision, --kv-precision, --state-precision, --context, --batch; the command gets a
-    `workload`."""
+def workload_options(command: Command) -> Command:
+    """The precisions, --context and --batch; the command gets a `workload`."""
+    @_options(click.option("--precision", default="bf16", show_default=True,
+                           help="Of the weights: bf16, fp8, int4, nvfp4."),
+              click.option("--kv-precision", default="bf16", show_default=True,
+                           help="Of the KV cache: bf16, fp8, nvfp4."),
+              click.option("--state-precision", default="fp32", show_default=True,
+                           help="Of the Mamba state: fp32, bf16."),
+              click.option("--context", default="1k", show_default=True, help="Tokens; k = 1024, M = 1024^2."),
+              click.option("--batch", default=1, show_default=True, type=click.IntRange(1, MOST_SERVED),
+                           help="Sequences at once."))
     @functools.wraps(command)
     def wrapped(precision: str, kv_precision: str, state_precision: str, context: str, batch: int,
                 **rest: Any) -> Any:
@@ -314,32 +317,17 @@ def workload_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
         return command(workload=Workload(precision, kv_precision, state_precision, (),
                                          parse_quantity(context, "binary"), batch), **rest)
-
-    for option in (
-        click.option("--batch", default=1, show_default=True, type=click.IntRange(1, MOST_SERVED),
-                     help="Sequences at once."),
-        click.option("--context", default="1k", show_default=True,
-                     help="Tokens; k = 1024, M = 1024^2."),
-        click.option("--state-precision", default="fp32", show_default=True,
-                     help="Of the Mamba state: fp32, bf16."),
-        click.option("--kv-precision", default="bf16", show_default=True,
-                     help="Of the KV cache: bf16, fp8, nvfp4."),
-        click.option("--precision", default="bf16", show_default=True,
-                     help="Of the weights: bf16, fp8, int4, nvfp4."),
-    ):
-        wrapped = option(wrapped)
     return wrapped
 
 
 @main.command()
-@click.argument("model", type=_Path(names=True))
+@model_argument
 @workload_options
 @json_option
 def inspect(model: str, workload: Workload, as_json: bool) -> None:
     """Show a model's architecture, parameters, memory and FLOPs, from its configuration alone.
 
-    MODEL is a folder, a config.json or a published name: nemotron-h-56b, nemotron-3-nano-30b-a3b,
-    ...
+    MODEL is a folder, a config.json or a published name such as nemotron-h-56b.
 
     \b
     minipuzzle inspect my-model
@@ -360,7 +348,7 @@ def inspect(model: str, workload: Workload, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("model", type=_Path(names=True))
+@model_argument
 @click.option("--gpu", required=True, metavar="NAME", help="A card that 'minipuzzle devices' lists.")
 @workload_options
 @click.option("--engine", default="vllm", show_default=True, type=click.Choice(["ideal", "vllm"]),
@@ -406,13 +394,11 @@ def devices(as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("model", type=_Path(names=True))
+@model_argument
 @recipe_options("calibration", "scores", "space", "evaluation", "surgery", "distillation")
 @run_options
 @memory_option
-@redo_option
-def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str, as_json: bool,
-          reporter: Reporter, memory_bytes: int | None, redo: bool) -> None:
+def score(model: str, recipe: Recipe, as_json: bool, **options: Any) -> None:
     """Score layers (by ablation) and widths (by activations) -> OUTPUT_DIR/scores/.
 
     \b
@@ -422,7 +408,7 @@ def score(model: str, recipe: Recipe, output_dir: Path | None, seed: int, device
     from minipuzzle.pipeline.results import records
     from minipuzzle.verbs.score import score as score_model
 
-    path, table = score_model(model, recipe, output_dir, seed, device, reporter, _command(), memory_bytes, redo)
+    path, table = score_model(model, recipe, **options)
     if environment.rank() != 0:
         return
     _print({"path": str(path), "layers": records(table)}, as_json,
@@ -442,8 +428,7 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
     """Search for candidates from scores and a budget; reads no weights.
 
     With RUN, search that run again with its own recipe, into RUN/searches/. Several values of one
-    budget make a
-    sweep: a table with the best predicted candidate for each.
+    budget make a sweep: a table with the best predicted candidate for each.
 
     \b
     minipuzzle search --model config.json --scores layers.csv --budget memory=31.7GiB -o found
@@ -453,8 +438,7 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
 
     if run is not None and not _given("name"):
         given = click.get_current_context().params
-        recipe = run_recipe(run, _pairs(given["budgets"], "--budget"),
-                            _settings(given["settings"]))
+        recipe = run_recipe(run, _pairs(given["budgets"], "--budget"), _settings(given["settings"]))
     path, data, frame = research(recipe, run, config, scores, output_dir)
     for warning in data["warnings"]:
         click.echo(f"minipuzzle: warning: {warning}", err=True)
@@ -467,7 +451,7 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
 
 
 @main.command()
-@click.argument("model", type=_Path(names=True))
+@model_argument
 @click.option("--teacher", type=_Path(names=True), metavar="MODEL",
               help="Compare with this model: KL and agreement.")
 @click.option("--latency", is_flag=True,
@@ -475,7 +459,7 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
 @click.option("--tasks", help="Also run these lm-eval tasks, comma-separated; needs the eval extra.")
 @click.option("--limit", type=click.IntRange(1), help="Ask only this many questions of each task.")
 @recipe_options("calibration", "evaluation", "workload")
-@click.option("--device", default="cpu", show_default=True)
+@device_option
 @json_option
 def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, limit: int | None, recipe: Recipe,
              device: str, as_json: bool) -> None:
@@ -498,17 +482,13 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
         raise InputError("--tasks names no task; write for example --tasks mmlu,gsm8k")
     data = evaluate_folder(model, teacher, recipe, device, latency, names, limit)
     paired = {f"{'' if k.startswith('loss') else 'paired_'}{k}": v for k, v in (data.get("paired") or {}).items()}
-    parts = (data, paired, data.get("latency") or {}, *_scores_of(data))
+    tested = ((data.get("tasks") or {}).get("results") or {}).items()
+    scores = {f"{name} {metric.removesuffix(',none')}": value for name, found in tested
+              for metric, value in found.items() if isinstance(value, float)}
+    parts = (data, paired, data.get("latency") or {}, scores)
     _print(data, as_json, [f"{key:26} {value:.5g}" if isinstance(value, float) else f"{key:26} {value}"
                            for part in parts for key, value in part.items()
                            if value is not None and not isinstance(value, dict)])
-
-
-def _scores_of(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The numbers of each task, by "task metric"."""
-    return [{f"{name} {metric.removesuffix(',none')}": value for metric, value in scores.items()
-             if isinstance(value, float)}
-            for name, scores in ((data.get("tasks") or {}).get("results") or {}).items()]
 
 
 @main.command()
@@ -516,12 +496,11 @@ def _scores_of(data: dict[str, Any]) -> list[dict[str, Any]]:
 @click.option("--teacher", required=True, type=_Path(names=True), metavar="MODEL", help="The parent's folder.")
 @recipe_options("calibration", "evaluation", "distillation")
 @run_options
-@redo_option
 @click.option("--cache-teacher", type=_Path(), metavar="DIR",
               help="Write the teacher's distillation.top_k tokens to DIR once, and train from there without it.")
 @click.option("--track", help="Also send the metrics to tensorboard or wandb.")
-def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None, seed: int, device: str,
-            as_json: bool, reporter: Reporter, cache_teacher: Path | None, track: str | None, redo: bool) -> None:
+def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None, as_json: bool,
+            **options: Any) -> None:
     """Distil STUDENT from the teacher's logits -> OUTPUT_DIR/model/.
 
     \b
@@ -533,8 +512,7 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
     if output_dir is None:
         raise InputError("distill needs an output folder: -o FOLDER")
     with machine_errors(output_dir):
-        data = distill_folder(student, teacher, recipe, output_dir, seed, device, reporter, _command(), cache_teacher,
-                              track, redo)
+        data = distill_folder(student, teacher, recipe, output_dir, **options)
     if environment.rank() == 0:
         than = "" if data["loss_teacher"] is None else f" (teacher {data['loss_teacher']:.3f})"
         compared = [] if data["kl"] is None else [f"KL          {data['kl_before']:.3f} -> {data['kl']:.3f}"]
@@ -585,8 +563,7 @@ def _report_of(run: Path) -> dict[str, Any]:
 @click.argument("model", required=False, type=_Path(names=True))
 @json_option
 def doctor(model: str | None, as_json: bool) -> None:
-    """Check this installation: versions, kernels, devices, memory, disk, and the causality of the
-    SSM.
+    """Check this installation: versions, kernels, devices, memory, disk, causality of the SSM.
 
     With MODEL (a folder, a Hub id, a config.json or a published name), also check whether that
     model can be pruned here. With a run instead, compare every byte of its stages with what was
@@ -634,8 +611,7 @@ def recipes_ls(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def recipes_show(name: str, as_json: bool) -> None:
-    """Print a recipe; with --json, every key as it is resolved. Example: minipuzzle recipes show
-    default"""
+    """Print a recipe; with --json, all keys as resolved. Example: minipuzzle recipes show default"""
     from minipuzzle.recipes.schema import Recipe, recipe_text
 
     _print(Recipe.load(name).model_dump() if as_json else {}, as_json, [recipe_text(name)[0].rstrip()])
@@ -664,8 +640,7 @@ def recipes_copy(name: str, file: Path, as_json: bool) -> None:
 @click.argument("names", nargs=-1)
 @json_option
 def recipes_validate(names: tuple[str, ...], as_json: bool) -> None:
-    """Check recipes; without a name, all shipped ones. Example: minipuzzle recipes validate
-    mine.yaml"""
+    """Check recipes, by default all shipped. Example: minipuzzle recipes validate mine.yaml"""
     from minipuzzle.recipes.schema import Recipe, shipped_recipes
 
     every = names or tuple(f.name.removesuffix(".yaml") for f in shipped_recipes())
@@ -675,8 +650,7 @@ def recipes_validate(names: tuple[str, ...], as_json: bool) -> None:
 
 @recipes.command("schema")
 def recipes_schema() -> None:
-    """The JSON schema of a recipe, for editors. Example: minipuzzle recipes schema >
-    recipe.schema.json"""
+    """The JSON schema of a recipe, for editors. Example: minipuzzle recipes schema > schema.json"""
     from minipuzzle.recipes.schema import json_schema
 
     _print(json_schema(), True, [])
