@@ -270,7 +270,7 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     minipuzzle prune runs/mine --candidate c0012
     """
     from minipuzzle.pipeline.forecast import plan_json, plan_lines
-    from minipuzzle.pipeline.stages import STAGES
+    from minipuzzle.stages.order import STAGES
     from minipuzzle.verbs import prune as verb
     from minipuzzle.verbs.folder import default_output, reopen
 
@@ -405,7 +405,7 @@ def score(model: str, recipe: Recipe, as_json: bool, **options: Any) -> None:
     minipuzzle score my-model --data texts/ -o scored
     torchrun --nproc-per-node 4 -m minipuzzle score my-model --memory 24GiB
     """
-    from minipuzzle.pipeline.results import records
+    from minipuzzle.stages.results import records
     from minipuzzle.verbs.score import score as score_model
 
     path, table = score_model(model, recipe, **options)

@@ -109,7 +109,7 @@ def model_folder(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory)
 def neither_gate_nor_page() -> Iterator[None]:
     """They take most of the time of such a run, and are tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minipuzzle.pipeline.finishing.reload_gate", lambda *given: 0.0)
+        patch.setattr("minipuzzle.stages.finishing.reload_gate", lambda *given: 0.0)
         patch.setattr("minipuzzle.report.html.render_html", lambda report: "")
         yield
 

@@ -10,8 +10,8 @@ from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
-from minipuzzle.pipeline.results import width_shares
 from minipuzzle.search.candidate import Candidate
+from minipuzzle.stages.results import width_shares
 
 PARENT = Architecture(
     pattern="M-M-M*-M-M-M-M*-M-M-M-", vocab_size=2048, hidden_size=96, ffn_size=512, mamba_num_heads=16,

@@ -19,9 +19,9 @@ from minipuzzle.cli import main
 from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.partial import Partial
 from minipuzzle.models.weights import open_model
-from minipuzzle.pipeline import choosing
 from minipuzzle.pipeline.progress import Reporter
-from minipuzzle.pipeline.stages import NAMES as STAGES
+from minipuzzle.stages import choosing
+from minipuzzle.stages.order import NAMES as STAGES
 from minipuzzle.verbs.score import score
 
 # every file of a finished run but those of the training, the licence and the reports' copies

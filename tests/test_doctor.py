@@ -15,7 +15,7 @@ from minipuzzle.core.published import published
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.pipeline import plan
 from minipuzzle.pipeline.forecast import check_memory
-from minipuzzle.pipeline.stages import STAGES
+from minipuzzle.stages.order import STAGES
 from minipuzzle.verbs import doctor
 
 

@@ -33,8 +33,8 @@ from minipuzzle.importance.layers import score_layers
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, Source
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
-from minipuzzle.pipeline import finishing
 from minipuzzle.pipeline.progress import Reporter
+from minipuzzle.stages import finishing
 from minipuzzle.verbs.distill import distill
 from minipuzzle.verbs.evaluate import evaluate
 

@@ -28,11 +28,12 @@ ALLOWED = {
     "distill": {"core", "families", "models", "data"},
     "engines": {"core", "families"},
     "recipes": {"core", "data"},
-    "pipeline": {"core", "families", "models", "data", "search", "report", "importance", "evaluate", "surgery",
-                 "distill", "engines", "recipes"},
+    "pipeline": {"core", "families", "models", "data", "search", "evaluate", "surgery", "distill", "recipes"},
+    "stages": {"core", "families", "models", "data", "search", "report", "importance", "evaluate", "surgery", "distill",
+               "recipes", "pipeline"},
     "verbs": {"core", "families", "models", "data", "search", "report", "evaluate", "surgery", "distill", "engines",
-              "recipes", "pipeline"},
-    "cli": {"core", "families", "engines", "recipes", "report", "pipeline", "verbs"},
+              "recipes", "pipeline", "stages"},
+    "cli": {"core", "families", "engines", "recipes", "report", "pipeline", "stages", "verbs"},
     "_version": set(),
 }
 NO_TORCH = ("core", "search", "report", "recipes", "cli")

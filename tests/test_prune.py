@@ -48,12 +48,12 @@ from minipuzzle.models.passes import Pass
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
-from minipuzzle.pipeline import finishing
 from minipuzzle.pipeline.progress import Reporter, Update
 from minipuzzle.pipeline.stage import Runner, Stage
-from minipuzzle.pipeline.stages import NAMES as STAGES
-from minipuzzle.pipeline.stages import STAGES as STAGE_LIST
 from minipuzzle.pipeline.world import World
+from minipuzzle.stages import finishing
+from minipuzzle.stages.order import NAMES as STAGES
+from minipuzzle.stages.order import STAGES as STAGE_LIST
 from minipuzzle.surgery import gate
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import Rotation
@@ -115,7 +115,7 @@ def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
         assert difference < 1e-4
         return difference
 
-    monkeypatch.setattr("minipuzzle.pipeline.finishing.reload_gate", check)
+    monkeypatch.setattr("minipuzzle.stages.finishing.reload_gate", check)
 
 
 @pytest.fixture
@@ -899,7 +899,7 @@ def test_a_candidate_by_hand_goes_on_after_a_stop_and_opens_as_a_run(copy: Path,
     again."""
     finalist, before = finished.candidates["name"][1], contents(copy)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minipuzzle.pipeline.finishing.reload_gate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("minipuzzle.stages.finishing.reload_gate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prune(copy, candidate=finalist)
     assert not (copy / "candidates" / finalist / "model").exists()

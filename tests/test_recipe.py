@@ -20,9 +20,9 @@ from minipuzzle.core.errors import InputError, ResourceError
 from minipuzzle.families.registry import FAMILIES
 from minipuzzle.pipeline.forecast import check_memory, estimates
 from minipuzzle.pipeline.plan import make_plan
-from minipuzzle.pipeline.scoring import SCORE
-from minipuzzle.pipeline.stages import STAGES
 from minipuzzle.recipes.schema import SpaceSection, json_schema, recipe_text, shipped_recipes
+from minipuzzle.stages.order import STAGES
+from minipuzzle.stages.scoring import SCORE
 
 CONTRACT = {
     "budget": {"memory"},

@@ -35,7 +35,7 @@ from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.pipeline.forecast import check_memory, estimates
 from minipuzzle.pipeline.plan import make_plan
-from minipuzzle.pipeline.stages import STAGES
+from minipuzzle.stages.order import STAGES
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.gate import reload_gate, sample_logits
 from minipuzzle.surgery.refit import FOLDS, RIDGES, BlockFit, refit, refit_bytes, ridge_step, samples_needed

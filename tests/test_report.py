@@ -15,12 +15,12 @@ import yaml
 from report_data import RECIPE, build
 
 from minipuzzle.core import files
-from minipuzzle.pipeline.results import licence_of
 from minipuzzle.report import facts, html
 from minipuzzle.report.card import model_card
 from minipuzzle.report.html import render_html, write_report
 from minipuzzle.report.plots import GRID_ROWS, METRIC_WORDS, pareto
 from minipuzzle.report.report import Report
+from minipuzzle.stages.results import licence_of
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 NASTY = "<script>alert('$x_1$ & \"y\"')</script>"

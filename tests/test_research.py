@@ -16,9 +16,9 @@ from minipuzzle.cli import main
 from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
-from minipuzzle.pipeline.candidates import candidates_document
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate
+from minipuzzle.stages.candidates import candidates_document
 from minipuzzle.verbs.search import research, run_recipe, sweep
 
 PATTERN = "M-M*-MM-*-"

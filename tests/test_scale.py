@@ -19,7 +19,7 @@ from minipuzzle.families import mixers
 from minipuzzle.models.logits import compare
 from minipuzzle.models.walk import final_hidden
 from minipuzzle.models.weights import open_model
-from minipuzzle.pipeline import finishing
+from minipuzzle.stages import finishing
 
 Seen = set[tuple[torch.dtype, torch.dtype]]
 

@@ -17,8 +17,8 @@ from minipuzzle.pipeline.forecast import check_disk, check_memory, estimates
 from minipuzzle.pipeline.plan import Estimate, make_plan
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.stage import Given, Runner, Stage, restrict, values
-from minipuzzle.pipeline.stages import STAGES
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.stages.order import STAGES
 from minipuzzle.verbs.source import bundled_model
 
 

@@ -27,18 +27,18 @@ from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
-from minipuzzle.pipeline.finishing import show_metrics
 from minipuzzle.pipeline.machine import find_device
-from minipuzzle.pipeline.mend import forget_damaged_training
 from minipuzzle.pipeline.plan import make_plan
 from minipuzzle.pipeline.progress import Reporter
-from minipuzzle.pipeline.results import distilled_report, model_card_files, training_notes
 from minipuzzle.pipeline.stage import Given, Runner, Stage
-from minipuzzle.pipeline.student import EVALUATIONS, as_written, rounded, train_settings, training_blocks
-from minipuzzle.pipeline.tokens import tokenize_stage
 from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.report.report import Report
+from minipuzzle.stages.finishing import show_metrics
+from minipuzzle.stages.mend import forget_damaged_training
+from minipuzzle.stages.results import distilled_report, model_card_files, training_notes
+from minipuzzle.stages.student import EVALUATIONS, as_written, rounded, train_settings, training_blocks
+from minipuzzle.stages.tokens import tokenize_stage
 from minipuzzle.surgery.gate import reload_gate, sample_logits
 from minipuzzle.verbs.folder import open_run, write_about
 from minipuzzle.verbs.source import find_model

@@ -36,9 +36,9 @@ from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline.forecast import check_memory, estimates
 from minipuzzle.pipeline.machine import machine_memory, versions
 from minipuzzle.pipeline.plan import Plan, make_plan
-from minipuzzle.pipeline.stages import NAMES, STAGES
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.space import Bounds, bounds_of
+from minipuzzle.stages.order import NAMES, STAGES
 from minipuzzle.verbs.source import config_of
 
 TOLERANCE = 1e-4

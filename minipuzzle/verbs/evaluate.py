@@ -20,9 +20,9 @@ from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline.machine import find_device
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.stage import Runner
-from minipuzzle.pipeline.tokens import tokenize_stage
 from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.stages.tokens import tokenize_stage
 from minipuzzle.verbs.source import find_model
 
 

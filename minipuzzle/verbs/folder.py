@@ -14,8 +14,8 @@ from minipuzzle.models.ranks import Ranks, open_ranks
 from minipuzzle.models.weights import ModelFolder
 from minipuzzle.pipeline.machine import versions
 from minipuzzle.pipeline.stage import Runner
-from minipuzzle.pipeline.stages import STAGES
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.stages.order import STAGES
 from minipuzzle.verbs.source import bundled_model
 
 

@@ -17,18 +17,18 @@ from minipuzzle.core.rundir import RunDir
 from minipuzzle.distill.precision import check_precision
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.weights import ModelFolder, open_model
-from minipuzzle.pipeline.candidates import AGAIN, candidates_document, read_candidates
 from minipuzzle.pipeline.forecast import check_disk, check_memory, estimates
 from minipuzzle.pipeline.machine import find_device, memory_to_use
 from minipuzzle.pipeline.plan import Plan, budget_of, make_plan
 from minipuzzle.pipeline.progress import Reporter
-from minipuzzle.pipeline.results import make_report
 from minipuzzle.pipeline.stage import Runner
-from minipuzzle.pipeline.stages import RESULT, STAGES
 from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.report.html import write_report
 from minipuzzle.search.candidate import to_frame
+from minipuzzle.stages.candidates import AGAIN, candidates_document, read_candidates
+from minipuzzle.stages.order import RESULT, STAGES
+from minipuzzle.stages.results import make_report
 from minipuzzle.verbs.folder import default_output, reopen, write_about
 from minipuzzle.verbs.run import Run
 from minipuzzle.verbs.source import bundled_model, find_model

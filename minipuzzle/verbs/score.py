@@ -14,11 +14,11 @@ from minipuzzle.pipeline.forecast import check_memory, estimates
 from minipuzzle.pipeline.machine import find_device, memory_to_use
 from minipuzzle.pipeline.plan import make_plan
 from minipuzzle.pipeline.progress import Reporter
-from minipuzzle.pipeline.scoring import CURVES, SCORE
 from minipuzzle.pipeline.stage import Runner
-from minipuzzle.pipeline.tokens import tokenize_stage
 from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.stages.scoring import CURVES, SCORE
+from minipuzzle.stages.tokens import tokenize_stage
 from minipuzzle.verbs.folder import default_output, open_run, write_about
 from minipuzzle.verbs.source import find_model
 

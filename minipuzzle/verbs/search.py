@@ -27,10 +27,10 @@ from minipuzzle.core.rundir import digest, read_about
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.cost import cost
-from minipuzzle.pipeline.candidates import candidates_document, find_candidates
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate, to_frame
 from minipuzzle.search.space import Space, resolve_space
+from minipuzzle.stages.candidates import candidates_document, find_candidates
 
 MARKER = "search.json"  # a folder that has it is ours
 

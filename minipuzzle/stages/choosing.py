@@ -17,11 +17,15 @@ from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.distill.loop import distill_together
 from minipuzzle.distill.trainer import Diverged, Pupil
 from minipuzzle.evaluate.quality import measure_variants
-from minipuzzle.pipeline.candidates import Qualities, find_candidates, read_candidates, write_candidates
-from minipuzzle.pipeline.mend import forget_damaged_training, look_at
 from minipuzzle.pipeline.plan import Estimate, Plan, budget_of
 from minipuzzle.pipeline.stage import Given, Stage
-from minipuzzle.pipeline.student import (
+from minipuzzle.search.candidate import Candidate
+from minipuzzle.search.grid import random_architectures
+from minipuzzle.search.rank import diverse, rank
+from minipuzzle.search.space import resolve_space
+from minipuzzle.stages.candidates import Qualities, find_candidates, read_candidates, write_candidates
+from minipuzzle.stages.mend import forget_damaged_training, look_at
+from minipuzzle.stages.student import (
     TRAINING,
     cutter_of,
     look,
@@ -33,10 +37,6 @@ from minipuzzle.pipeline.student import (
     training_blocks,
     training_flops,
 )
-from minipuzzle.search.candidate import Candidate
-from minipuzzle.search.grid import random_architectures
-from minipuzzle.search.rank import diverse, rank
-from minipuzzle.search.space import resolve_space
 
 CONTROLS = 8  # random architectures that are measured beside the best predicted, to judge the prediction
 

@@ -25,17 +25,17 @@ from minipuzzle.families.base import HIDDEN
 from minipuzzle.families.cost import cost
 from minipuzzle.families.selection import choose_place
 from minipuzzle.importance.racing import toss_ups
-from minipuzzle.pipeline.candidates import AGAIN, read_candidates, read_controls, read_tournament
 from minipuzzle.pipeline.machine import hardware, versions
 from minipuzzle.pipeline.plan import budget_of, refit_samples
-from minipuzzle.pipeline.scoring import the_race, zero_warning
 from minipuzzle.pipeline.stage import Given
-from minipuzzle.pipeline.student import cutter_of, state_folder
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.report.card import model_card
 from minipuzzle.report.report import Report
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.rank import rank_correlation
+from minipuzzle.stages.candidates import AGAIN, read_candidates, read_controls, read_tournament
+from minipuzzle.stages.scoring import the_race, zero_warning
+from minipuzzle.stages.student import cutter_of, state_folder
 
 REPORT_CANDIDATES = 200
 WORSE = 1.1  # times the best: noise does not move the last looks of a cosine that far

@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-from minipuzzle.pipeline.choosing import MEASURE, SEARCH, TOURNAMENT
-from minipuzzle.pipeline.finishing import DISTILL, EXPORT
-from minipuzzle.pipeline.scoring import CURVES, SCORE
-from minipuzzle.pipeline.tokens import tokenize_stage
+from minipuzzle.stages.choosing import MEASURE, SEARCH, TOURNAMENT
+from minipuzzle.stages.finishing import DISTILL, EXPORT
+from minipuzzle.stages.scoring import CURVES, SCORE
+from minipuzzle.stages.tokens import tokenize_stage
 
 STAGES = (tokenize_stage(), SCORE, CURVES, SEARCH, MEASURE, TOURNAMENT, DISTILL, EXPORT)
 NAMES = tuple(stage.name for stage in STAGES)

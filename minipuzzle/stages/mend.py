@@ -9,9 +9,9 @@ from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.files import read_json
 from minipuzzle.distill import state
 from minipuzzle.distill.trained import read_metrics
-from minipuzzle.pipeline.candidates import chosen_one, read_tournament
 from minipuzzle.pipeline.stage import Given, Runner
-from minipuzzle.pipeline.student import state_folder, train_settings
+from minipuzzle.stages.candidates import chosen_one, read_tournament
+from minipuzzle.stages.student import state_folder, train_settings
 
 
 def steps_done(folder: Path) -> int:

@@ -22,12 +22,13 @@ from minipuzzle.evaluate.quality import measure
 from minipuzzle.evaluate.sample import greedy
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
-from minipuzzle.pipeline.candidates import chosen_one, read_tournament
-from minipuzzle.pipeline.mend import forget_unusable_training, steps_done
 from minipuzzle.pipeline.plan import Estimate, Plan
-from minipuzzle.pipeline.results import make_report, model_card_files
 from minipuzzle.pipeline.stage import Given, Stage
-from minipuzzle.pipeline.student import (
+from minipuzzle.recipes.schema import Recipe
+from minipuzzle.stages.candidates import chosen_one, read_tournament
+from minipuzzle.stages.mend import forget_unusable_training, steps_done
+from minipuzzle.stages.results import make_report, model_card_files
+from minipuzzle.stages.student import (
     EVALUATIONS,
     TRAINING,
     as_written,
@@ -43,7 +44,6 @@ from minipuzzle.pipeline.student import (
     training_blocks,
     training_flops,
 )
-from minipuzzle.recipes.schema import Recipe
 from minipuzzle.surgery.gate import reload_gate, sample_logits
 
 
