@@ -887,7 +887,7 @@ def test_another_candidate_goes_on_from_the_scores(copy: Path, finished: Run, mo
     assert "no candidate 'c9999'" in refused(invoke("prune", copy, "--candidate", "c9999"), 2)
     assert "leave out the options" in refused(invoke("prune", copy, "--candidate", other, "--seed", "3"), 2)
     assert "leave one out" in refused(invoke("prune", copy, "--candidate", other, "--fresh"), 2)
-    assert "none" in refused(invoke("prune", model_folder, "--candidate", other), 2)
+    assert "is not one" in refused(invoke("prune", model_folder, "--candidate", other), 2)
     after = contents(copy)
     assert {name: after[name] for name in before} == before
     assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"candidates", "distillation"}

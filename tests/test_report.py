@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from report_data import RECIPE, build
+from report_data import PARENT, RECIPE, build
 
 from minipuzzle.core import files
 from minipuzzle.report import facts, html
 from minipuzzle.report.card import model_card
 from minipuzzle.report.html import render_html, write_report
 from minipuzzle.report.plots import GRID_ROWS, METRIC_WORDS, pareto
-from minipuzzle.report.report import Report
+from minipuzzle.report.report import Report, clean
 from minipuzzle.stages.results import licence_of
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -66,6 +66,15 @@ def report() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def page(report: dict[str, Any]) -> str:
     return render_html(report)
+
+
+def test_the_type_loses_nothing(report: dict[str, Any]) -> None:
+    """Not even keys and nulls that it knows nothing of; and a value of another type is named."""
+    given = clean(report | {"new": {"key": None}, "samples": report["samples"] | {"other": "text"}})
+    assert Report.read(given).to_json() == given
+    assert Report.read(given).parent.arch == PARENT
+    with pytest.raises(ValueError, match=r"^candidates\.1\.cost\.parameters: input should be a valid integer"):
+        Report.read(given | {"candidates": [{}, {"cost": {"parameters": "many"}}]})
 
 
 def test_page_is_well_formed_and_complete(page: str) -> None:

@@ -199,7 +199,7 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
         raise InputError(f"distillation.batch_tokens {d.batch_tokens} is less than one sequence of "
                           f"{d.sequence_length} tokens; raise it or lower distillation.sequence_length")
     if d.top_k > parent.vocab_size:
-        raise InputError(f"distillation.top_k {d.top_k} is more than the model's {parent.vocab_size} words; 0 takes "
+        raise InputError(f"distillation.top_k {d.top_k} exceeds the vocabulary of {parent.vocab_size} tokens; 0 takes "
                           "all")
     for name in dict.fromkeys(values[section]["data"] for section in reads):
         check_sources(name)

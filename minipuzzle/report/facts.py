@@ -74,10 +74,10 @@ def prediction(report: Report) -> str:
         return ""
     text = "Rank correlation (Spearman) of the prediction with the measured KL; 1 is a perfect order, 0 is chance: "
     some = [f"{number(chosen, '.2f')} among the {len(report.measured)} candidates that it put first, a narrow "
-            "selection that differs by less than it can foretell"] if chosen is not None else []
+            "selection whose differences are too small for it to predict"] if chosen is not None else []
     if drawn is not None:
         some.append(f"{number(drawn, '.2f')} among {len(report.controls)} drawn at random from all within the budget, "
-                    "which is how well it leads through the whole space")
+                    "which shows how well it orders the whole space")
     return text + "; ".join(some) + "."
 
 
@@ -204,8 +204,8 @@ def exported(report: Report) -> str:
     if found is None or found.step is None or found.steps is None:
         return ""
     which = f"of step {found.step:,} of {found.steps:,}" if found.step else "from before training"
-    return (f"The weights exported are those {which}: of all looks during training, the first before it, they were "
-            "the best on the held-out blocks that select.")
+    return (f"The exported weights are those {which}: the best on the held-out blocks that select, of all "
+            "evaluations from before training to its end.")
 
 
 def difference(report: Report) -> str:

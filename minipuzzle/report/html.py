@@ -126,7 +126,7 @@ def _note(report: Report, section: str) -> str:
 
 
 def _provenance(report: Report) -> list[tuple[str, str]]:
-    """Label and text of the run's particulars, for the last part of the page."""
+    """(label, text) of the run's details, for the end of the page."""
     evaluation, out = report.evaluation, []
     if evaluation.blocks is not None:
         per_byte = evaluation.bytes_per_token

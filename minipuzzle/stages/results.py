@@ -241,8 +241,8 @@ def _warnings(given: Given, gap: float) -> list[str]:
     if warning := zero_warning(folder):
         out.append(warning)
     if not given.parent.memory.resident:
-        out.append(f"the parent does not fit into {human_bytes(given.parent.memory.bytes)}: it was read from the disk "
-                   "layer by layer, and wrote no sample")
+        out.append(f"the parent does not fit into {human_bytes(given.parent.memory.bytes)}: it was read layer by layer "
+                   "from disk, and generated no sample")
     asked, got = recipe.calibration.samples, len(given.calibration_ids())
     if got < asked:
         out.append(f"calibration.samples is {asked}, the data has {got} blocks of {recipe.calibration.sequence_length} "
@@ -252,18 +252,18 @@ def _warnings(given: Given, gap: float) -> list[str]:
     if scoring["samples"] < scoring["available"]:
         out.append(f"scores.racing: {scoring['samples']} of {scoring['available']} samples were enough")
     if scoring["toss_ups"]:
-        cuts = ", ".join(f"{t['kind']} {t['drop']} (layer {t['goes']} or {t['stays']})" for t in scoring["toss_ups"])
+        cuts = ", ".join(f"{t['drop']} of {t['kind']} (layer {t['goes']} or {t['stays']})" for t in scoring["toss_ups"])
         # the search follows the iterative order, which has no such test
         which = "the one-shot order of layers" if recipe.scores.iterative else "which layers go"
-        out.append(f"noise decides {which}, at {scoring['confidence']:.0%} confidence, where of a kind so many "
-                   f"go: {cuts}; more calibration.samples decide")
+        out.append(f"at {scoring['confidence']:.0%} confidence, noise decides {which} when this many of a kind are "
+                   f"dropped: {cuts}; raise calibration.samples")
     refits = recipe.surgery.refit == "ridge"
     if refits and (samples := refit_samples(recipe, given.parent.arch)) > asked:
-        out.append(f"surgery.refit took {len(given.calibration_ids(samples))} samples, more than calibration.samples "
-                   f"({asked}): the widest writer needs them")
+        out.append(f"surgery.refit used {len(given.calibration_ids(samples))} samples, more than calibration.samples "
+                   f"({asked}): the widest output projection needs them")
     if recipe.distillation.tokens == 0 and not refits:
-        out.append("nothing was trained (distillation.tokens is 0); surgery.refit=ridge mends part of the cut without "
-                   "training")
+        out.append("nothing was trained (distillation.tokens is 0); surgery.refit=ridge recovers part of the loss "
+                   "without training")
     out += training_notes(recipe, given.parent.device)
     if recipe.workload.precision != "bf16":
         out.append(f"memory is counted for {recipe.workload.precision}; the folder stays in {folder.dtype} and must be "

@@ -68,7 +68,7 @@ def zero_warning(folder: ModelFolder) -> str:
     if not zero:
         return ""
     names = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
-    return f"all zero in the parent: {names}; look whether its weights are whole"
+    return f"all zero in the parent: {names}; check that its weights are complete"
 
 
 def _score(settings: Recipe, run: Pass) -> Scored:

@@ -56,7 +56,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
     command continues.
 
     Under torchrun the processes share the batches and the weights. `cache_teacher`: a folder with
-    the teacher's top words, made first where something is missing; then training needs no teacher,
+    the teacher's top tokens, filled first where something is missing; then training needs no teacher,
     and no KL is measured. `track`: also send the metrics to tensorboard or wandb. `redo`: make
     damaged tokens again, and start anew where the settings are others.
 
@@ -140,7 +140,7 @@ def _check(recipe: Recipe, small: ModelFolder, big: ModelFolder, layers: tuple[i
     if small.arch.vocab_size != big.arch.vocab_size:
         raise InputError(f"vocabularies differ: student {small.arch.vocab_size}, teacher {big.arch.vocab_size}")
     if cached and d.top_k == 0:
-        raise InputError("--cache-teacher keeps the teacher's top words; say how many: --set distillation.top_k=64")
+        raise InputError("--cache-teacher keeps the teacher's top tokens; set how many: --set distillation.top_k=64")
     if d.hidden_loss_weight and (cached or not layers or small.arch.hidden_size != big.arch.hidden_size):
         raise InputError("distillation.hidden_loss_weight needs a teacher in memory, a student of the same hidden "
                           "size, and its minipuzzle.json, which names the layers it kept")

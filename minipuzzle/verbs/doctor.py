@@ -1,4 +1,4 @@
-"""Is this installation able and right? Versions, devices, kernels, and whether the SSM path of
+"""Check an installation: versions, devices, kernels, and whether the SSM path of
 transformers is causal.
 
 transformers 5.6 to 5.14 computes Mamba-2 wrongly past one chunk without the CUDA kernels, and a
@@ -205,7 +205,7 @@ def _model(model: str) -> list[dict[str, Any]]:
     except MinipuzzleError as error:
         return [*cuts, _check(f"{model} can be pruned", " ".join(str(error).split()), False)]
     what = ("the weights' names and shapes are right, the tokenizer works" if there else
-            "by its configuration; no weights were looked at")
+            "from its configuration alone; no weights were read")
     checks = [*cuts, _check(f"{model} can be pruned", f"{arch}; {what}", True)]
     try:
         plans = {device: make_plan(arch, Recipe(), memory_bytes=machine_memory(device), device=device)

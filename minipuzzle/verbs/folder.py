@@ -33,7 +33,7 @@ def reopen(run: str | Path | None, given: list[str]) -> tuple[str, Recipe, Path,
         CorruptArtifact: run.json is damaged.
     """
     path = Path(run or "")
-    none = InputError(f"--candidate needs a run directory as MODEL, {run} is none")
+    none = InputError(f"--candidate needs a run directory as MODEL; {run} is not one")
     if not (path / "run.json").is_file():
         raise none
     about = read_about(path)

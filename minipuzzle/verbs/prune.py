@@ -86,7 +86,7 @@ def _open_candidate(run: RunDir, name: str) -> RunDir:
     """
     manifest = run.manifest("search")
     if manifest is None or run.manifest("tournament") is None:
-        raise InputError(f"{run.path} has not come to its candidates yet; run it without --candidate first")
+        raise InputError(f"{run.path} has no candidates yet; run it without --candidate first")
     known = [c.name for c in read_candidates({file: run.path / file for file in manifest["files"]})]
     if name not in known:
         raise InputError(f"{run.path} has no candidate {name!r}; candidates.csv lists {len(known)}, {known[0]} first")

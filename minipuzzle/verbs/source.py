@@ -64,6 +64,7 @@ def _hub(model: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # of the HTTP library, which is another in each release of huggingface_hub
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{model}: no such folder, and the Hub did not give {what} ({reason})") from None
+        raise InputError(
+            f"{model}: no such folder, and {what} could not be downloaded from the Hub ({reason})") from None
 
 
