@@ -166,7 +166,7 @@ def test_doctor_reads_every_byte(copy: Path) -> None:
     result = doctor(copy)
     assert result.exit_code == 5
     (line,) = result.stderr.splitlines()
-    assert f"{file} is changed since it was written; run with --redo to make stage export again" in line
+    assert f"{file} was changed after it was written; run with --redo to make stage export again" in line
     assert [c["name"] for c in json.loads(result.stdout) if not c["ok"]] == ["stage export"]
 
 

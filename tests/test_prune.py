@@ -684,7 +684,7 @@ def test_fresh_begins_again(copy: Path, finished: Run, model_folder: Path, texts
 def test_a_changed_file_is_noticed_and_made_again(copy: Path, finished: Run, model_folder: Path, texts: Path) -> None:
     file = copy / "scores" / "layers.csv"
     file.write_text(file.read_text().replace("M,", "M,1"))
-    with pytest.raises(CorruptArtifact, match=r"layers\.csv is changed since it was written; run with --redo"):
+    with pytest.raises(CorruptArtifact, match=r"layers\.csv was changed after it was written; run with --redo"):
         prune(model_folder, recipe_for(texts), copy)
     prune(model_folder, recipe_for(texts), copy, redo=True)  # as the message says
     assert_same_result(copy, finished.path)

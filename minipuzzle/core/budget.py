@@ -41,11 +41,8 @@ MOST_SERVED = 10**18  # tokens of context, and sequences at once
 
 
 def parse_quantity(text: str | int | float, units: str) -> int:
-    """An integer from `text` in `units`: bytes, decimal or binary. Rounds down.
-
-    Raises:
-        InputError: not a number, one above LARGEST, or a unit that does not belong here.
-    """
+    """An integer from `text` in `units`: bytes, decimal or binary. Rounds down. Raises InputError:
+    not a number, above LARGEST, or with a unit of another kind."""
     match = _NUMBER.fullmatch(_short(text))
     unit = match[2].lower() if match else ""
     if match is None or unit not in _UNITS[units]:
@@ -58,11 +55,7 @@ def parse_quantity(text: str | int | float, units: str) -> int:
 
 
 def _short(text: str | int | float) -> str:
-    """The text of a size, a budget or a part.
-
-    Raises:
-        InputError: longer than LONGEST.
-    """
+    """The text of a size; InputError if it is longer than LONGEST."""
     written = str(text) if not isinstance(text, int) or abs(text) <= LARGEST else "x" * (LONGEST + 1)
     if len(written) > LONGEST:
         raise InputError(f"a size of more than {LONGEST} characters cannot be read")
@@ -71,8 +64,7 @@ def _short(text: str | int | float) -> str:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is served: precisions of weights, KV cache and SSM state, tokens of context, sequences
-    at once."""
+    """What is served: precisions of weights, KV cache and SSM state, context in tokens, batch."""
 
     precision: str = "bf16"
     kv_precision: str = "bf16"
@@ -104,8 +96,7 @@ QUANTISED = ("embedding", "lm_head", "mamba", "attention", "ffn", "moe")
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper limits on costs: (budget key, limit as an integer) pairs, and the text they came
-    from."""
+    """Upper bounds of costs: (budget key, integer limit) pairs, and the texts they came from."""
 
     limits: tuple[tuple[str, int], ...]
     texts: tuple[tuple[str, str], ...]
@@ -145,11 +136,7 @@ class Budget:
 
 
 def split_sweep(text: str) -> list[str]:
-    """The values of a budget, each once: "0.5x, 0.6x" -> ["0.5x", "0.6x"].
-
-    Raises:
-        InputError: there is none.
-    """
+    """The values of a budget, each once: "0.5x, 0.6x" -> ["0.5x", "0.6x"]; InputError if none."""
     values = [value for value in dict.fromkeys(part.strip() for part in text.split(",")) if value]
     if not values:
         raise InputError(f"budget {text!r} has no value; write for example 0.5x, or 0.5x,0.6x for a sweep")
@@ -158,20 +145,21 @@ def split_sweep(text: str) -> list[str]:
 
 def human_bytes(count: float) -> str:
     """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.4g} {unit}"
-        count /= 1024
-    raise AssertionError
+    return f"{count:.0f} B" if abs(count) < 1024 else _human(count, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
 
 
 def human_count(count: float) -> str:
     """4489223040 -> '4.489B'."""
-    for unit in ("", "k", "M", "B"):
-        if abs(count) < 1000 or unit == "B":
+    return _human(count, 1000, ("", "k", "M", "B"))
+
+
+def _human(count: float, step: int, units: tuple[str, ...]) -> str:
+    *smaller, largest = units
+    for unit in smaller:
+        if abs(count) < step:
             return f"{count:.4g}{unit}"
-        count /= 1000
-    raise AssertionError
+        count /= step
+    return f"{count:.4g}{largest}"
 
 
 def human_budget(key: str, value: int) -> str:

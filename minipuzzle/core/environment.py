@@ -1,5 +1,4 @@
-"""Numbers that the environment gives: those of torchrun, and the date that a reproducible build
-sets."""
+"""Numbers from the environment: torchrun's, and the date of a reproducible build."""
 
 from __future__ import annotations
 
@@ -7,17 +6,13 @@ import os
 
 from minipuzzle.core.errors import InputError
 
-# those that we or our libraries read, and the most they may be: the last second of the year 9999
+# those that we or our libraries read, and their maxima; the last is the end of the year 9999
 _MOST = {"WORLD_SIZE": 10**18, "RANK": 10**18, "LOCAL_RANK": 10**18, "LOCAL_WORLD_SIZE": 10**18, "MASTER_PORT": 65535,
          "SOURCE_DATE_EPOCH": 253402300799}
 
 
 def number(name: str, default: int) -> int:
-    """A whole number of at least 0.
-
-    Raises:
-        InputError: something else.
-    """
+    """A whole number of at least 0; InputError for anything else."""
     text = os.environ.get(name, "").strip()
     if not text:
         return default
@@ -40,13 +35,13 @@ def rank() -> int:
 
 
 def check() -> None:
-    """Raise InputError if one of the numbers that we or our libraries read is none."""
+    """Raise InputError if one of these variables is not a number."""
     for name in _MOST:
         number(name, 0)
 
 
 def check_group() -> None:
-    """Raise InputError if several processes are said to be there that cannot find each other."""
+    """Raise InputError if several processes are announced that cannot find each other."""
     check()
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world_size() > 1 and (missing or rank() >= world_size()):

@@ -1,20 +1,18 @@
-"""Files: what is read has limits, what is written is whole, and errors of other libraries become
-ours.
+"""Files: what is read has limits, what is written is whole, foreign errors become ours.
 
-Everything that is read here may come from a stranger: a config.json, an index, a recipe, a CSV, the
-header of a safetensors file. So a file must be a regular one (a FIFO would be waited for for ever),
-not larger than its limit, and JSON and YAML not deeper than DEPTH. Nothing that is read can run
-code: JSON, safetensors and plain YAML only.
+Everything read here may come from a stranger. So a file must be a regular one (a FIFO would block
+for ever) and not larger than its limit, and JSON and YAML not deeper than DEPTH. Nothing that is
+read can run code: JSON, safetensors and plain YAML only.
 
-    reading(path)                 a block whose foreign errors become ours       `our_error` says which becomes what
+    reading(path)                 a block whose foreign errors become ours, by `our_error`
     machine_errors(folder)        a verb, in which only those of the machine do
     read_text, read_json          a whole file
     parse_json, parse_yaml        a text
     open_tensors(path)            a safetensors file
-    replacing(path)               a name to write under: flushed and renamed where the block ends
+    replacing(path)               a name to write under, flushed and renamed at the block's end
     write_atomic, write_json      a whole file, through `replacing`
     replace_folder(new, target)   a whole folder in place of another
-    write_sealed, read_sealed     JSON that holds the hash of what it says
+    write_sealed, read_sealed     JSON that holds the hash of its content
 """
 
 from __future__ import annotations
@@ -42,18 +40,18 @@ CANDIDATES_BYTES = 2**32  # of ours: each candidate has a whole architecture
 YAML_BYTES = 2**18  # PyYAML reads about 100 kB a second
 DEPTH = 100  # of nested JSON and YAML; Python's own stack ends at 1000
 
-# What the machine says, whatever the file holds, and what to do then
+# The machine's errors, whatever the file holds, and what to do then
 _ROOM = "make room there"
 _RESOURCES = {errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM, errno.EFBIG: f"{_ROOM}, or raise the limit of a file's size",
               errno.EROFS: "make it writable", errno.EIO: "look after the disk", errno.ENOMEM: "free some memory",
               errno.EMFILE: "raise the limit of open files (ulimit -n)", errno.ENFILE: "close some programs"}
-# What the user wrote: a path that leads nowhere, or where they may not go
+# The user's: a path that leads nowhere or may not be read
 _PATHS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ELOOP,
           errno.ENAMETOOLONG, errno.ENXIO}
 # What libraries raise about the content of a file
 _CONTENT = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, EOFError,
             SafetensorError)
-# torch says so in a RuntimeError: it has no room, or the bytes do not even fit into an integer
+# torch's RuntimeErrors for lack of memory, or for a size beyond an integer
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|size calculation overflowed|"
                         r"integer multiplication overflow")
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
@@ -66,11 +64,9 @@ _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a so
 
 def our_error(error: BaseException, path: Path | str, corrupt: type[MinipuzzleError] = CorruptArtifact,
               hint: str = "") -> MinipuzzleError:
-    """What an error of Python or of a library about the file `path` means for the user.
-
-    ResourceError: disk or memory. InputError: the path leads nowhere, or may not be read.
-    `corrupt`: all else, which is about what the file holds; `hint` says what to do then.
-    """
+    """What an error about the file `path` means for the user. ResourceError: disk or memory.
+    InputError: the path leads nowhere or may not be read. `corrupt`: all else, which is about the
+    content; `hint` says what to do then."""
     if isinstance(error, MinipuzzleError):
         return error
     number = _errno(error)
@@ -87,8 +83,7 @@ def our_error(error: BaseException, path: Path | str, corrupt: type[MinipuzzleEr
 
 @contextmanager
 def reading(path: Path | str, corrupt: type[MinipuzzleError] = CorruptArtifact, hint: str = "") -> Iterator[None]:
-    """A block that reads `path`: foreign errors become ours (`our_error`). Keep it small: bugs in
-    it are hidden too."""
+    """A block that reads `path`: foreign errors become ours. Keep it small: it hides bugs too."""
     try:
         yield
     except (OSError, MemoryError, *_CONTENT) as error:
@@ -97,9 +92,8 @@ def reading(path: Path | str, corrupt: type[MinipuzzleError] = CorruptArtifact, 
 
 @contextmanager
 def machine_errors(folder: Path | str) -> Iterator[None]:
-    """A block that works in `folder`: what the machine says of its disks and memory becomes a
-    ResourceError, wherever
-    it came up. All else passes: it is a bug."""
+    """A block that works in `folder`: errors of disk and memory become a ResourceError, wherever
+    they occur. All else passes: it is a bug."""
     try:
         yield
     except (OSError, MemoryError, SafetensorError) as error:
@@ -109,8 +103,7 @@ def machine_errors(folder: Path | str) -> Iterator[None]:
 
 
 def _errno(error: BaseException) -> int:
-    """The system's number of an error; 0 if it has none. safetensors only writes it into its
-    message."""
+    """The system's number of an error, or 0; safetensors has it only in its message."""
     if isinstance(error, OSError):
         return error.errno or 0
     if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
@@ -129,7 +122,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _then(hint: str) -> str:
-    return f"; {hint}" if hint else ""
+    return hint and f"; {hint}"
 
 
 def _shown(path: Path | str) -> str:
@@ -144,11 +137,10 @@ def _shown(path: Path | str) -> str:
 
 
 def check_regular(path: Path | str) -> int:
-    """The size of a regular file, links followed; other things are never opened.
+    """The size of a regular file, links followed; nothing else is ever opened.
 
     Raises:
-        InputError: there is no such file, or it is a folder, a FIFO, a device or a socket.
-        ResourceError: the disk does not answer.
+        InputError: no such file, or a folder, FIFO, device or socket. ResourceError: disk failure.
     """
     with reading(path):
         found = os.stat(path)
@@ -159,12 +151,8 @@ def check_regular(path: Path | str) -> int:
 
 def read_text(path: Path, corrupt: type[MinipuzzleError] = CorruptArtifact, hint: str = "",
               limit: int = JSON_BYTES) -> str:
-    """The text of a regular file in UTF-8.
-
-    Raises:
-        InputError, ResourceError: see `check_regular`.
-        corrupt: larger than `limit` bytes, or not UTF-8.
-    """
+    """The text of a regular file in UTF-8. Raises as `check_regular`; `corrupt` if it is larger
+    than `limit` bytes or not UTF-8."""
     with reading(path, corrupt, hint):
         return _read_bytes(path, corrupt, hint, limit).decode("utf-8")
 
@@ -179,12 +167,8 @@ def _read_bytes(path: Path, corrupt: type[MinipuzzleError], hint: str, limit: in
 
 def read_json(path: Path, corrupt: type[MinipuzzleError] = CorruptArtifact, hint: str = "", top: type = dict,
               limit: int = JSON_BYTES) -> Any:
-    """The JSON of a file, whose top level must be a `top`.
-
-    Raises:
-        InputError, ResourceError: see `check_regular`.
-        corrupt: anything that `parse_json` refuses, or more than `limit` bytes.
-    """
+    """The JSON of a file, whose top level must be a `top`. Raises as `check_regular`; `corrupt` for
+    more than `limit` bytes and what `parse_json` refuses."""
     return parse_json(_read_bytes(path, corrupt, hint, limit), path, corrupt, hint, top)
 
 
@@ -194,8 +178,7 @@ def parse_json(text: str | bytes, name: Path | str, corrupt: type[MinipuzzleErro
 
     Raises:
         corrupt: not JSON, another top level, nested deeper than DEPTH, a key given twice, a number
-        of thousands of
-            digits, half of a surrogate pair.
+            of thousands of digits, half of a surrogate pair.
     """
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
@@ -253,13 +236,8 @@ def _check_depth(data: Any) -> None:
 @contextmanager
 def open_tensors(path: Path, framework: str = "pt", device: str = "cpu", hint: str = "fetch the file again",
                  ) -> Iterator[Any]:
-    """A safetensors file, open for the block. The library checks the header: sizes, dtypes,
-    overlaps, offsets.
-
-    Raises:
-        InputError, ResourceError: see `check_regular`.
-        CorruptArtifact: damaged, or something that the block looks for is not there.
-    """
+    """A safetensors file, open for the block; the library checks its header. Raises as
+    `check_regular`; CorruptArtifact if it is damaged or lacks what the block looks for."""
     check_regular(path)
     with reading(path, hint=hint), safe_open(path, framework=framework, device=device) as file:
         yield file
@@ -271,11 +249,10 @@ def open_tensors(path: Path, framework: str = "pt", device: str = "cpu", hint: s
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write `path` under; where the block ends the file is flushed and renamed,
-    and so is whole.
+    """A temporary name to write `path` under; at the block's end the file is flushed and renamed.
 
     Raises:
-        InputError: something that is no file has the name: a device must not become one.
+        InputError: something that is no file has the name: a device must not be replaced.
         ResourceError: no room.
     """
     with contextlib.suppress(OSError):
@@ -304,11 +281,8 @@ def flush_to_disk(path: Path) -> None:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Give a finished folder its name, in place of an older one, which is not deleted before the
-    new one is there.
-
-    Killed in between, the older one is at TARGET.old; `restore_folder` brings it back.
-    """
+    """Give a finished folder its name, in place of an older one, which is deleted afterwards.
+    After a kill in between the older one is at TARGET.old; `restore_folder` brings it back."""
     older = _older(target)
     if target.exists():
         shutil.rmtree(older, ignore_errors=True)
@@ -319,8 +293,8 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def restore_folder(target: Path) -> None:
-    """After a kill inside `replace_folder`: the older folder under its name again, or deleted where
-    it has followed."""
+    """After a kill inside `replace_folder`: restore the older folder, or delete it if the new one
+    is in place."""
     older = _older(target)
     if older.is_dir() and not target.exists():
         os.replace(older, target)
@@ -332,7 +306,7 @@ def _older(target: Path) -> Path:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that `path` is the old file or the whole new one, also after a power cut."""
+    """Write `text`: even after a power cut `path` is the old file or the whole new one."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -347,17 +321,13 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_sealed(path: Path, data: dict[str, Any], indent: int | None = None) -> None:
-    """Write JSON atomically, with `sha256`, the hash of what it says."""
+    """Write JSON atomically, with `sha256`, the hash of its content."""
     write_atomic(path, json.dumps({**data, "sha256": _seal(data)}, indent=indent, allow_nan=False) + "\n")
 
 
 def read_sealed(path: Path, hint: str = "", limit: int = JSON_BYTES) -> dict[str, Any]:
-    """What `write_sealed` wrote.
-
-    Raises:
-        InputError, ResourceError: see `check_regular`.
-        CorruptArtifact: not JSON, or changed after it was written.
-    """
+    """What `write_sealed` wrote. Raises as `check_regular`; CorruptArtifact if it is not JSON or was
+    changed since."""
     data: dict[str, Any] = read_json(path, hint=hint, limit=limit)
     if data.pop("sha256", None) != _seal(data):
         raise CorruptArtifact(f"{_shown(path)} was changed after it was written{_then(hint)}")

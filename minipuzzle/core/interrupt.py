@@ -1,7 +1,7 @@
 """Stopping cleanly: a signal sets a flag, and the next report of progress raises.
 
-Work that is kept stops between two steps, never inside one, so what is saved is whole; a second
-signal stops it at once, as the first one does where nothing is kept.
+So work that is kept stops between two steps and what is saved is whole. A second signal stops at
+once, as does the first one where nothing is kept.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ _received: int | None = None
 
 
 def install(keeps: bool) -> None:
-    """Take over SIGINT and SIGTERM, for work that is kept or not. Only the command line does
-    this."""
+    """Take over SIGINT and SIGTERM, for work that is kept or not. For the command line only."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _remember if keeps else _stop)
 

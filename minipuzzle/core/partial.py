@@ -1,9 +1,5 @@
-"""Work done sample by sample, kept while it lasts: a file for each batch of samples, whole or
-absent.
-
-A run that was stopped finds its batches again and counts no sample twice; several processes write
-into one folder.
-"""
+"""Results of batches of samples, kept until the work is done: one file each, whole or absent. A
+stopped run finds them again; several processes write into one folder."""
 
 from __future__ import annotations
 
@@ -18,15 +14,13 @@ from pathlib import Path
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
-# what numpy and zipfile raise about a file of which bytes are missing or changed; a batch has a
-# checksum
+# what numpy and zipfile raise about a damaged file; batches have checksums
 _NOT_WHOLE = (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, struct.error, zlib.error,
               zipfile.BadZipFile)
 
 
 class Partial:
-    """A folder of batches `FIRST-STOP.npz`, of one piece of work; with no folder nothing is
-    kept."""
+    """A folder of batches `FIRST-STOP.npz` of one piece of work; without a folder nothing is kept."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
@@ -34,7 +28,7 @@ class Partial:
             folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, first: int, stop: int) -> Arrays | None:
-        """What was kept of the samples [first, stop), if just these were a batch."""
+        """The batch of the samples [first, stop), if it was kept."""
         if self.folder is None:
             return None
         try:
@@ -52,7 +46,7 @@ class Partial:
             os.replace(temporary, self.folder / f"{first}-{stop}.npz")
 
     def part(self, name: str) -> Partial:
-        """Those of a part of the work."""
+        """The batches of a part of the work."""
         return Partial(None if self.folder is None else self.folder / name)
 
     def forget(self) -> None:

@@ -1,9 +1,5 @@
-"""Published models by name: their configurations, as data of the package (published.json), each
-with its source.
-
-Written from what NVIDIA published; that they are right is known from the parameter counts
-(tests/test_published.py).
-"""
+"""Configurations of published models by name, each with its source (published.json). Their
+parameter counts are tested against what NVIDIA published."""
 
 from __future__ import annotations
 
@@ -21,12 +17,8 @@ from minipuzzle.core.files import read_json
 
 
 def published(name: str) -> dict[str, Any]:
-    """The config.json of a published model, as a new dict: "nemotron-h-56b", ...; upper and lower
-    case are one.
-
-    Raises:
-        InputError: no such name; the message has the nearest.
-    """
+    """A new dict of the config.json of a published model, "nemotron-h-56b" in any case. Raises
+    InputError with the nearest name."""
     entry = _entries().get(name.lower())
     if entry is None:
         near = difflib.get_close_matches(name.lower().split("/")[-1], _entries(), n=1, cutoff=0.0)
@@ -44,11 +36,10 @@ def published_source(name: str) -> str:
 
 
 def find_config(model: str) -> dict[str, Any]:
-    """The configuration that MODEL means: of a folder or a config.json if there is one, else of a
-    published name.
+    """The configuration that MODEL means: of a folder, a config.json or a published name.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is none of these.
         CorruptArtifact: the file is not a JSON object.
     """
     path = Path(model)
@@ -63,12 +54,8 @@ def find_config(model: str) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a folder, or the file itself.
-
-    Raises:
-        InputError: there is none.
-        CorruptArtifact: it is not a JSON object.
-    """
+    """config.json of a folder, or the file itself. Raises InputError if there is none,
+    CorruptArtifact if it is not a JSON object."""
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{path} has no config.json; give a Hugging Face model folder")

@@ -1,5 +1,5 @@
-"""Ranges as a recipe writes them: a number, `[low, high]` or `[low, high, step]`; "0.5x" is a part
-of the parent."""
+"""Ranges as recipes write them: a number, `[low, high]` or `[low, high, step]`, each absolute or
+relative to the parent ("0.5x")."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ _RELATIVE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*x\s*")
 
 
 def parse_range(name: str, value: Any) -> list[int | Fraction]:
-    """[low, high] or [low, high, step] of a range as a recipe writes it: integers, and Fractions of
-    the parent.
-
-    Raises:
-        InputError: something that is no range of any parent.
-    """
+    """[low, high] or [low, high, step]: integers, and Fractions of the parent. Raises InputError for
+    what is no range of any parent."""
     entries = list(value) if isinstance(value, list | tuple) else [value, value]
     if len(entries) not in (2, 3):
         raise InputError(f"space.{name} {value!r}: write a number, [low, high] or [low, high, step]")
@@ -44,4 +40,4 @@ def _entry(name: str, entry: Any) -> int | Fraction:
         return int(entry)
     except (TypeError, ValueError):
         raise InputError(f"space.{name}: {entry!r} is neither an integer nor a part of the parent "
-                          "such as 0.5x") from None
+                         "such as 0.5x") from None

@@ -1,10 +1,9 @@
-"""RunDir: a run on disk. Stages with manifests, so that the same command continues where it
-stopped.
+"""RunDir: a run on disk. Stages with manifests, so that the same command continues after a stop.
 
-A stage is done if its manifest exists, its inputs are the ones asked for now, and its files are as
-they were written: by size and time where a finished stage is skipped, by the hash of every byte
-where the time differs and in `verify`. Files are written under a temporary name, flushed to disk
-and renamed; the manifest is last. One process at a time: a lock is held while the object lives.
+A stage is done if its manifest exists, its inputs are those asked for now, and its files are as
+they were written. A finished stage that is skipped compares sizes and times, and hashes a file only
+if its time differs; `verify` hashes every byte. Files are written under a temporary name, flushed
+and renamed; the manifest comes last. One process at a time: a lock is held while the object lives.
 
     RUN/run.json            what the run is; its `stages` list is for people
     RUN/stages/NAME.json    {stage, inputs, files, seconds, sha256}: the truth about a stage
@@ -29,7 +28,7 @@ PIECES, PIECE_BYTES = 64, 2**16  # what `sampled_hash` reads of a file
 
 def sampled_hash(path: Path) -> str:
     """Hash of a file's size and of up to 64 pieces of 64 KiB spread over it (all of it up to 4
-    MiB): tells a foreign file again without reading all of it."""
+    MiB): recognises a foreign file without reading all of it."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -46,11 +45,8 @@ def content_hash(path: Path) -> str:
 
 
 def read_about(run: Path) -> dict[str, Any]:
-    """run.json; one without the hash of itself is taken as it is.
-
-    Raises:
-        InputError: there is none. CorruptArtifact: it is damaged.
-    """
+    """run.json; without a hash of itself it is taken as it is. Raises InputError if there is none,
+    CorruptArtifact if it is damaged."""
     hint = "the command that made the run writes it again"
     data: dict[str, Any] = read_json(run / "run.json", hint=hint)
     return read_sealed(run / "run.json", hint) if "sha256" in data else data
@@ -60,11 +56,11 @@ class RunDir:
     """A run directory, held by this process."""
 
     def __init__(self, path: Path, hold: bool = True) -> None:
-        """Open or create. With `hold=False`, only read it, beside the process that holds it.
+        """Open or create; with `hold=False` only read, beside the process that holds it.
 
         Raises:
             InputError: a folder with something else in it.
-            ResourceError: another process works there, or it can't be written.
+            ResourceError: another process works there, or it cannot be written.
         """
         self.path = path
         self._lock: TextIO | None = None
@@ -94,8 +90,7 @@ class RunDir:
             self._lock.close()
 
     def discard_unused(self) -> None:
-        """Remove the run if no stage of it was ever finished: a refused request leaves nothing
-        behind."""
+        """Remove the run if no stage was ever finished: a refused request leaves nothing behind."""
         if self._lock is not None and not any((self.path / "stages").iterdir()):
             shutil.rmtree(self.path)
 
@@ -115,11 +110,7 @@ class RunDir:
     # ----------------------------------------------------------------------------------------
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """The manifest of a finished stage, or None.
-
-        Raises:
-            CorruptArtifact: it is damaged.
-        """
+        """The manifest of a finished stage, or None. Raises CorruptArtifact."""
         path = self.path / "stages" / f"{stage}.json"
         if not path.is_file():
             return None
@@ -133,13 +124,11 @@ class RunDir:
         return data
 
     def is_done(self, stage: str, inputs: dict[str, Any]) -> bool:
-        """Whether the stage is finished with these inputs and its files are as they were written.
-
-        A file of the same size and time is taken for the same one; another time, as in a copy, has
-        it hashed.
+        """Whether the stage is finished with these inputs. A file of the same size and time counts
+        as unchanged; with another time, as in a copy, it is hashed.
 
         Raises:
-            CorruptArtifact: finished, but its manifest is damaged, or a file is missing or changed.
+            CorruptArtifact: finished, but the manifest is damaged, or a file missing or changed.
         """
         manifest = self.manifest(stage)
         if manifest is None or manifest["inputs"] != _plain(inputs):
@@ -148,12 +137,8 @@ class RunDir:
         return True
 
     def verify(self, stage: str) -> dict[str, Any] | None:
-        """The manifest of a finished stage, after every byte of its files was compared; None if it
-        is not finished.
-
-        Raises:
-            CorruptArtifact: its manifest is damaged, or a file is missing or changed.
-        """
+        """The manifest of a finished stage, or None, after comparing every byte of its files.
+        Raises CorruptArtifact."""
         manifest = self.manifest(stage)
         if manifest is not None:
             self._compare(stage, manifest, every_byte=True)
@@ -168,7 +153,7 @@ class RunDir:
             if found.st_size == entry["bytes"] and not every_byte and found.st_mtime_ns == entry["mtime_ns"]:
                 continue
             if found.st_size != entry["bytes"] or content_hash(file) != entry["sha256"]:
-                raise CorruptArtifact(f"{file} is changed since it was written; {_redo(stage)}")
+                raise CorruptArtifact(f"{file} was changed after it was written; {_redo(stage)}")
 
     def commit(self, stage: str, inputs: dict[str, Any], files: Iterable[Path], seconds: float) -> None:
         """Write the manifest: the stage is done. Files must lie in the run."""
@@ -182,23 +167,19 @@ class RunDir:
         (self.path / "stages" / f"{stage}.json").unlink(missing_ok=True)
 
     def differences(self, stage: str, inputs: dict[str, Any]) -> list[str]:
-        """`key: old -> new` for each input of a finished stage that is asked for differently
-        now."""
+        """`key: old -> new` for each input of a finished stage that differs now."""
         manifest = self.manifest(stage)
-        if manifest is None:
-            return []
-        return changes(manifest["inputs"], _plain(inputs))
+        return [] if manifest is None else changes(manifest["inputs"], _plain(inputs))
 
 
 def _just_begun(path: Path) -> bool:
-    """Whether the folder holds nothing but what is there before run.json is."""
+    """Whether the folder holds nothing but what is created before run.json."""
     return all(p.name in (".lock", "run.json.tmp") or (p.name == "stages" and p.is_dir() and not any(p.iterdir()))
                for p in path.iterdir())
 
 
 def _lost_its_name(path: Path) -> bool:
-    """Whether a folder without run.json has the manifest of a stage: a run whose run.json was
-    deleted."""
+    """Whether a folder without run.json has a stage's manifest: a run whose run.json was deleted."""
     for file in path.glob("stages/*.json"):
         with contextlib.suppress(MinipuzzleError):
             if read_sealed(file, "").get("stage") == file.stem:

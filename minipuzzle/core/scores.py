@@ -25,14 +25,14 @@ COLUMNS = ("layer", "kind", "mse", "mse_stderr", "nmse", "kl", "kl_stderr", "los
 
 @dataclass(frozen=True)
 class LayerScores:
-    """One row per layer of the parent: `table` has COLUMNS (a CSV from elsewhere may have fewer),
-    and from iterative scoring `order`, the place in which the layer went (1 first, NaN never).
+    """One row per layer of the parent: `table` has COLUMNS (a CSV from elsewhere may have fewer);
+    iterative scoring adds `order`, the place in which the layer went (1 first, NaN never), and
+    `added_METRIC`.
 
-    `interactions`: "mse" and "kl" -> [layers, layers], what pairs of layers do together
-    (importance/layers.py).
-    `samples`: what each sample says, for the errors of sums: a metric -> [samples, layers],
-    "pairs_mse" and "pairs_kl" -> [samples, layers, layers], NaN where a race did not look;
-    "added_METRIC" as in the table.
+    `interactions`: "mse" and "kl" -> [layers, layers] of pairs (importance/layers.py).
+    `samples`: the same sample by sample, for the errors of sums: a metric or "added_METRIC" ->
+    [samples, layers], "pairs_mse" and "pairs_kl" -> [samples, layers, layers]; NaN where a race did
+    not look.
     """
 
     table: pd.DataFrame
@@ -41,11 +41,8 @@ class LayerScores:
     samples: dict[str, np.ndarray] = field(default_factory=dict)
 
     def metric(self, name: str) -> np.ndarray:
-        """[layers] of a metric; larger is more important. NaN where the table holds no number.
-
-        Raises:
-            InputError: the table has no such column.
-        """
+        """[layers] of a metric, larger is more important; NaN where the table has no number. Raises
+        InputError if there is no such column."""
         if name not in self.table.columns:
             have = [c for c in self.table.columns if c in LAYER_METRICS]
             raise InputError(f"scores {self.source or 'given'} have no column {name!r}; they have "
@@ -61,14 +58,14 @@ class LayerScores:
 
     @property
     def order(self) -> np.ndarray | None:
-        """[layers] the place in which iterative scoring let each go. It also writes `added_METRIC`:
-        another's `order` is an extra column."""
+        """[layers] the place in which iterative scoring dropped each. It writes `added_METRIC` too:
+        without that, `order` is somebody else's column."""
         ours = any(f"added_{name}" in self.table.columns for name in LAYER_METRICS)
         return _numbers(self.table["order"]) if ours and "order" in self.table.columns else None
 
     def added(self, name: str) -> np.ndarray | None:
-        """[layers] what the removal of each added to the damage of those that went before it; NaN
-        where it stayed, None where this metric was not scored iteratively."""
+        """[layers] what the removal of each added to the damage of those before it; NaN where it
+        stayed, None if this metric was not scored iteratively."""
         return _numbers(self.table[f"added_{name}"]) if f"added_{name}" in self.table.columns else None
 
     @property
@@ -134,11 +131,10 @@ def _numbers(column: pd.Series) -> np.ndarray:
 
 @dataclass(frozen=True)
 class WidthScores:
-    """Activation scores: the L2 over samples of mean |x| (Group-Aware SSM Pruning,
-    arXiv:2504.11409, eq. 19).
+    """Activation scores: the L2 over samples of mean |x| (arXiv:2504.11409, eq. 19).
 
     hidden: [D], summed over layers. layers: place -> layer -> scores, with a dimension for each
-    axis that the family scores there; "ffn" [F], "mamba" [heads, channels].
+    axis that the family scores there, such as [F], or [heads, channels].
     """
 
     hidden: np.ndarray
@@ -158,15 +154,10 @@ class WidthScores:
 
     @classmethod
     def read(cls, path: Path) -> WidthScores:
-        """What `write` wrote.
-
-        Raises:
-            CorruptArtifact: it cannot be read.
-        """
-        hint = _AGAIN
-        arrays, about = _read_arrays(path, hint)
+        """What `write` wrote. Raises CorruptArtifact."""
+        arrays, about = _read_arrays(path, _AGAIN)
         layers: dict[str, dict[int, np.ndarray]] = {}
-        with reading(path, hint=hint):
+        with reading(path, hint=_AGAIN):
             for name in sorted(arrays.keys() - {"hidden"}):
                 _, layer, place = name.split(".")
                 layers.setdefault(place, {})[int(layer)] = arrays[name]
@@ -175,17 +166,15 @@ class WidthScores:
 
 @dataclass(frozen=True)
 class WidthCurves:
-    """What one axis alone costs at a few widths: measured by slicing the whole model, no training.
-
-    `table` has axis, width, and the layer metrics with their standard errors, against the full
-    model; in the same units as LayerScores, so that both may be added.
-    """
+    """The damage of cutting one axis alone to a few widths, measured by slicing the whole model,
+    without training. `table` has axis, width, and the metrics of LayerScores in the same units, so
+    that both may be added."""
 
     table: pd.DataFrame
 
     def damage(self, axis: str, metric: str, widths: np.ndarray, parent_width: int) -> np.ndarray:
-        """[n] damage at `widths`: linear between measured widths, 0 at the parent's, constant below
-        the smallest."""
+        """[n] at `widths`: linear between measured widths, 0 at the parent's, constant below the
+        smallest."""
         rows = self.table[self.table["axis"] == axis]
         x = np.append(rows["width"].to_numpy(float), parent_width)
         y = np.append(rows[metric].to_numpy(float), 0.0)

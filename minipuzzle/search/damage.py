@@ -212,10 +212,10 @@ def _dropped_pairs(pairs_LL: np.ndarray, orders: tuple[list[int], ...], space: S
     out: np.ndarray | float = 0.0
     kinds = list(zip(orders, space.drops.values(), strict=True))
     for a, (order, drops) in enumerate(kinds):
-        for b, (other, more) in enumerate(kinds[: a + 1]):
+        for b, (other, more) in list(enumerate(kinds))[a:]:
             sums = np.zeros((len(order) + 1, len(other) + 1))
             sums[1:, 1:] = pairs_LL[np.ix_(order, other)].cumsum(0).cumsum(1)
-            found = sums[list(drops), list(drops)] if a == b else 2 * sums[np.ix_(drops, more)].T
+            found = sums[list(drops), list(drops)] if a == b else 2 * sums[np.ix_(drops, more)]
             shape = [len(drops) if k == a else len(more) if k == b else 1 for k in range(len(kinds))]
             out = out + found.reshape(shape)
     return np.ravel(np.broadcast_to(out, [len(drops) for drops in space.drops.values()]))
