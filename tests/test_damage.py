@@ -197,7 +197,7 @@ def test_export_reads_every_byte(copy: Path, finished: Path, model_folder: Path,
     damage(copy, "scores/widths.safetensors", "flipped")
     os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns))
     (copy / "stages" / "export.json").unlink()
-    with pytest.raises(CorruptArtifact, match=r"widths\.safetensors is changed"):
+    with pytest.raises(CorruptArtifact, match=r"widths\.safetensors was changed"):
         prune(model_folder, recipe, copy)
     prune(model_folder, recipe, copy, redo=True)
     assert_same(copy, finished)

@@ -61,7 +61,7 @@ def test_a_file_that_is_not_as_it_was_is_corrupt(tmp_path: Path, damage: str) ->
             file.write_text(file.read_text() + "x")
         case "shorter":
             os.truncate(file, 5)
-    with pytest.raises(CorruptArtifact, match=r"b\.csv is (missing|changed).*score again"):
+    with pytest.raises(CorruptArtifact, match=r"b\.csv (is missing|was changed).*score again"):
         run.is_done("score", INPUTS)
     assert not run.is_done("score", INPUTS | {"after": "x"})  # to be made again anyhow
 
