@@ -215,7 +215,7 @@ def test_a_recipe_does_not_change() -> None:
     ({"scores.iterative": True, "scores.racing": True}, "exclude"),
     ({"distillation.hidden_loss_weight": 1.0}, "same size"),
     ({"distillation.batch_tokens": 16, "distillation.sequence_length": 32}, "batch_tokens 16"),
-    ({"distillation.top_k": 98}, "top_k 98 is more than the model's 97 words"),
+    ({"distillation.top_k": 98}, "top_k 98 exceeds the vocabulary of 97 tokens"),
     ({"space.hidden_size": [8, 64]}, "above the parent's 32"), ({"space.drop_attention": [3, 3]}, "cannot drop 3")])
 def test_a_plan_refuses_what_it_cannot_do(settings: dict[str, Any], message: str) -> None:
     from tiny import ARCH

@@ -1,5 +1,4 @@
-"""Measured quality on held-out blocks: of one model, or of hundreds of candidates in one walk over
-the parent."""
+"""Measured quality on held-out blocks: of one model, or of hundreds of candidates in one walk."""
 
 from __future__ import annotations
 
@@ -31,12 +30,9 @@ _VALUES = ("loss", "kl", "accuracy", "agreement")
 
 
 class Reference:
-    """The parent's final activations on the evaluation blocks, computed once for all that are
-    measured one by one.
-
-    `stream_bytes`: memory for the streams of a parent that is read from the disk; left out: what is
-    fastest.
-    """
+    """The parent's final activations on the evaluation blocks, computed once for all models that
+    are measured one by one. `stream_bytes`: memory for the streams of a parent that is read from
+    disk, by default what is fastest."""
 
     def __init__(self, source: Source, ids_NT: torch.Tensor, stream_bytes: int | None = None) -> None:
         self.ids, self.arch = ids_NT.to(source.device), source.arch
@@ -51,7 +47,7 @@ class Reference:
 
     def compare(self, arch: Architecture, head: torch.Tensor,
                 hidden: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """`hidden` gives what enters `head` for (first sample, ids)."""
+        """`hidden`: (first sample, ids) -> the activations that enter `head`."""
         parts: list[np.ndarray] = []
         done = 0
         for ids in batches(self.ids, floats_per_sample(arch, self.ids.shape[1])):
@@ -65,14 +61,14 @@ class Reference:
 
 
 def measure(model: Model, reference: Reference) -> dict[str, float]:
-    """loss (nats per token), accuracy, kl to the reference (nats per token), agreement; loss, kl,
-    and the difference of the loss to the reference's with stderr."""
+    """loss and kl to the reference (nats per token), accuracy, agreement, and the loss minus the
+    reference's; loss, kl and the difference with stderr."""
     return reference.compare(model.arch, model.head, lambda first, ids: final_hidden(model, ids))
 
 
 def check_finite(quality: Mapping[str, float], name: object, model: Model, ids_NT: torch.Tensor) -> None:
-    """Raise CorruptArtifact if a loss or a KL of the model called `name` is not finite; it names
-    the layer where that begins."""
+    """Raise CorruptArtifact if a loss or KL of the model called `name` is not finite, with the
+    layer where that begins."""
     if all(math.isfinite(quality[key]) for key in ("loss", "kl") if key in quality):
         return
     try:
@@ -84,11 +80,8 @@ def check_finite(quality: Mapping[str, float], name: object, model: Model, ids_N
 
 
 def measure_variants(parts: Parts, full: Variant, variants: Sequence[Variant], run: Pass) -> list[dict[str, float]]:
-    """`measure` of every variant against the full model, in one pass.
-
-    Each is what its written checkpoint would give: the parts are cut and rounded as surgery writes
-    them.
-    """
+    """`measure` of every variant against the full model, in one pass. Parts are cut and rounded as
+    surgery writes them, so each result is that of the written checkpoint."""
     def make(first: int, ids_BT: torch.Tensor) -> Arrays:
         reference, *hidden = walk(parts, [full, *variants], ids_BT)
         parent, found, _ = compare(reference, hidden, *heads_of(parts, [p.root for p in (full, *variants)]),
@@ -107,11 +100,8 @@ def _values(found: Sequence[TokenMetrics]) -> np.ndarray:
 
 def summary(values: np.ndarray, parent_losses: np.ndarray) -> dict[str, float]:
     """Means over samples of [value, sample], with standard errors of loss and kl; and the loss
-    minus the parent's.
-
-    That difference is paired: its standard error is of the differences sample by sample, from which
-    most of what makes a text easy or hard has gone.
-    """
+    minus the parent's. That difference is paired: its standard error is of the differences sample
+    by sample, which cancels most of what makes a text easy or hard."""
     rows = dict(zip(_VALUES, values, strict=True))
     rows["loss_minus_parent"] = rows["loss"] - parent_losses
     out: dict[str, float] = {}

@@ -1,5 +1,4 @@
-"""Greedy continuation, for a look at what a model writes. Recomputes the prefix: for short samples
-only."""
+"""Greedy continuation, to see what a model writes. Recomputes the prefix: for short samples only."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from minipuzzle.models.walk import Model, final_hidden
 
 
 def greedy(model: Model, ids_T: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """The `new_tokens` most likely next tokens after `ids_T`, one after the other."""
+    """The `new_tokens` tokens that follow `ids_T`, each the most likely one."""
     ids = ids_T.to(model.device)[None]
     for _ in range(new_tokens):
         best = wide_product(final_hidden(model, ids)[:, -1], model.head).argmax(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""A folder as transformers opens it: how fast it reads and writes, and lm-eval's tasks (the `eval`
+"""A folder as transformers opens it: speed of prefill and decoding, and lm-eval's tasks (the `eval`
 extra)."""
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from minipuzzle.data.tokenizer import load_tokenizer, stock_errors
 
 
 def open_served(path: Path, device: str) -> Any:
-    """The stock model in the folder's dtype, its dt without limit as the engines have it
-    (docs/method.md)."""
+    """The stock model in the folder's dtype, with dt unlimited as in the engines (docs/method.md)."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -36,11 +35,8 @@ def open_served(path: Path, device: str) -> Any:
 def latency(path: Path, device: str, context: int, batch: int = 1, new_tokens: int = 32,
             repeats: int = 3) -> dict[str, Any]:
     """Tokens per second of a prompt of `context` tokens and of greedy decoding after it; medians
-    after a warm-up.
-
-    With transformers' own kernels and cache: to compare models on one machine, not what a serving
-    engine reaches.
-    """
+    after a warm-up. With transformers' own kernels and cache: to compare models on one machine, not
+    what a serving engine reaches."""
     model = open_served(path, device)
     gen = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (batch, context), generator=gen).to(device)

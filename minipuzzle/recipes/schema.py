@@ -1,4 +1,4 @@
-"""Recipe: what the user asks for, as a closed schema. Here dicts end and typed values begin.
+"""Recipe: what the user asks for, as a closed schema of typed values.
 
 Precedence, weakest first: these defaults, the YAML, `--data`, `--budget`, `--set a.b=c`.
 """
@@ -30,8 +30,7 @@ from minipuzzle.core.ranges import parse_range
 from minipuzzle.data.corpus import absolute
 
 DATA_SECTIONS = ("calibration", "evaluation", "distillation")
-# Upper bounds are far beyond what is of use: a number above is a typing error, which would fill the
-# memory or the disk
+# Upper bounds far beyond what is useful: a larger number is a typo that would fill memory or disk
 _SAMPLES, _LENGTH, _TOKENS = 10**7, 2**24, 10**15
 
 
@@ -108,9 +107,8 @@ class SearchSection(_Section):
 
 
 class EvaluationSection(_Section):
-    """Held-out documents, about every 50th, never calibrated on or trained on. `samples` blocks of
-    them select candidates and weights; as many of other documents are measured only for the
-    report."""
+    """Held-out documents, about every 50th, never calibrated or trained on. `samples` blocks select
+    candidates and weights; as many of other documents are only for the report."""
 
     data: str = Field("stdlib", min_length=1)
     samples: int = Field(64, ge=2, le=_SAMPLES)
@@ -133,7 +131,7 @@ class DistillationSection(_Section):
     temperature: float = Field(1.0, ge=1e-3, le=1e3)
     lm_loss_weight: float = Field(0.0, ge=0, le=1e3)
     hidden_loss_weight: float = Field(0.0, ge=0, le=1e3)
-    top_k: int = Field(0, ge=0, le=2**31)  # of the teacher's words; 0: all of them
+    top_k: int = Field(0, ge=0, le=2**31)  # of the teacher's tokens; 0: all of them
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # of all passes; fp8: of training alone
     activation_checkpointing: bool = False
 
@@ -157,11 +155,10 @@ class Recipe(_Section):
         """A shipped recipe by name, or a YAML file. `overrides`: see `with_overrides`.
 
         Raises:
-            InputError: no such recipe, not YAML, a key that does not exist, or a value that does
-            not fit.
+            InputError: no such recipe, not YAML, an unknown key, or a wrong value.
         """
-        text, origin = recipe_text(str(name_or_file))
-        return cls.parse(text, origin).with_overrides(**overrides) if overrides else cls.parse(text, origin)
+        recipe = cls.parse(*recipe_text(str(name_or_file)))
+        return recipe.with_overrides(**overrides) if overrides else recipe
 
     @classmethod
     def parse(cls, text: str, origin: str) -> Recipe:
@@ -180,18 +177,14 @@ class Recipe(_Section):
 
     @classmethod
     def from_json(cls, data: Any, origin: str) -> Recipe:
-        """What `model_dump` gave, from a file.
-
-        Raises:
-            InputError: it was not.
-        """
+        """The inverse of `model_dump`; InputError if the data of the file are no recipe."""
         if not isinstance(data, dict):
             raise InputError(f"{origin} holds no recipe")
         return _validate(data, origin, {})
 
     def with_overrides(self, budget: Mapping[str, str] | None = None, data: str | None = None,
                        settings: Mapping[str, Any] | None = None) -> Recipe:
-        """A copy with another budget (in place of the recipe's), other data everywhere, and `a.b`
+        """A copy with another budget (replacing the recipe's), other data everywhere, and `a.b`
         settings."""
         values = self.model_dump()
         if data is not None:
@@ -209,8 +202,7 @@ class Recipe(_Section):
         return _validate(values, "settings", {})
 
     def located(self) -> Recipe:
-        """A copy whose data have absolute paths: it means the same from another working
-        directory."""
+        """A copy with absolute paths of data: it means the same from every working directory."""
         values = self.model_dump()
         for section in DATA_SECTIONS:
             values[section]["data"] = absolute(values[section]["data"])
@@ -251,7 +243,7 @@ def _validate(data: dict[str, Any], origin: str, lines: dict[tuple[Any, ...], in
     unknown = [key for key in recipe.budget if key not in BUDGET_KEYS]
     if unknown:
         raise InputError(f"{_where(origin, lines, ('budget', unknown[0]))}: unknown budget {unknown[0]!r}"
-                          f"{_suggest(unknown[0], list(BUDGET_KEYS))}; known: {', '.join(BUDGET_KEYS)}")
+                         f"{_suggest(unknown[0], list(BUDGET_KEYS))}; known: {', '.join(BUDGET_KEYS)}")
     # what is wrong for every parent
     path: tuple[str, ...] = ("workload", "keep_16bit")
     try:
@@ -269,14 +261,13 @@ def _validate(data: dict[str, Any], origin: str, lines: dict[tuple[Any, ...], in
 
 
 def _where(origin: str, lines: dict[tuple[Any, ...], int], path: tuple[Any, ...]) -> str:
-    """The origin, with the line of the path or of the nearest part of it that has one."""
+    """The origin, with the line of the path or of its longest beginning that has one."""
     line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
     return f"{origin}, line {line}" if line else origin
 
 
 def _explain(error: ValidationError, origin: str, lines: dict[tuple[Any, ...], int]) -> str:
-    """The first problem of a ValidationError in one line, with its line number and the nearest
-    right key."""
+    """The first problem of a ValidationError, with its line number and the nearest known key."""
     first = error.errors()[0]
     path = tuple(first["loc"][:2])  # further parts are places in a list, and pydantic's names of union members
     name = ".".join(str(part) for part in path)

@@ -180,8 +180,8 @@ class _Program:
                           for width, damage in zip(self.own, self.own_LO[layer], strict=True)]
 
     def _tables(self) -> list[np.ndarray]:
-        """For each kind [layers + 1, drops + 1, S]: the least objective of the kind's layers from
-        the j-th on, if so many go and the others take so many units together."""
+        """For each kind [layers + 1, drops + 1, S]: the least objective of the kind's layers j and
+        later, if so many go and the others take so many units together."""
         out = []
         for kind, drops in enumerate(self.space.drops.values()):
             layers = [layer for layer, k in enumerate(self.kind_L) if k == kind]
