@@ -20,6 +20,7 @@ LAYER_METRICS = ("mse", "nmse", "kl", "loss_delta", "cosine")
 _AGAIN = "the command that made it makes it again with --redo"
 INTERACTIONS = "interactions.safetensors"
 SAMPLES = "samples.safetensors"
+TOGETHER, DROPPED = "together.csv", "dropped"  # a file, and its column of layers
 COLUMNS = ("layer", "kind", "mse", "mse_stderr", "nmse", "kl", "kl_stderr", "loss_delta", "cosine", "samples")
 
 
@@ -168,9 +169,14 @@ class WidthScores:
 class WidthCurves:
     """The damage of cutting one axis alone to a few widths, measured by slicing the whole model,
     without training. `table` has axis, width, and the metrics of LayerScores in the same units, so
-    that both may be added."""
+    that both may be added.
+
+    `together`: what sets of layers and pairs of cuts do (search/together.py): how many layers of
+    each kind go, by the recipe's keys; which (DROPPED); the widths that are cut; the same metrics.
+    """
 
     table: pd.DataFrame
+    together: pd.DataFrame | None = None
 
     def damage(self, axis: str, metric: str, widths: np.ndarray, parent_width: int) -> np.ndarray:
         """[n] at `widths`: linear between measured widths, 0 at the parent's, constant below the
@@ -182,11 +188,21 @@ class WidthCurves:
         return np.asarray(np.interp(np.asarray(widths, float), x[order], y[order]))
 
     def write(self, path: Path) -> None:
+        """`width_curves.csv`, and beside it `together.csv`."""
         self.table.to_csv(path, index=False, float_format="%.9g")
+        if self.together is not None:
+            self.together.to_csv(path.parent / TOGETHER, index=False, float_format="%.9g")
 
     @classmethod
     def read(cls, path: Path) -> WidthCurves:
-        table = _read_csv(path, _AGAIN)
-        if not {"axis", "width"} <= set(table.columns):
-            raise CorruptArtifact(f"{path} needs the columns axis and width")
-        return cls(table)
+        """What `write` wrote; `together` is None where it is not there.
+
+        Raises:
+            CorruptArtifact: columns are missing.
+        """
+        table, beside = _read_csv(path, _AGAIN), path.parent / TOGETHER
+        together = _read_csv(beside, _AGAIN) if beside.is_file() else None
+        for file, found, needed in ((path, table, {"axis", "width"}), (beside, together, {DROPPED})):
+            if found is not None and not needed <= set(found.columns):
+                raise CorruptArtifact(f"{file} needs the columns {', '.join(sorted(needed))}")
+        return cls(table, together)

@@ -157,10 +157,11 @@ class Given:
         return self._declared("evaluation.data").held_out_ids(
             self.settings.evaluation.samples, self.settings.calibration.sequence_length)
 
-    def passes(self, ids_NT: torch.Tensor, note: str = "") -> Pass:
-        """A pass of the parent over samples, split over the processes; finished batches are
-        kept."""
-        return Pass(self.parent.source, ids_NT, Partial(self._partial), self.ranks,
+    def passes(self, ids_NT: torch.Tensor, note: str = "", part: str = "") -> Pass:
+        """A pass of the parent over samples, split over the processes; finished batches are kept,
+        those of another `part` of the stage's work apart."""
+        kept = Partial(self._partial)
+        return Pass(self.parent.source, ids_NT, kept.part(part) if part else kept, self.ranks,
                     self.parent.memory.stream_bytes, lambda done: self.update(done / len(ids_NT), note))
 
     def kept(self, path: Path, make: Callable[[Path], None]) -> Path:

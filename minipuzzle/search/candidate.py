@@ -18,10 +18,11 @@ from minipuzzle.families.cost import Cost
 class Candidate:
     """A point of the search. `kept_layers` are the parent's 0-based indices.
 
-    predicted: `layers` and `widths` damage (null where not scored), their standard errors, and
-    their sum `damage`. measured, before any training, on held-out blocks: `loss`, `kl`, `accuracy`,
-    `agreement` and standard errors. after_distillation: the same after the tournament; of a student
-    that diverged `loss` alone, NaN. JSON has null for what is not finite.
+    predicted: `layers` and `widths` damage (null where not scored), their standard errors, what
+    both add `together` where that was measured, and the sum `damage`. measured, before any
+    training, on held-out blocks: `loss`, `kl`, `accuracy`, `agreement` and standard errors.
+    after_distillation: the same after the tournament; of a student that diverged `loss` alone,
+    NaN. JSON has null for what is not finite.
     """
 
     name: str

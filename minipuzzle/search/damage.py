@@ -1,6 +1,6 @@
 """Predicted damage: what is known about every layer and width of a space, added up.
 
-    damage = layers + sum over axes of curve(axis, width)
+    damage = layers + sum over axes of curve(axis, width), and what cuts do together (together.py)
     additive:   layers = sum_i score(i)                over the dropped layers i
     quadratic:  layers = sum_i score(i) + sum_{i != j} interaction(i, j)
                 exact for one layer, second order for sets
@@ -23,6 +23,7 @@ from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.scores import LAYER_METRICS, LayerScores, WidthCurves
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.search.space import Space
+from minipuzzle.search.together import Together, read_together
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,42 @@ class Damage:
     pairs_LL: np.ndarray | None = None  # interactions, with a zero diagonal
     values_NL: np.ndarray | None = None  # values_L sample by sample, NaN where a race did not look
     pairs_NLL: np.ndarray | None = None
+    together: Together | None = None
+    axis_names: tuple[str, ...] = ()
 
     def widths(self, index_WA: np.ndarray) -> np.ndarray | None:
         """[W] damage by the widths at these indices of the axes."""
-        return _look_up(self.axes, index_WA, lambda damage_AW: damage_AW.sum(0))
+        if self.together is None or self.axes is None:
+            return _look_up(self.axes, index_WA, lambda damage_AW: damage_AW.sum(0))
+        alone = self._alone(index_WA)
+        return np.asarray(sum(alone.values()) + self.together.widths(alone))
 
     def widths_stderr(self, index_WA: np.ndarray) -> np.ndarray | None:
         """[W] its standard error, with the axes' errors independent; NaN where it was not
         measured."""
         return _look_up(self.axes_stderr, index_WA, lambda errors_AW: np.sqrt((errors_AW**2).sum(0)))
 
+    def interplay(self, layers_C: np.ndarray, index_WA: np.ndarray
+                  ) -> tuple[np.ndarray, np.ndarray] | None:
+        """[C, n], [n, W]: their product is what layers and widths add together, beside `layers`
+        and `widths`; None where it was not measured."""
+        if self.together is None or self.axes is None:
+            return None
+        return self.together.with_layers(layers_C, self._alone(index_WA))
+
+    def _alone(self, index_WA: np.ndarray) -> dict[str, np.ndarray]:
+        assert self.axes is not None
+        return {name: values[index_WA[:, i]]
+                for i, (name, values) in enumerate(zip(self.axis_names, self.axes, strict=True))}
+
     def layers(self, space: Space) -> np.ndarray | None:
         """[C] damage by the layers that go, the lowest-scored of each kind first."""
         if self.values_L is None:
             return None
         sums = _dropped_sums(self.values_L, self.orders, space)
-        return sums if self.pairs_LL is None else sums + _dropped_pairs(self.pairs_LL, self.orders, space)
+        if self.pairs_LL is not None:
+            sums = sums + _dropped_pairs(self.pairs_LL, self.orders, space)
+        return sums if self.together is None else sums * self.together.ratios(space)
 
     def layers_stderr(self, space: Space) -> np.ndarray | None:
         """[C] its standard error; NaN where it was not measured. Layers share their samples, so
@@ -62,9 +83,11 @@ class Damage:
         if self.stderr_L is None:
             return None
         if self.values_NL is None:
-            return np.asarray(np.sqrt(_dropped_sums(self.stderr_L**2, self.orders, space)))
-        return self._stderr(lambda values_L: _dropped_sums(values_L, self.orders, space),
-                            lambda pairs_LL: _dropped_pairs(pairs_LL, self.orders, space))
+            found = np.asarray(np.sqrt(_dropped_sums(self.stderr_L**2, self.orders, space)))
+        else:
+            found = self._stderr(lambda values_L: _dropped_sums(values_L, self.orders, space),
+                                 lambda pairs_LL: _dropped_pairs(pairs_LL, self.orders, space))
+        return found if self.together is None else found * self.together.ratios(space)
 
     def set_stderr(self, gone_L: np.ndarray) -> float:
         """The same for any set of layers, a mask [L], without interactions."""
@@ -114,7 +137,7 @@ def predict(parent: Architecture, space: Space, scores: LayerScores | None, curv
             metric: str, damage: str = "auto") -> Damage:
     """Look up what is known about every layer and width of the space. `damage`: additive,
     quadratic, or auto: what each removal added where layers were scored iteratively, else quadratic
-    where interactions were measured.
+    where interactions were measured; and corrected by what combinations were measured to do.
 
     Raises:
         InputError: scores of another model, no such metric, an axis that was not measured.
@@ -132,7 +155,21 @@ def predict(parent: Architecture, space: Space, scores: LayerScores | None, curv
         if f"{metric}_stderr" in curves.table.columns:
             axes_stderr = tuple(curves.damage(axis, f"{metric}_stderr", np.array(values), _whole(parent, axis, values))
                                 for axis, values in space.widths.items())
-    return replace(known, orders=orders, axes=axes, axes_stderr=axes_stderr)
+    found = replace(known, orders=orders, axes=axes, axes_stderr=axes_stderr,
+                    axis_names=tuple(space.widths))
+    if damage != "auto" or curves is None or known.values_L is None:
+        return found
+
+    def sums(some: Space) -> np.ndarray:
+        out = found.layers(some)
+        assert out is not None
+        return out
+
+    def alone(axis: str, width: int) -> float:
+        whole = _whole(parent, axis, (width,))
+        return float(curves.damage(axis, metric, np.array([width]), whole)[0])
+
+    return replace(found, together=read_together(parent, curves, metric, orders, sums, alone))
 
 
 def _of_layers(parent: Architecture, scores: LayerScores, metric: str, damage: str) -> Damage:

@@ -112,7 +112,8 @@ def _scan(parent: Architecture, space: Space, budget: Budget, workload: Workload
     for first_w in range(0, num_widths, CHUNK):
         number_W = np.arange(first_w, min(first_w + CHUNK, num_widths))
         index_WA = np.stack(np.unravel_index(number_W, shape_A), axis=1)
-        lines, widths_W = prices(parent, workload, width_values(space, index_WA)), damage.widths(index_WA)
+        lines = prices(parent, workload, width_values(space, index_WA))
+        widths_W, interplay = damage.widths(index_WA), damage.interplay(layers_C, index_WA)
         rows = max(1, CHUNK // len(number_W))
         for first_c in range(0, len(counts_CK), rows):
             counts = counts_CK[first_c : first_c + rows]
@@ -122,6 +123,8 @@ def _scan(parent: Architecture, space: Space, budget: Budget, workload: Workload
             if seed is None:
                 damage_CW = layers_C[first_c : first_c + rows, None] + (
                     np.zeros(len(number_W)) if widths_W is None else widths_W)
+                if interplay is not None:
+                    damage_CW += interplay[0][first_c : first_c + rows] @ interplay[1]
             else:
                 damage_CW = _lots(number_CW, seed)
             c, w = np.nonzero(fits_CW & (damage_CW <= worst))
@@ -158,6 +161,7 @@ def _candidates(parent: Architecture, space: Space, budget: Budget, workload: Wo
     index_PA = np.stack(np.unravel_index(w_P, shape_A), axis=1)
     widths_P, width_stderr_P = damage.widths(index_PA), damage.widths_stderr(index_PA)
     layers_C, stderr_C = damage.layers(space), damage.layers_stderr(space)
+    both = None if layers_C is None else damage.interplay(layers_C, index_PA)
     digits = max(4, len(str(len(c_P))))
     kept_of: dict[int, tuple[int, ...]] = {}
     out = []
@@ -173,8 +177,11 @@ def _candidates(parent: Architecture, space: Space, budget: Budget, workload: Wo
         assert not budget.exceeded(exact.to_json()), (exact, budget)
         predicted = {"layers": _at(layers_C, c), "widths": _at(widths_P, i), "damage": None,
                      "layers_stderr": _at(stderr_C, c), "widths_stderr": _at(width_stderr_P, i)}
+        if both is not None:
+            predicted["together"] = float(both[0][c] @ both[1][:, i])
         if predicted["layers"] is not None or predicted["widths"] is not None:
-            predicted["damage"] = (predicted["layers"] or 0.0) + (predicted["widths"] or 0.0)
+            predicted["damage"] = sum(predicted.get(part) or 0.0
+                                      for part in ("layers", "widths", "together"))
         out.append(Candidate(f"c{i + 1:0{digits}d}", arch, kept_of[c], exact, predicted))
     return out
 

@@ -1,16 +1,19 @@
 """Stages: the importance of layers and widths.
 
     score       calibration samples -> RUN/scores/layers.csv, widths.safetensors, ...
-    curves      width scores, the rotation -> RUN/scores/width_curves.csv, rotation.safetensors
+    curves      width scores, the rotation -> RUN/scores/width_curves.csv, together.csv,
+                rotation.safetensors
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from minipuzzle.core.files import write_json
+from minipuzzle.core.scores import DROPPED, TOGETHER, LayerScores
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.importance.curves import measure_curves
+from minipuzzle.importance.curves import measure_curves, measure_cuts
 from minipuzzle.importance.layers import Scored, score_iteratively
 from minipuzzle.importance.layers import score as score_all
 from minipuzzle.importance.racing import Race
@@ -19,12 +22,15 @@ from minipuzzle.models.weights import ModelFolder
 from minipuzzle.pipeline.plan import Estimate, Plan
 from minipuzzle.pipeline.stage import Given, Stage
 from minipuzzle.recipes.schema import Recipe, SpaceSection
+from minipuzzle.search.damage import predict
 from minipuzzle.search.space import Space, resolve_space
+from minipuzzle.search.together import design
 from minipuzzle.surgery.rotate import find_rotation
 
-_DROPS, _WIDTHS = (tuple(f"space.{name}" for name in SpaceSection.model_fields if name.startswith("drop_") is drop)
-                   for drop in (True, False))
+_DROPS = tuple(f"space.{name}" for name in SpaceSection.model_fields if name.startswith("drop_"))
 
+# of calibration, for combinations: what they do is far above their noise
+TOGETHER_SAMPLES = 16
 CURVE_POINTS = 3  # measured widths per axis; between them the search interpolates
 
 
@@ -91,7 +97,8 @@ def curve_widths(space: Space, parent: Architecture) -> dict[str, tuple[int, ...
 
 
 def measure_width_curves(given: Given) -> list[Path]:
-    """What each width alone costs; before it the rotation of the stream, if one is asked for."""
+    """What each width alone costs, and what some cuts do together; before it the rotation of the
+    stream, if one is asked for."""
     folder, ids = given.folder / "scores", given.calibration_ids()
     files = [folder / "width_curves.csv"]
     if given.settings.surgery.hidden == "rotate":
@@ -101,11 +108,23 @@ def measure_width_curves(given: Given) -> list[Path]:
         given.ranks.barrier()
     rotation = files[1] if len(files) > 1 else None
     cutter = given.parent.cutter(given.file("scores/widths.safetensors"), rotation)
-    space = resolve_space(dict(given.settings.space), given.parent.arch)
-    measured = measure_curves(cutter, curve_widths(space, given.parent.arch), given.passes(ids))
+    arch = given.parent.arch
+    space = resolve_space(dict(given.settings.space), arch)
+    measured = measure_curves(cutter, curve_widths(space, arch), given.passes(ids))
+    names = [*arch.family.drops, DROPPED, *arch.family.widths]
+    planned = design(arch, space).targets(arch, _orders(given, space))
+    few = ids[:: max(1, len(ids) // TOGETHER_SAMPLES)][:TOGETHER_SAMPLES]
+    run = given.passes(few, f"{len(planned)} combinations", part="together")
+    measured = replace(measured, together=measure_cuts(cutter, planned, run, names))
     if given.ranks.main:
         measured.write(files[0])
-    return files
+    return [*files, folder / TOGETHER]
+
+
+def _orders(given: Given, space: Space) -> tuple[list[int], ...]:
+    """The layers of each kind in the order in which the search lets them go."""
+    layers = LayerScores.read(given.file("scores/layers.csv"))
+    return predict(given.parent.arch, space, layers, None, given.settings.scores.layer_metric).orders
 
 
 def _score_estimate(plan: Plan) -> Estimate:
@@ -115,7 +134,9 @@ def _score_estimate(plan: Plan) -> Estimate:
 
 def _curves_estimate(plan: Plan) -> Estimate:
     points = sum(len(w) for w in curve_widths(plan.space, plan.parent).values())
-    return Estimate(plan.calibration_tokens * plan.parent_cost.flops_per_token * (points + 1),
+    few = min(TOGETHER_SAMPLES, plan.recipe.calibration.samples) * plan.recipe.calibration.sequence_length
+    together = few * (len(design(plan.parent, plan.space).points) + 1)
+    return Estimate((plan.calibration_tokens * (points + 1) + together) * plan.parent_cost.flops_per_token,
                     memory_bytes=plan.layers_bytes)
 
 
@@ -124,5 +145,5 @@ SCORE = Stage(
     world=("model", "tokenizer", "calibration.data", "precision"), shared=True)
 CURVES = Stage(
     "curves", measure_width_curves, _curves_estimate,
-    settings=("calibration", "surgery.hidden", *_WIDTHS),
+    settings=("calibration", "surgery.hidden", "scores.layer_metric", "space"),
     world=("model", "tokenizer", "calibration.data", "precision"), after=("score",), shared=True)
