@@ -343,6 +343,7 @@ def test_the_numbers_are_those_of_the_written_folder(finished: Run, model_folder
                     Rotation.read(finished.path / "scores" / "rotation.safetensors"), open_model(model_folder).dtypes(tuple(range(9))))
     first = next(c for c in report["candidates"] if c["measured"])
     cut = cutter.cut(Architecture.from_json(first["architecture"]), tuple(first["kept_layers"]))
+    cut = Model.build(cut.family, cut.arch, ((n, t.bfloat16().float()) for n, t in cut.by_name().items()))
     assert measure(cut, Reference(parent, selection))["kl"] == pytest.approx(first["measured"]["kl"], rel=1e-4)
 
 

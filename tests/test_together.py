@@ -130,7 +130,7 @@ def test_combinations_of_other_layers_are_not_used():
 def test_a_table_that_lacks_a_row_is_damaged():
     curves, plan = curves_of(lambda drops, widths: sum(drops) + len(widths) + 1.0, drop_row=3)
     assert not plan.points[3].widths
-    with pytest.raises(CorruptArtifact, match="together.csv lacks"):
+    with pytest.raises(CorruptArtifact, match="lacks Point"):
         predict(PARENT, SPACE, SCORES, curves, "mse")
 
 

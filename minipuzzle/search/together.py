@@ -28,6 +28,7 @@ from minipuzzle.search.space import Space
 
 MOST_SETS = 64
 LAYERS = "layers"  # the part of a pair that is no axis
+NONE = "none"  # no layer goes
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Design:
         out = []
         for point in self.points:
             layers = dropped(orders, point.drops)
-            gone = parent.together({int(i) for i in layers.split() if i != "-"})
+            gone = parent.together({int(i) for i in layers.split() if i != NONE})
             kept = tuple(i for i in range(parent.num_layers) if i not in gone)
             row = dict(zip(parent.family.drops, point.drops, strict=True)) | {DROPPED: layers}
             changes: dict[str, Any] = dict(point.widths)
@@ -208,7 +209,7 @@ def _measured(parent: Architecture, curves: WidthCurves, metric: str,
 def dropped(orders: Sequence[Sequence[int]], drops: Sequence[int]) -> str:
     """The layers that go, as the table has them."""
     gone = sorted(i for order, n in zip(orders, drops, strict=True) for i in order[:n])
-    return " ".join(map(str, gone)) or "-"
+    return " ".join(map(str, gone)) or NONE
 
 
 def _ascending(values: Mapping[Point, float]) -> list[Point]:
