@@ -143,6 +143,9 @@ def predict(parent: Architecture, space: Space, scores: LayerScores | None, curv
         InputError: scores of another model, no such metric, an axis that was not measured.
         CorruptArtifact: values that are not finite.
     """
+    if scores is None and damage == "quadratic":
+        raise InputError("search.damage quadratic needs interactions, which 'minipuzzle score' "
+                         "measures; give --scores, or use search.damage additive")
     known = Damage(()) if scores is None else _of_layers(parent, scores, metric, damage)
     order_L = None if scores is None else scores.order
     orders = tuple(drop_order(parent, kind, known.values_L, order_L) for kind in parent.family.drops.values())
