@@ -10,19 +10,17 @@ exact costs, solved by dynamic programming.
     damage[i, go] = score(i)
     damage[i, o] = curve(ffn_size, width[o]) score(i) / (sum of the scores of all FFN layers)
 
-The last is a first-order estimate: the measured curve narrows all FFN layers at once, and is shared
-out by how much each layer matters. Narrowing all of them then costs what was measured. Unlike the
-grid, the program may drop a layer in place of a lower-scored one, and with `per_layer` it gives
-each FFN layer its own width.
+The last is a first-order estimate: the measured curve narrows all FFN layers at once; each gets a
+share of it by its score, so narrowing all costs what was measured. Unlike the grid, the program may
+drop a layer in place of a lower-scored one, and with `per_layer` each FFN layer has its own width.
 
-All layers of a kind cost the same, so n and w alone decide the costs, in integers. For each kind a
-table holds the least damage of its layers j, j + 1, ... for every number that go and every number
-of neurons. These tables bound every partial choice exactly, so a best-first search over the layers
-finds solution after solution, in order, without a detour. Hidden size, Mamba heads and channels
-(and the FFN width of `uniform`) multiply the costs; they are enumerated outside.
+All layers of a kind cost the same, so n and w decide the costs, in integers. For each kind a table
+holds the least damage of its layers j, j + 1, ... for every number that go and every number of
+neurons. The tables bound every partial choice exactly, so a best-first search over the layers finds
+one solution after the other, in order. Widths that all layers share are enumerated outside.
 
-Ties go to more parameters, then to the solution that changes later layers, by terms of 1e-5 and
-1e-9 of the largest damage: damages closer than that, far below any standard error, count as tied.
+Ties go to more parameters, then to changes of later layers, by terms of 1e-5 and 1e-9 of the
+largest damage: damages closer than that, far below any standard error, count as tied.
 Suffixes: L layers, C combinations of layer counts, W combinations of widths, K kinds, S neurons
 beyond the narrowest FFN, in units.
 """
@@ -153,8 +151,8 @@ class _Program:
         is_ffn = np.array(self.kind_L) == self.ffn
         matter_L = np.where(is_ffn, np.maximum(self.values_L, 0), 0)
         matter_L = matter_L if matter_L.any() else is_ffn * 1.0  # equal where the scores say nothing
-        self.own_LO = np.outer(matter_L / max(matter_L.sum(), 1e-300),
-                               axes[place] if per_layer else np.zeros(1))
+        curve_O = axes[place] if per_layer else np.zeros(1)
+        self.own_LO = np.outer(matter_L / max(matter_L.sum(), 1e-300), curve_O)
         self.scale = max(float(np.abs(values).max()) for values in (self.values_L, *axes)) or 1.0
         self.options_L = [self._options(layer) for layer in range(parent.num_layers)]
         self.least_K = self._tables()
@@ -175,9 +173,10 @@ class _Program:
         options = [(self.values_L[layer] / self.scale + tie, 1, 0)]
         if self.kind_L[layer] != self.ffn:
             return [*options, (0.0, 0, 0)]
-        return options + [(damage / self.scale + tie * (1 - width / (self.own[-1] or 1)) * self.per_layer, 0,
-                           (width - self.own[0]) // self.unit)
-                          for width, damage in zip(self.own, self.own_LO[layer], strict=True)]
+        widest = self.own[-1] or 1
+        return options + [
+            (damage / self.scale + tie * (1 - width / widest) * self.per_layer, 0, (width - self.own[0]) // self.unit)
+            for width, damage in zip(self.own, self.own_LO[layer], strict=True)]
 
     def _tables(self) -> list[np.ndarray]:
         """For each kind [layers + 1, drops + 1, S]: the least objective of the kind's layers j and
@@ -272,8 +271,7 @@ class _Program:
         """The choice of all layers, a linked list from the last, with its exact cost."""
         options: list[Option] = []
         while taken is not None:
-            taken, option = taken
-            options.insert(0, option)
+            taken, options[:0] = taken[0], taken[1:]
         gone_L = np.array([gone for _, gone, _ in options], bool)
         kept = tuple(np.flatnonzero(~gone_L).tolist())
         values: dict[str, Any] = {name: int(v[0]) for name, v
