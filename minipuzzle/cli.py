@@ -268,6 +268,7 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     minipuzzle prune
     minipuzzle prune my-model --budget memory=0.6x --data texts/ -o runs/mine
     minipuzzle prune runs/mine --candidate c0012
+    torchrun --nproc-per-node 8 -m minipuzzle prune my-model --device cuda
     """
     from minipuzzle.pipeline.forecast import plan_json, plan_lines
     from minipuzzle.stages.order import STAGES
@@ -283,6 +284,8 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
         verb.check_machine(plan, output_dir or default_output(folder, recipe, seed), where)  # as the run would fail
         return
     run = verb.prune(model, recipe, output_dir, seed=seed, candidate=candidate, **options)
+    if environment.rank() != 0:
+        return
     parent, result, paired = (run.report[name] for name in ("parent", "result", "paired"))
     recovered = "" if result["recovery"] is None else f" ({result['recovery']:.0%} of the gap recovered)"
     _print(run.report, as_json, [

@@ -137,7 +137,7 @@ def test_memory_is_asked_for_what_is_done(monkeypatch: pytest.MonkeyPatch) -> No
     assert layers < parent / 10
     assert asked == pytest.approx(2 * [parent + 4 * student] + 2 * [layers + 3 * student], rel=1e-3)
     # held in memory, and for how long, is decided by the same numbers
-    whole = 8 * made.parent_cost.parameters + 12 * made.largest.parameters
+    whole = 4 * made.parent_cost.parameters + 12 * made.largest.parameters
     for room, resident in ((plan.SPARE_BYTES, True), (plan.SPARE_BYTES - 1, False)):
         found = plan.make_plan(arch, Recipe().with_overrides(settings={"distillation.tokens": 0}),
                                memory_bytes=whole + room)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from minipuzzle.core.errors import CorruptArtifact, ResourceError
 from minipuzzle.distill import state
+from minipuzzle.distill.sharding import local_part
 from minipuzzle.models.ranks import Ranks
 
 ALONE = Ranks(torch.device("cpu"))
@@ -136,8 +137,8 @@ def test_any_number_of_processes_reads_what_any_number_wrote(tmp_path: Path, siz
             taken.clear()
             state.load(path, values, Pretended(ALONE.device, rank, readers))
             expected = sharded(tensors(), rank, readers)
-            mine = {k: state._local(v)[0] for k, v in values.items()}
-            assert same(mine, {k: state._local(v)[0] for k, v in expected.items()})
+            mine = {k: local_part(v)[0] for k, v in values.items()}
+            assert same(mine, {k: local_part(v)[0] for k, v in expected.items()})
             assert sum(taken) == sum(v.numel() for v in mine.values())
 
 

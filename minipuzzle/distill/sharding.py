@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
+from minipuzzle.models.weights import ModelFolder, held
 
 
 def shard(model: HybridLM, ranks: Ranks, compute: torch.dtype | None = None,
@@ -35,6 +36,41 @@ def shard(model: HybridLM, ranks: Ranks, compute: torch.dtype | None = None,
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # the last norm
     for block, after in pairwise(blocks):
         block.set_modules_to_forward_prefetch([after])
+
+
+def read_sharded(folder: ModelFolder, ranks: Ranks, dtype: torch.dtype | None = None,
+                 compute: torch.dtype | None = None) -> HybridLM:
+    """A model in shards, of which each process reads its own slices: it is whole nowhere.
+
+    dtype: of the weights, where they are trained; None: a frozen model in its checkpoint's, `held`
+    for `compute`.
+
+    Raises:
+        CorruptArtifact: a weight can't be read, or holds NaN or infinity.
+    """
+    stored, arch = folder.dtypes(tuple(range(folder.arch.num_layers))), folder.arch
+    shapes = arch.shapes()
+    empty = {n: torch.empty(shapes[n], dtype=stored[n], device="meta") for n in shapes}
+    like = {n: held(t, compute or stored[n]) if dtype is None else t.to(dtype) for n, t in empty.items()}
+    model = HybridLM(arch.family, arch, like)
+    model.requires_grad_(dtype is not None)
+    shard(model, ranks, None if dtype is None else compute)
+    model.to_empty(device=ranks.device)
+    with ranks.together(), torch.no_grad():
+        for name, parameter in model.parameters_by_name().items():
+            local, offsets = local_part(parameter)
+            if local.numel():
+                where = tuple(slice(a, a + n) for a, n in zip(offsets, local.shape, strict=True))
+                local.copy_(folder.part(name, where))
+    return model
+
+
+def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """This process's part of a tensor, and where it begins."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), [0] * tensor.ndim
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return tensor.to_local().detach(), list(chunk.offsets)
 
 
 def gathered_head(model: HybridLM) -> torch.Tensor:

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.files import flush_to_disk, open_tensors, read_sealed, reading, write_sealed
+from minipuzzle.distill.sharding import local_part
 from minipuzzle.models.ranks import Ranks
 
 Tensors = dict[str, torch.Tensor]
@@ -116,7 +117,7 @@ def load(path: Path, tensors: Tensors, ranks: Ranks | None = None) -> None:
     verify(path, ranks)
     pieces: dict[str, list[tuple[str, tuple[slice, ...], torch.Tensor]]] = {}  # file -> what of it goes where
     for name, tensor in tensors.items():
-        local, offsets = _local(tensor)
+        local, offsets = local_part(tensor)
         for shard in index[name]["shards"]:
             cut = [_overlap(a, n, b, m) for a, n, b, m in zip(shard["offsets"], shard["shape"], offsets, local.shape,
                                                              strict=True)]
@@ -136,7 +137,7 @@ def _write_part(folder: Path, tensors: Tensors, ranks: Ranks) -> dict[str, Any]:
     own: Tensors = {}
     entries = {}
     for name, tensor in tensors.items():
-        local, offsets = _local(tensor)
+        local, offsets = local_part(tensor)
         entries[name] = {"dtype": _dtype(tensor), "shape": list(tensor.shape), "shards": []}
         if local.numel() and (isinstance(tensor, DTensor) or ranks.main):
             own[name] = local.cpu().contiguous()
@@ -171,14 +172,6 @@ def _states(folder: Path, name: str) -> list[Path]:
     """Those that have their name, the latest last."""
     found = [(p.name.removeprefix(f"{name}-"), p) for p in folder.glob(f"{name}-*")]
     return [path for _, path in sorted((int(step), path) for step, path in found if step.isdecimal())]
-
-
-def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """This process's part of a tensor, and where it begins."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach(), [0] * tensor.ndim
-    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
-    return tensor.to_local().detach(), list(chunk.offsets)
 
 
 def _overlap(a: int, n: int, b: int, m: int) -> tuple[slice, slice]:

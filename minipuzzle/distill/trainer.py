@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import write_atomic
@@ -99,7 +100,7 @@ class Trainer:
             use_fp8(student, ranks.device)
         dtype = None if settings.precision == "fp32" else compute_dtype(settings.precision, ranks.device)
         student.compute_in(dtype)
-        if ranks.size > 1:
+        if ranks.size > 1 and not isinstance(student, FSDPModule):
             shard(student, ranks, dtype)
         self.parameters = student.parameters_by_name()
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.95),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.partial import Arrays
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.models.logits import TokenMetrics, compare
+from minipuzzle.models.module import HybridLM
 from minipuzzle.models.passes import Pass
+from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import (
     Model,
     Parts,
@@ -26,47 +29,77 @@ from minipuzzle.models.walk import (
     walk,
 )
 
+# (activations that enter the head, head) -> what is measured of them
+Use = Callable[[torch.Tensor, torch.Tensor], np.ndarray]
 _VALUES = ("loss", "kl", "accuracy", "agreement")
 
 
 class Reference:
     """The parent's final activations on the evaluation blocks, computed once for all models that
-    are measured one by one. `stream_bytes`: memory for the streams of a parent that is read from
-    disk, by default what is fastest."""
+    are measured one by one. They lie on the host; a GPU holds those of a batch. `stream_bytes`:
+    memory for the streams of a parent that is read from disk, by default what is fastest.
 
-    def __init__(self, source: Source, ids_NT: torch.Tensor, stream_bytes: int | None = None) -> None:
-        self.ids, self.arch = ids_NT.to(source.device), source.arch
+    Several `ranks` share the blocks, equally many each, since a model in shards is read by all at
+    once: what comes again does not count.
+    """
+
+    def __init__(self, source: Source, ids_NT: torch.Tensor, stream_bytes: int | None = None,
+                 ranks: Ranks | None = None) -> None:
+        self.ranks, self.arch, self.count = ranks or Ranks(source.device), source.arch, len(ids_NT)
+        size = self.ranks.size
+        own = range(self.ranks.rank, -(-self.count // size) * size, size)
+        self.ids = ids_NT.to(source.device)[[i % self.count for i in own]]
         self.head = source.head_rows(0, source.arch.vocab_size)
         whole, run = Whole(source), Pass(source, self.ids, memory_bytes=stream_bytes)
-        self.hidden = torch.cat([walk(whole, [whole.variant()], ids)[0] for ids in torch.split(self.ids, run.size(1))])
+        self.hidden = torch.cat([walk(whole, [whole.variant()], ids)[0].cpu()
+                                 for ids in torch.split(self.ids, run.size(1))])
 
     def quality(self) -> dict[str, float]:
         """The parent's own, as `measure` gives it."""
-        own = self.compare(self.arch, self.head, lambda first, ids: self.hidden[first : first + len(ids)])
+        own = self.compare(self.arch, self._known)
         return {name: value for name, value in own.items() if not name.startswith("loss_minus")}
 
-    def compare(self, arch: Architecture, head: torch.Tensor,
-                hidden: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """`hidden`: (first sample, ids) -> the activations that enter `head`."""
+    def _known(self, first: int, ids: torch.Tensor, use: Use) -> Any:
+        return use(self.hidden[first : first + len(ids)].to(ids.device), self.head)
+
+    def measure(self, source: Source, stream_bytes: int | None = None) -> dict[str, float]:
+        """`measure` of a model that need not be in memory."""
+        other = Reference(source, self.ids, stream_bytes)
+        return self.compare(source.arch, other._known)
+
+    def compare(self, arch: Architecture, look: Callable[[int, torch.Tensor, Use], Any]) -> dict[str, float]:
+        """`look(first sample, ids, use)` calls `use` with what enters the head, and the head."""
         parts: list[np.ndarray] = []
         done = 0
         for ids in batches(self.ids, floats_per_sample(arch, self.ids.shape[1])):
-            known, other = self.hidden[done : done + len(ids)], hidden(done, ids)
-            parent, found, _ = compare(known, [other], [1], lambda a, b: [self.head[a:b], head[a:b]],
-                                       len(head), ids)
-            parts.append(_values([*found, parent]))
+            known = self.hidden[done : done + len(ids)].to(ids.device)
+
+            def use(other: torch.Tensor, head: torch.Tensor, known: torch.Tensor = known,
+                    ids: torch.Tensor = ids) -> np.ndarray:
+                parent, found, _ = compare(known, [other], [1], lambda a, b: [self.head[a:b], head[a:b]],
+                                           len(head), ids)
+                return _values([*found, parent])
+
+            parts.append(look(done, ids, use))
             done += len(ids)
         values = np.concatenate(parts, -1)
+        if self.ranks.size > 1:
+            every = self.ranks.gather(values)
+            values = np.stack([every[i % self.ranks.size][..., i // self.ranks.size] for i in range(self.count)], -1)
         return summary(values[:, 0], values[0, 1])
 
 
-def measure(model: Model, reference: Reference) -> dict[str, float]:
+@torch.no_grad()
+def measure(model: Model | HybridLM, reference: Reference) -> dict[str, float]:
     """loss and kl to the reference (nats per token), accuracy, agreement, and the loss minus the
-    reference's; loss, kl and the difference with stderr."""
-    return reference.compare(model.arch, model.head, lambda first, ids: final_hidden(model, ids))
+    reference's; loss, kl and the difference with stderr. All processes measure a model in shards
+    at once."""
+    if isinstance(model, HybridLM):
+        return reference.compare(model.arch, lambda first, ids, use: model.lm_head(model(ids), use))
+    return reference.compare(model.arch, lambda first, ids, use: use(final_hidden(model, ids), model.head))
 
 
-def check_finite(quality: Mapping[str, float], name: object, model: Model, ids_NT: torch.Tensor) -> None:
+def check_finite(quality: Mapping[str, float], name: object, model: Source, ids_NT: torch.Tensor) -> None:
     """Raise CorruptArtifact if a loss or KL of the model called `name` is not finite, with the
     layer where that begins."""
     if all(math.isfinite(quality[key]) for key in ("loss", "kl") if key in quality):

@@ -45,8 +45,8 @@ MEMO_BYTES = 2**31
 
 @dataclass(frozen=True)
 class Scored:
-    """The result of a pass: `samples` of `available` were used, in `forwards` layer-forwards of a
-    sample."""
+    """What a pass found. `samples` were spent of `available`; `forwards` layers were applied,
+    counted in samples."""
 
     layers: LayerScores
     widths: WidthScores
@@ -56,8 +56,8 @@ class Scored:
 
 
 def score(run: Pass, race: Race | None = None) -> Scored:
-    """Score all layers and widths, one-shot. With a `race`, layers whose place is certain are no
-    longer ablated."""
+    """Score all layers and widths, one-shot. With a `race`, layers whose place is certain are not
+    ablated further."""
     if race:
         _refuse_units(run)
     arch, total = run.source.arch, len(run.ids_NT)
@@ -103,9 +103,9 @@ def _interactions(parts: Sequence[Arrays], values: np.ndarray) -> tuple[dict[str
 
 
 def score_iteratively(run: Pass, race: Race, memo_bytes: int = MEMO_BYTES) -> Scored:
-    """Score one-shot, then find the order in which layers go: each time the one whose removal, on
-    top of the earlier ones, does least damage by `race.metric`; of each kind as many as
-    `race.drops` allows, and never the last layer of all.
+    """Score one-shot, then find the order in which layers go: the one whose removal, on top of
+    those that went before, does least by `race.metric`; of each kind as many as `race.drops` says,
+    and never the last of all layers.
 
     The table gets `order` (1 first) and `added_METRIC`, the damage that each removal added. A walk
     starts at the layer that went last, with the streams that came to it, if those of all variants

@@ -1,9 +1,10 @@
 """Racing: stop spending samples on layers whose place is already certain.
 
-The search drops the c lowest-scored layers of each kind, for c in a range. Two layers matter to
-each other if some c separates them. Their order is certain when a paired t-test of their per-sample
-scores says so at the given confidence, divided (Bonferroni) among the pairs of the kind and the
-looks. A layer whose order is certain against every layer that matters to it is no longer ablated.
+The search drops, of each kind, the c lowest-scored layers, for c in a range. Two layers matter to
+each other if some c of the range puts them on different sides. Their order is certain when the
+paired t-test of their per-sample scores says so at the given confidence, shared out (Bonferroni)
+over the pairs of the kind and over the looks taken. A layer is settled when its order is certain
+against every layer that matters to it; it is ablated no more.
 
 Shapes: L layers, N samples. Scores not measured are NaN.
 """
@@ -21,7 +22,7 @@ FIRST_LOOK = 8  # samples before the first look; they double from look to look
 
 @dataclass(frozen=True)
 class Race:
-    """`drops`: kind -> (fewest, most) layers that the search will drop. `confidence`: that all
+    """`drops`: kind -> (fewest, most) layers that the search will drop. `confidence` that all
     chosen sets are right."""
 
     drops: Mapping[str, tuple[int, int]]
@@ -54,9 +55,9 @@ def undecided(values_LN: np.ndarray, pattern: str, race: Race, num_looks: int) -
 
 
 def means(values_LN: np.ndarray, like_N: np.ndarray | None = None) -> np.ndarray:
-    """[L] mean of each layer. The mean of one settled early is scaled by how the layers measured
-    throughout differ between its samples and all. (For rows other than layers, `like_N` takes the
-    place of the mean of those layers.)"""
+    """[L] mean of each layer. One settled early is compared on the samples it has: its mean is
+    moved by what the layers measured throughout differ between those samples and all. (For other
+    rows than layers: `like_N` in place of the mean of those layers.)"""
     whole = ~np.isnan(values_LN).any(-1)
     out = np.array([row[~np.isnan(row)].mean() for row in values_LN])
     like_N = typical(values_LN) if like_N is None else like_N
@@ -73,7 +74,8 @@ def typical(values_LN: np.ndarray) -> np.ndarray:
 
 
 def _certain(differences_N: np.ndarray, level: float) -> bool:
-    """Whether the mean difference is above 0, by a one-sided t-test on the samples of both."""
+    """Whether the mean difference is above 0, by the one-sided t-test on the samples that both
+    have."""
     d = differences_N[~np.isnan(differences_N)]
     if len(d) < 2:
         return False
@@ -82,8 +84,8 @@ def _certain(differences_N: np.ndarray, level: float) -> bool:
 
 
 def toss_ups(values_LN: np.ndarray, pattern: str, race: Race) -> list[dict[str, object]]:
-    """The cuts that noise decides: of a kind and a number of layers to drop, the last that goes and
-    the first that stays."""
+    """The cuts that noise decides: for a kind and a number of layers to drop, the last that goes
+    and the next."""
     open_pairs = set(undecided(values_LN, pattern, race, 1))
     mean_L = means(values_LN)
     out: list[dict[str, object]] = []

@@ -1,4 +1,4 @@
-"""Width importance by activations: how much each channel carries.
+"""Width importance by activations: which channels carry something.
 
     a_c = sqrt( sum_b ( mean_t |x_btc| )^2 )        mean over the sequence, L2 over samples
     (Minitron, arXiv:2407.14679, section 2.2: the best of its aggregations)

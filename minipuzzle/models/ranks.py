@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -35,13 +36,15 @@ class Ranks:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for the others."""
+        """Wait for the others, however long one of them measures or writes."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=_patient)
 
     def close(self) -> None:
         """Leave the group: a process that just ends may take the others down with it."""
+        global _patient
         if self.size > 1:
+            _patient = None
             dist.destroy_process_group()
 
     def gather(self, value: Any) -> list[Any]:
@@ -49,7 +52,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=_patient)
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -57,8 +60,14 @@ class Ranks:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=_patient)
         return values[0]
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes, in place of a tensor on the CPU."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=_patient)
+        return tensor
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -78,6 +87,9 @@ class Ranks:
 
 
 _joined = False  # this process has been in a group
+# what is not training goes over gloo and may wait for days: torchrun ends a group one of which is gone
+_patient: dist.ProcessGroup | None = None
+PATIENCE = timedelta(days=7)
 
 
 def end_process(code: int) -> NoReturn:
@@ -114,8 +126,9 @@ def open_ranks(device: torch.device) -> Ranks:
                                 "lower --nproc-per-node")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    global _joined
+    global _joined, _patient
     _joined = True
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     return Ranks(device, dist.get_rank(), size)

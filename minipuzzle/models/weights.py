@@ -56,7 +56,9 @@ class ModelFolder:
         Raises:
             CorruptArtifact: it can't be read, or holds NaN or infinity.
         """
-        tensor = self.mapped(name)
+        return self._finite(name, self.mapped(name))
+
+    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         # in pieces: the mask of a whole embedding would be half a gigabyte
         if not all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.flatten(), 2**22)):
             raise CorruptArtifact(f"{self.files[name][0]}: {name} holds NaN or infinity; the model cannot be used")
@@ -73,6 +75,17 @@ class ModelFolder:
         with open_tensors(file) as shard:
             tensor: torch.Tensor = shard.get_tensor(stored)
         return tensor
+
+    def part(self, name: str, where: tuple[slice, ...]) -> torch.Tensor:
+        """A slice of one weight; no more of it is read.
+
+        Raises:
+            CorruptArtifact: it can't be read, or the slice holds NaN or infinity.
+        """
+        file, stored = self.files[name]
+        with open_tensors(file) as shard:
+            tensor: torch.Tensor = shard.get_slice(stored)[where]
+        return self._finite(name, tensor)
 
     def weights(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
         """All weights by name on disk, `held` for this dtype."""

@@ -11,6 +11,7 @@ from importlib import metadata
 import torch
 
 from minipuzzle._version import __version__
+from minipuzzle.core import environment
 from minipuzzle.core.errors import InputError, ResourceError
 
 
@@ -32,15 +33,16 @@ def find_device(name: str) -> torch.device:
 
 
 def memory_to_use(given: int | None, device: torch.device) -> int:
-    """Bytes: those given, or the device's."""
+    """Bytes of this process: those given, or its share of the device's."""
     return machine_memory(device) if given is None else given
 
 
 def machine_memory(device: torch.device | None = None) -> int:
-    """Bytes of this machine's memory, or of a GPU's that are free."""
+    """Bytes of this machine's memory for each of its processes, or of a GPU's that are free."""
     if device is not None and device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return whole // max(1, environment.number("LOCAL_WORLD_SIZE", 1))
 
 
 def versions() -> dict[str, str]:

@@ -53,8 +53,8 @@ class Estimate:
 @dataclass(frozen=True)
 class Plan:
     """The resolved request. `points` and `feasible` count architectures of the space and those
-    within the budget; `memory_bytes` is what may be used, `weight_bytes` what a weight of the
-    parent takes of it."""
+    within the budget; `memory_bytes` is what each of the `processes` may use, `weight_bytes` what a
+    weight of the parent takes of it."""
 
     parent: Architecture
     recipe: Recipe
@@ -67,6 +67,7 @@ class Plan:
     largest: Cost
     memory_bytes: int
     weight_bytes: int
+    processes: int = 1
 
     @property
     def refit_samples(self) -> int:
@@ -90,14 +91,15 @@ class Plan:
     def students_bytes(self) -> int:
         """Of the largest student in float32: with gradient and two moments where it is trained,
         else as it was cut, as it was written, and plainly sliced. Nothing where none is made."""
-        return 4 * (4 if self.recipe.distillation.tokens else 3) * self.largest.parameters if self.feasible else 0
+        copies = (4 if self.recipe.distillation.tokens else 3) if self.feasible else 0
+        return 4 * copies * self.largest.parameters // self.processes
 
     @property
     def student_stage_bytes(self) -> int:
         """Of a stage that makes students: those, the teacher where they are trained, a refit."""
         trains = self.recipe.distillation.tokens > 0
         return self.students_bytes + self.refit_bytes + (
-            self.weight_bytes * self.parent_cost.parameters if trains else self.layers_bytes)
+            self.weight_bytes * self.parent_cost.parameters // self.processes if trains else self.layers_bytes)
 
     @property
     def state_bytes(self) -> int:
@@ -112,10 +114,8 @@ class Plan:
 
     @property
     def resident(self) -> bool:
-        """Whether the parent is held in memory from the first stage to the last; twice if it is
-        rotated."""
-        copies = 2 if self.recipe.surgery.hidden == "rotate" else 1
-        needed = self.weight_bytes * self.parent_cost.parameters * copies + self.students_bytes + self.refit_bytes
+        """Whether the parent is held in memory, by several processes until they train."""
+        needed = self.weight_bytes * self.parent_cost.parameters + self.students_bytes + self.refit_bytes
         return needed + SPARE_BYTES <= self.memory_bytes
 
     @property
@@ -178,10 +178,10 @@ class Plan:
 
 def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
               memory_bytes: int | None = None, reads: tuple[str, ...] = DATA_SECTIONS,
-              device: torch.device | None = None) -> Plan:
+              device: torch.device | None = None, processes: int = 1) -> Plan:
     """Resolve a recipe for a parent. Scoring alone does not need the budget to be met.
     `memory_bytes`: what may be used, the machine's if left out. `reads`: the sections whose data
-    are read. `device`: where it will run, the CPU if left out.
+    are read. `device`: where it will run, the CPU if left out. `processes`: that share the students.
 
     Raises:
         InputError: a setting that is wrong, does not fit the parent, or is not built yet.
@@ -214,10 +214,10 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
     weight = compute_dtype(d.precision, device or torch.device("cpu")).itemsize
     if not need_budget:
         return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost, memory,
-                    weight)
+                    weight, processes)
     # without scores the search only enumerates and prices, largest first
     found = search_architectures(parent, space, budget, workload, keep=1)
     return Plan(parent, recipe, workload, budget, parent_cost, space, found.points, found.feasible,
-                found.candidates[0].cost, memory, weight)
+                found.candidates[0].cost, memory, weight, processes)
 
 

@@ -8,6 +8,7 @@ stage reads and what makes it stale cannot differ. (mergekit's Task is the model
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.partial import Partial
 from minipuzzle.core.rundir import RunDir, digest
 from minipuzzle.data.blocks import Blocks
+from minipuzzle.evaluate.quality import Reference
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.pipeline.plan import Estimate, Plan
@@ -164,17 +166,23 @@ class Given:
         return Pass(self.parent.source, ids_NT, kept.part(part) if part else kept, self.ranks,
                     self.parent.memory.stream_bytes, lambda done: self.update(done / len(ids_NT), note))
 
+    def reference(self, ids_NT: torch.Tensor) -> Reference:
+        """The parent's activations on some blocks, that models are measured against."""
+        return self.parent.reference(ids_NT, self.ranks)
+
     def kept(self, path: Path, make: Callable[[Path], None]) -> Path:
-        """A file in the run directory that stages share, and that is a function of what they
-        declare: made by the first of them, and again if it is damaged."""
+        """A file or folder in the run directory that stages share, and that is a function of what
+        they declare: made by the main process in the first of them, and again if it is damaged."""
         name = f"{path.parent.name}-{path.stem}"
         try:
-            known = self._shared.verify(name) is not None
+            known = self.ranks.main and self._shared.verify(name) is not None
         except CorruptArtifact:
             known = False
-        if not known:
-            make(path)
-            self._shared.commit(name, {}, [path], 0.0)
+        with self.ranks.together():
+            if self.ranks.main and not known:
+                make(path)
+                files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+                self._shared.commit(name, {}, files, 0.0)
         return path
 
     def _declared(self, what: str) -> World:
@@ -258,23 +266,27 @@ class Runner:
         """Make the stage, unless it is done."""
         stage, identity = self.stages[name], self.identity(name)
         ranks, run = self.ranks, self.where(name)
-        if stage.mend and ranks.main:
-            stage.mend(self, self.given(stage, lambda done, note: None))
+        with ranks.together():
+            if stage.mend and ranks.main:
+                stage.mend(self, self.given(stage, lambda done, note: None))
         if ranks.broadcast(stage.recorded and ranks.main and run.is_done(stage.name, identity)):
             self.reporter.skip(stage.name)
             return
         begin = time.perf_counter()
-        if stage.shared or ranks.main:
-            for earlier in stage.after if stage.strict else ():
+        with ranks.together():
+            for earlier in stage.after if stage.strict and ranks.main else ():
                 self.where(earlier).verify(earlier)
-            with self.reporter.stage(stage.name, 1.0) as update:
-                given = self.given(stage, update)
-                files = list(stage.run(given))
+        # what one process raises alone, all must hear of; where all work, all come to it
+        with contextlib.nullcontext() if stage.shared else ranks.together():
+            if stage.shared or ranks.main:
+                with self.reporter.stage(stage.name, 1.0) as update:
+                    given = self.given(stage, update)
+                    files = list(stage.run(given))
+        with ranks.together():
             if ranks.main and stage.recorded:
                 run.commit(stage.name, identity, files, time.perf_counter() - begin)
                 if given._partial.is_dir():
                     Partial(given._partial).forget()
-        ranks.barrier()
 
     def given(self, stage: Stage, update: Update) -> Given:
         """What the stage may see."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from minipuzzle.data.tokenizer import load_tokenizer
 from minipuzzle.distill.precision import compute_dtype, resolve
 from minipuzzle.evaluate.quality import Reference
 from minipuzzle.families.architecture import Architecture
+from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, Source
 from minipuzzle.models.weights import COMPANIONS, ModelFolder
@@ -73,9 +74,16 @@ class Parent:
         """As a pass reads it: from memory, or from the disk where it does not fit."""
         return self.model if self.memory.resident else StreamedModel.open(self.folder, self.device, self.dtype)
 
-    def reference(self, ids_NT: torch.Tensor) -> Reference:
-        """Its activations on some held-out blocks; they live as long as what is returned."""
-        return Reference(self.source, ids_NT, self.memory.stream_bytes)
+    def leave_memory(self) -> None:
+        """From here on it is read from the disk: several processes train, and hold it in shards."""
+        self.memory, self._cutter = replace(self.memory, resident=False), None
+        for name in ("model", "source"):
+            self.__dict__.pop(name, None)
+
+    def reference(self, ids_NT: torch.Tensor, ranks: Ranks) -> Reference:
+        """Its activations on some held-out blocks, shared by the processes; they live as long as
+        what is returned."""
+        return Reference(self.source, ids_NT, self.memory.stream_bytes, ranks)
 
     def cutter(self, widths: Path, rotation: Path | None) -> Cutter:
         """The surgery that these width scores ask for, in the rotated basis if there is one. The

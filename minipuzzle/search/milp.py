@@ -268,7 +268,7 @@ class _Program:
         return found
 
     def _candidate(self, w: int, taken: Any) -> Candidate:
-        """The choice of all layers, a linked list from the last, with its exact cost."""
+        """The choice of all layers, the last first, with its exact cost."""
         options: list[Option] = []
         while taken is not None:
             taken, options[:0] = taken[0], taken[1:]

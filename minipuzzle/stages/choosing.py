@@ -15,8 +15,10 @@ from pathlib import Path
 from minipuzzle.core.files import write_json
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.distill.loop import distill_together
+from minipuzzle.distill.teacher import LiveTeacher
 from minipuzzle.distill.trainer import Diverged, Pupil
 from minipuzzle.evaluate.quality import measure_variants
+from minipuzzle.models.walk import Model
 from minipuzzle.pipeline.plan import Estimate, Plan, budget_of
 from minipuzzle.pipeline.stage import Given, Stage
 from minipuzzle.search.candidate import Candidate
@@ -33,6 +35,7 @@ from minipuzzle.stages.student import (
     say_training,
     state_folder,
     student_of,
+    teacher_of,
     train_settings,
     training_blocks,
     training_flops,
@@ -71,9 +74,10 @@ def measure_candidates(given: Given) -> list[Path]:
     found = measure_variants(cutter, cutter.variant(arch, tuple(range(arch.num_layers))), variants, run)
     folder = given.folder / "search"
     files = [folder / "measured.json", folder / "controls.json"]
-    write_json(files[0], {c.name: m for c, m in zip(chosen, found[: len(chosen)], strict=True)})
-    write_candidates(files[1], [replace(c, measured=m)
-                      for c, m in zip(controls, found[len(chosen):], strict=True)])
+    if given.ranks.main:
+        write_json(files[0], {c.name: m for c, m in zip(chosen, found[: len(chosen)], strict=True)})
+        write_candidates(files[1], [replace(c, measured=m)
+                          for c, m in zip(controls, found[len(chosen):], strict=True)])
     return files
 
 
@@ -101,16 +105,21 @@ def tournament(given: Given) -> list[Path]:
         finalists = []
     found: Qualities = {}
     together = parent.memory.students
-    for c in finalists:
-        forget_damaged_training(given, state_folder(given, c, given.key), steps)
+    with given.ranks.together():
+        for c in finalists if given.ranks.main else ():
+            forget_damaged_training(given, state_folder(given, c, given.key), steps)
+    if given.ranks.size > 1:
+        parent.leave_memory()
+    teacher: Model | LiveTeacher | None = None
     for i in range(0, len(finalists), together):
         # in lock-step: the teacher reads each batch once for all of them
         group, before = finalists[i : i + together], i / len(finalists)
-        reference = parent.reference(given.selection_ids())
+        reference = given.reference(given.selection_ids())
         pupils = [Pupil(student_of(given, c, given.key), state_folder(given, c, given.key), c.kept_layers,
                         partial(look, given, c, reference)) for c in group]
         with contextlib.suppress(Diverged):  # all of them: each says so
-            distill_together(pupils, parent.model, training_blocks(given), how, share,
+            teacher = teacher or teacher_of(given)
+            distill_together(pupils, teacher, training_blocks(given), how, share, ranks=given.ranks,
                              progress=say_training(given, "best", before, len(group) / len(finalists) / share))
         found |= {c.name: {"loss": None} if p.diverged else look_at(p.folder, steps)
                   for c, p in zip(group, pupils, strict=True)}
@@ -123,7 +132,8 @@ def tournament(given: Given) -> list[Path]:
         given.say(f"{said}: they come last")
     best = rank([replace(c, after_distillation=found.get(c.name)) for c in every])[0]
     path = given.folder / "search" / "tournament.json"
-    write_json(path, {"key": given.key, "winner": best.name, "found": found})
+    if given.ranks.main:
+        write_json(path, {"key": given.key, "winner": best.name, "found": found})
     return [path]
 
 
@@ -151,7 +161,9 @@ MEASURE = Stage(
     "measure", measure_candidates, _measure_estimate,
     settings=("budget", "workload", "space", "scores.layer_metric", "search.strategy", "search.damage",
               "search.measure", "surgery.hidden", "evaluation.samples", "calibration.sequence_length"),
-    world=("model", "tokenizer", "evaluation.data", "seed", "precision"), after=(*_LAYERS_AND_WIDTHS, "search"))
+    world=("model", "tokenizer", "evaluation.data", "seed", "precision"), after=(*_LAYERS_AND_WIDTHS, "search"),
+    shared=True)
 TOURNAMENT = Stage(
     "tournament", tournament, _tournament_estimate,
-    settings=("search.finalists", *TRAINING[0]), world=TRAINING[1], after=("score", "curves", "search", "measure"))
+    settings=("search.finalists", *TRAINING[0]), world=TRAINING[1], after=("score", "curves", "search", "measure"),
+    shared=True)

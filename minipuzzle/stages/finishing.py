@@ -8,7 +8,9 @@ RESULT is the run, or RUN/candidates/NAME for a candidate that was chosen by han
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,53 +20,61 @@ import torch
 from minipuzzle.core.files import replace_folder, write_atomic, write_json
 from minipuzzle.distill.loop import distill_model
 from minipuzzle.distill.trained import load_best
-from minipuzzle.evaluate.quality import measure
+from minipuzzle.evaluate.quality import Reference, measure, measure_variants
 from minipuzzle.evaluate.sample import greedy
+from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model
-from minipuzzle.models.weights import open_model, write_model
+from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline.plan import Estimate, Plan
 from minipuzzle.pipeline.stage import Given, Stage
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.search.candidate import Candidate
 from minipuzzle.stages.candidates import chosen_one, read_tournament
 from minipuzzle.stages.mend import forget_unusable_training, steps_done
 from minipuzzle.stages.results import make_report, model_card_files
 from minipuzzle.stages.student import (
     EVALUATIONS,
     TRAINING,
-    as_written,
     cutter_of,
     look,
+    measure_as_written,
     pruned,
-    rounded,
+    refit_notes,
     say_training,
     state_folder,
     student_of,
-    to_train,
+    teacher_of,
     train_settings,
     training_blocks,
     training_flops,
+    write_student,
 )
-from minipuzzle.surgery.gate import reload_gate, sample_logits
+from minipuzzle.surgery.gate import reload_gate
 
 
 def distill(given: Given) -> list[Path]:
     """The chosen candidate goes on from its own state to the end of the cosine."""
     d, metrics = given.settings.distillation, given.folder / "metrics.jsonl"
     if d.tokens == 0:
-        write_atomic(metrics, "")
+        if given.ranks.main:
+            write_atomic(metrics, "")
         return [metrics]
     candidate, key = chosen_one(given.files, given.candidate), read_tournament(given.files)["key"]
     student, folder, how = student_of(given, candidate, key), state_folder(given, candidate, key), train_settings(given)
-    show_metrics(given.folder, folder)
-    reference = given.parent.reference(given.selection_ids())
-    train = partial(distill_model, student, given.parent.model, training_blocks(given), how, folder,
+    if given.ranks.main:
+        show_metrics(given.folder, folder)
+    if given.ranks.size > 1:
+        given.parent.leave_memory()
+    reference = given.reference(given.selection_ids())
+    train = partial(distill_model, student, teacher_of(given), training_blocks(given), how, folder, ranks=given.ranks,
                     evaluate=partial(look, given, candidate, reference), layers=candidate.kept_layers,
                     progress=say_training(given, candidate.name, 0, 1 / d.tokens))
     share = min(d.tournament_tokens, d.tokens)
     if candidate.after_distillation and steps_done(folder) < how.steps(d.sequence_length, share):
         train(share)  # what it learned in the tournament is gone: the same again
     train(evaluate_every=max(1, how.steps(d.sequence_length) // EVALUATIONS))
-    write_atomic(metrics, (folder / "metrics.jsonl").read_text())
+    if given.ranks.main:
+        write_atomic(metrics, (folder / "metrics.jsonl").read_text())
     return [metrics]
 
 
@@ -83,45 +93,64 @@ def export(given: Given) -> list[Path]:
     The model card is written before the folder gets its name: the manifest covers all of
     RESULT/model/.
     """
-    parent, ids = given.parent, given.final_ids()
+    parent, ids, ranks = given.parent, given.final_ids(), given.ranks
     candidate, key = chosen_one(given.files, given.candidate), read_tournament(given.files)["key"]
-    reference = parent.reference(ids)
-    before, fits = pruned(given, candidate, key)
-    student = to_train(before)
-    dtypes = parent.folder.dtypes(candidate.kept_layers)
-    plain = cutter_of(given, plain=True).cut(candidate.architecture, candidate.kept_layers)
+    if ranks.size > 1:
+        parent.leave_memory()
+    reference = given.reference(ids)
+    student, dtypes = student_of(given, candidate, key), parent.folder.dtypes(candidate.kept_layers)
     result: dict[str, Any] = {
-        "candidate": candidate.name, "parent": reference.quality(), "sliced": measure(plain, reference),
-        "pruned": measure(as_written(student, dtypes, parent.dtype), reference), "exported": None,
-        "refit": [fit.to_json() for fit in fits] or None}
+        "candidate": candidate.name, "parent": reference.quality(), "sliced": _sliced(given, candidate, reference),
+        "pruned": measure_as_written(student, dtypes, parent.dtype, reference), "exported": None,
+        "refit": refit_notes(given, candidate, key)}
     if given.settings.distillation.tokens:
-        result["exported"] = load_best(state_folder(given, candidate, key), student)
+        result["exported"] = load_best(state_folder(given, candidate, key), student, ranks)
     unchecked, final = given.folder / "model-unchecked", given.folder / "model"
     config = candidate.architecture.to_config(parent.folder.config)
     config["torch_dtype"] = str(parent.folder.dtype).removeprefix("torch.")
-    wanted = sample_logits(student.family, student.arch, rounded(student, dtypes), ids[:2])
-    write_model(unchecked, config, rounded(student, dtypes), parent.folder.path)
+    wanted = write_student(unchecked, student, dtypes, config, parent.folder.path, ids, ranks)
+    del student
     given.update(0.3, "written; reloading in transformers")
-    result["reload_difference"] = reload_gate(unchecked, ids[:2], wanted)
+    with ranks.together():
+        if ranks.main:
+            result["reload_difference"] = reload_gate(unchecked, ids[:2], wanted)
     written = open_model(unchecked)
-    result["parameters"] = sum(written.read(name).numel() for name in written.files)
+    result["parameters"] = sum(math.prod(shape) for shape in written.arch.shapes().values())
     if result["parameters"] != candidate.cost.parameters:
         raise AssertionError(f"{result['parameters']} parameters written, {candidate.cost.parameters} priced")
-    model = Model.load(written, parent.device, parent.dtype)
-    result["distilled"] = measure(model, reference)
+    model = Model.load(written, parent.device, parent.dtype) if ranks.size == 1 else None
+    result["distilled"] = (reference.measure(StreamedModel.open(written, parent.device, parent.dtype)) if model is None
+                           else measure(model, reference))
     given.update(0.7, "writing samples")
-    samples = {"pruned": before, "distilled": model}
-    if isinstance(parent.source, Model):  # from the disk every token would be a pass over the weights
-        samples["parent"] = parent.source
-    result["samples"] = _samples(given, ids[0], samples)
     path = given.folder / "search" / "result.json"
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, result)
-    for name, text in model_card_files(make_report(given, result)).items():
-        write_atomic(unchecked / name, text)
-    given.update(0.95, "written, reloaded and measured")  # the last moment to stop: from here on the result is finished
-    replace_folder(unchecked, final)
+    with ranks.together():
+        if ranks.main:
+            samples: dict[str, Model] = {}
+            if model is not None:  # from the disk every token would be a pass over the weights
+                samples = {"pruned": pruned(given, candidate, key), "distilled": model}
+            if isinstance(parent.source, Model):
+                samples["parent"] = parent.source
+            result["samples"] = _samples(given, ids[0], samples)
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, result)
+            for name, text in model_card_files(make_report(given, result)).items():
+                write_atomic(unchecked / name, text)
+            # the last moment to stop: from here on the result is finished
+            given.update(0.95, "written, reloaded and measured")
+            replace_folder(unchecked, final)
+            shutil.rmtree(given.run / "students", ignore_errors=True)  # what several processes read their slices of
     return [path, *sorted(p for p in final.rglob("*") if p.is_file())]
+
+
+def _sliced(given: Given, candidate: Candidate, reference: Reference) -> dict[str, float]:
+    """Of the same architecture by plain selection: what the papers would have cut."""
+    cutter = cutter_of(given, plain=True)
+    if given.ranks.size == 1:
+        return measure(cutter.cut(candidate.architecture, candidate.kept_layers), reference)
+    arch = given.parent.arch
+    whole, cut = (cutter.variant(a, k) for a, k in ((arch, tuple(range(arch.num_layers))),
+                                                    (candidate.architecture, candidate.kept_layers)))
+    return measure_variants(cutter, whole, [cut], given.passes(given.final_ids()))[0]
 
 
 def _samples(given: Given, ids_T: torch.Tensor, models: dict[str, Model], prompt_tokens: int = 48,
@@ -148,9 +177,10 @@ def _export_estimate(plan: Plan) -> Estimate:
 _BEFORE = ("score", "curves", "search", "measure", "tournament")
 DISTILL = Stage(
     "distill", distill, _distill_estimate, settings=TRAINING[0], world=(*TRAINING[1], "candidate"), after=_BEFORE,
-    mend=forget_unusable_training)
+    shared=True, mend=forget_unusable_training)
 # the card tells the whole recipe
 EXPORT = Stage(
     "export", export, _export_estimate,
     settings=tuple(Recipe.model_fields.keys() - {"recipe"}),
-    world=(*TRAINING[1], "candidate"), after=(*_BEFORE, "distill"), strict=True)
+    world=(*TRAINING[1], "candidate"), after=(*_BEFORE, "distill"), strict=True,
+    shared=True)

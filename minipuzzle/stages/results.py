@@ -240,7 +240,9 @@ def _warnings(given: Given, gap: float) -> list[str]:
         out.append("slicing did not raise the loss: the share recovered by distillation is not defined")
     if warning := zero_warning(folder):
         out.append(warning)
-    if not given.parent.memory.resident:
+    if given.ranks.size > 1:
+        out.append(f"{given.ranks.size} processes held the models in shards, and generated no sample")
+    elif not given.parent.memory.resident:
         out.append(f"the parent does not fit into {human_bytes(given.parent.memory.bytes)}: it was read layer by layer "
                    "from disk, and generated no sample")
     asked, got = recipe.calibration.samples, len(given.calibration_ids())

@@ -103,9 +103,10 @@ def measure_width_curves(given: Given) -> list[Path]:
     files = [folder / "width_curves.csv"]
     if given.settings.surgery.hidden == "rotate":
         files.append(folder / "rotation.safetensors")
-        if given.ranks.main:
-            find_rotation(given.parent.source, ids).write(files[-1])
-        given.ranks.barrier()
+        found = find_rotation(given.parent.source, ids, given.ranks)
+        with given.ranks.together():
+            if given.ranks.main:
+                found.write(files[-1])
     rotation = files[1] if len(files) > 1 else None
     cutter = given.parent.cutter(given.file("scores/widths.safetensors"), rotation)
     arch = given.parent.arch

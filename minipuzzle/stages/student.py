@@ -7,23 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.settings import TrainSettings
-from minipuzzle.distill.sharding import whole
+from minipuzzle.distill.sharding import local_part, read_sharded, reshard, whole
+from minipuzzle.distill.teacher import LiveTeacher
 from minipuzzle.distill.trained import say
 from minipuzzle.distill.trainer import Row
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.models.module import HybridLM
+from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
-from minipuzzle.models.weights import held
+from minipuzzle.models.weights import ModelFolder, held, open_model, write_model
 from minipuzzle.pipeline.plan import Plan, refit_samples
 from minipuzzle.pipeline.stage import Given
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.surgery.cut import Cutter
-from minipuzzle.surgery.refit import BlockFit, read_refit, write_refit, writer_inputs
+from minipuzzle.surgery.gate import sample_logits
+from minipuzzle.surgery.refit import read_fits, read_refit, write_refit, writer_inputs
 
 EVALUATIONS = 12  # looks at the selection part of the held-out blocks during a whole distillation
 # settings and outside things that a stage reads which trains a student
@@ -54,23 +59,58 @@ def cutter_of(given: Given, plain: bool = False) -> Cutter:
                                given.file("scores/rotation.safetensors") if turns else None)
 
 
-def pruned(given: Given, candidate: Candidate, key: str) -> tuple[Model, list[BlockFit]]:
-    """The candidate before training, and what was refitted of it."""
-    arch, kept = candidate.architecture, candidate.kept_layers
+def pruned(given: Given, candidate: Candidate, key: str) -> Model:
+    """The candidate before training."""
+    arch = candidate.architecture
     if given.settings.surgery.refit == "none":
-        return cutter_of(given).cut(arch, kept), []
-    # refitted once: all stages start from the same numbers
+        return cutter_of(given).cut(arch, candidate.kept_layers)
+    return read_refit(_refit(given, candidate, key), arch.family, arch, given.parent.device)[0]
+
+
+def refit_notes(given: Given, candidate: Candidate, key: str) -> list[dict[str, float | None]] | None:
+    """What was refitted of it; None: nothing."""
+    if given.settings.surgery.refit == "none":
+        return None
+    return [fit.to_json() for fit in read_fits(_refit(given, candidate, key))]
+
+
+def _refit(given: Given, candidate: Candidate, key: str) -> Path:
+    """Refitted once: all stages start from the same numbers."""
     def make(path: Path) -> None:
         samples = refit_samples(given.settings, given.parent.arch)
-        write_refit(path, *cutter_of(given).refitted(arch, kept, given.calibration_ids(samples)))
+        write_refit(path, *cutter_of(given).refitted(candidate.architecture, candidate.kept_layers,
+                                                     given.calibration_ids(samples)))
 
-    path = given.kept(given.run / "refit" / f"{candidate.name}-{key}.safetensors", make)
-    return read_refit(path, given.parent.folder.family, arch, given.parent.device)
+    return given.kept(given.run / "refit" / f"{candidate.name}-{key}.safetensors", make)
 
 
 def student_of(given: Given, candidate: Candidate, key: str) -> HybridLM:
     """The candidate, to be trained."""
-    return to_train(pruned(given, candidate, key)[0])
+    if given.ranks.size == 1:
+        return to_train(pruned(given, candidate, key))
+    return read_sharded(cut_on_disk(given, candidate, key), given.ranks, torch.float32, given.parent.dtype)
+
+
+def cut_on_disk(given: Given, candidate: Candidate, key: str) -> ModelFolder:
+    """The candidate before training, in a file that every process reads its own slices of."""
+    arch, kept = candidate.architecture, candidate.kept_layers
+    if given.settings.surgery.refit != "none":
+        path = _refit(given, candidate, key)
+        return ModelFolder(path.parent, {}, arch, {name: (path, name) for name in arch.shapes()})
+
+    def make(path: Path) -> None:
+        write_model(path, arch.to_config(given.parent.folder.config), cutter_of(given).pieces(arch, kept))
+
+    return open_model(given.kept(given.run / "students" / f"{candidate.name}-{key}", make))
+
+
+def teacher_of(given: Given) -> Model | LiveTeacher:
+    """The parent as it teaches. Of several processes each holds its shards, and no more of it from
+    here on."""
+    if given.ranks.size == 1:
+        return given.parent.model
+    return LiveTeacher(read_sharded(given.parent.folder, given.ranks, compute=given.parent.dtype),
+                       given.settings.distillation.top_k)
 
 
 def to_train(model: Model) -> HybridLM:
@@ -97,8 +137,7 @@ def training_blocks(given: Given) -> Blocks:
 
 def look(given: Given, candidate: Candidate, reference: Reference, student: HybridLM) -> dict[str, float]:
     """The student as its checkpoint would be written, measured."""
-    dtypes = given.parent.folder.dtypes(candidate.kept_layers)
-    return measure(as_written(student, dtypes, given.parent.dtype), reference)
+    return measure_as_written(student, given.parent.folder.dtypes(candidate.kept_layers), given.parent.dtype, reference)
 
 
 def say_training(given: Given, name: str, before: float, per_token: float) -> Callable[[int, Row], None]:
@@ -110,6 +149,40 @@ def rounded(student: HybridLM, dtypes: Mapping[str, torch.dtype]) -> Iterator[tu
     """(name, weight as the checkpoint will hold it); shards are put together, by all processes at
     once."""
     return ((n, whole(p.detach()).to(dtypes[n])) for n, p in student.parameters_by_name().items())
+
+
+def write_student(folder: Path, student: HybridLM, dtypes: Mapping[str, torch.dtype], config: dict[str, Any],
+                  companions_from: Path, ids_NT: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Write the model folder, shard by shard; what the reload gate compares, in the main process.
+    All go through the weights together, one keeps what they put together."""
+    if ranks.main:
+        wanted = sample_logits(student.family, student.arch, rounded(student, dtypes), ids_NT[:2])
+        write_model(folder, config, rounded(student, dtypes), companions_from)
+        return wanted
+    for _ in range(2):
+        for _ in rounded(student, dtypes):
+            pass
+    return torch.empty(0)
+
+
+def measure_as_written(student: HybridLM, dtypes: Mapping[str, torch.dtype], compute: torch.dtype,
+                       reference: Reference) -> dict[str, float]:
+    """Its quality as its checkpoint would have it; one in shards is rounded in place meanwhile."""
+    if not isinstance(student, FSDPModule):
+        return measure(as_written(student, dtypes, compute), reference)
+    kept = {}
+    for name, parameter in student.parameters_by_name().items():
+        local = local_part(parameter)[0]
+        if dtypes[name] != local.dtype:
+            kept[name] = local.clone()
+            local.copy_(local.to(dtypes[name]))
+    try:
+        return measure(student, reference)
+    finally:
+        reshard(student)
+        for name, parameter in student.parameters_by_name().items():
+            if name in kept:
+                local_part(parameter)[0].copy_(kept[name])
 
 
 def as_written(student: HybridLM, dtypes: Mapping[str, torch.dtype], compute: torch.dtype) -> Model:

@@ -10,9 +10,9 @@ hold. What is trained or written may be refitted too (surgery/refit.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from minipuzzle.models.forward import final_norm
 from minipuzzle.models.slicing import slice_weights
 from minipuzzle.models.walk import Model, Source, Variant
 from minipuzzle.surgery.refit import BlockFit, refit
-from minipuzzle.surgery.rotate import Rotation, rotate, rotate_weights
+from minipuzzle.surgery.rotate import Rotation, rotate_weights
 
 # How a layer is cut: (axis, width) of each axis of its kind that can be
 Step = tuple[tuple[str, int], ...]
@@ -55,10 +55,18 @@ class Cutter:
 
     def cut(self, target: Architecture, kept_layers: tuple[int, ...]) -> Model:
         """The parent cut to `target`, not rounded. Nothing cut: the parent's own tensors."""
-        family, variant = self.source.family, self.variant(target, kept_layers)
-        layers = tuple(self._layer(i, variant.steps[i], weights)
-                       for i, weights in zip(kept_layers, self.source.stream(kept_layers), strict=True))
-        return Model(family, target, {n: self._top(variant.root, n, t) for n, t in self.source.top.items()}, layers)
+        return Model.build(self.source.family, target, self.pieces(target, kept_layers))
+
+    def pieces(self, target: Architecture, kept_layers: tuple[int, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+        """`cut`, weight by weight: (name on disk, tensor), those outside the layers first."""
+        variant = self.variant(target, kept_layers)
+        for name, tensor in self.source.top.items():
+            yield name, self._top(variant.root, name, tensor)
+        for new, (old, weights) in enumerate(zip(kept_layers, self.source.stream(kept_layers), strict=True)):
+            prefix = target.family.layer_prefix(new)
+            for name, tensor in self._layer(old, variant.steps[old], weights).items():
+                yield prefix + name, tensor
+        self._rotated = {}
 
     def refitted(self, target: Architecture, kept_layers: tuple[int, ...],
                  ids_NT: torch.Tensor) -> tuple[Model, list[BlockFit]]:
@@ -84,17 +92,8 @@ class Cutter:
     def _channels(self, hidden_size: int) -> torch.Tensor:
         return torch.from_numpy(self._selection(hidden_size, None, None).stream[HIDDEN])
 
-    @cached_property
-    def _whole_rotated(self) -> Model:
-        assert isinstance(self.source, Model)
-        assert self.rotation is not None
-        return rotate(self.source, self.rotation)
-
     def _turned(self, layer: int, weights: Weights) -> Weights:
-        """The parent's weights of a layer in the rotated basis; of one that is streamed, the last
-        layer is kept."""
-        if isinstance(self.source, Model):
-            return self._whole_rotated.layers[layer]
+        """The parent's weights of a layer in the rotated basis; that of the last layer is kept."""
         if layer not in self._rotated:
             assert self.rotation is not None
             arch = self.source.arch

@@ -12,7 +12,9 @@ at a vocabulary of 131,072 their logits are 67 MB.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ import torch
 from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Family
-from minipuzzle.models.walk import Model, final_hidden
+from minipuzzle.models import forward
 from minipuzzle.models.weights import open_model
 from minipuzzle.surgery.fresh_process import transformers_logits
 
@@ -28,19 +30,24 @@ TOLERANCE = 1e-4
 SAMPLES, TOKENS, PLACES = 2, 320, 64
 
 
+@torch.no_grad()
 def sample_logits(family: Family, arch: Architecture, weights: Iterable[tuple[str, torch.Tensor]],
                   ids_BT: torch.Tensor) -> torch.Tensor:
     """What the gate compares of a model, [2, 64, V]: in float32 on the CPU, as the fresh process
     computes.
 
-    `weights`: (name on disk, tensor), in the dtypes that they are written in.
+    `weights`: (name on disk, tensor), in the dtypes that they are written in, those outside the
+    layers first, then layer by layer: one is held at a time.
     """
-    model = Model.build(family, arch, ((name, t.detach().to("cpu", torch.float32)) for name, t in weights))
-    return _logits(model, *_sample(ids_BT))
-
-
-def _logits(model: Model, ids_BT: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    return final_hidden(model, ids_BT)[:, places] @ model.head.T
+    ids, places = _sample(ids_BT)
+    named = ((name, t.detach().to("cpu", torch.float32)) for name, t in weights)
+    top = dict(islice(named, len(arch.top_weights())))
+    x = forward.embed(family, top, ids)
+    for i, kind in enumerate(arch.pattern):
+        prefix, names = family.layer_prefix(i), arch.layer_weights(i)
+        layer = {name.removeprefix(prefix): t for name, t in islice(named, len(names))}
+        x = x + forward.block(arch, kind, layer, x)
+    return forward.final_norm(arch, top, x)[:, places] @ top[family.head_name].T
 
 
 def _sample(ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,14 +70,15 @@ def reload_gate(folder: Path, ids_BT: torch.Tensor, student_logits: torch.Tensor
     """
     opened, sample = open_model(folder), _sample(ids_BT)
     theirs, count = transformers_logits(folder, *sample)
-    model = Model.load(opened)  # after the other process has given its memory back
-    expected = sum(t.numel() for t in model.by_name().values())
+    expected = sum(math.prod(shape) for shape in opened.arch.shapes().values())
+    # after the other process has given its memory back
+    ours = sample_logits(opened.family, opened.arch, ((n, opened.read(n)) for n in opened.arch.shapes()), ids_BT)
     if count != expected:
         raise CorruptArtifact(f"{folder} has {count} parameters in transformers, {expected} here")
     if not student_logits.any():
         raise CorruptArtifact(f"{folder}: every logit of the student is 0; weights that it was made of are all zero")
     largest = 0.0
-    for what, logits in (("the student in memory", student_logits), ("this engine", _logits(model, *sample))):
+    for what, logits in (("the student in memory", student_logits), ("this engine", ours)):
         difference = float((theirs - logits).abs().max() / logits.abs().max())
         if not difference <= TOLERANCE:
             raise CorruptArtifact(f"{folder} gives other logits in transformers than {what}: relative difference "

@@ -47,6 +47,7 @@ from minipuzzle.models.walk import Model, Source, batches, floats_per_sample
 RIDGES = tuple(10.0 ** (x / 2) for x in range(-8, 5))
 GAIN = 0.75
 FOLDS = 8  # one sample in so many is held out
+_AGAIN = "the command that made it makes it again with --redo"
 TOKENS_PER_INPUT = 4  # of the widest writer, beside the held-out ones
 
 
@@ -179,6 +180,12 @@ def read_refit(path: Path, family: Family, arch: Architecture,
     Raises:
         CorruptArtifact: it cannot be read.
     """
-    with open_tensors(path, device=str(device), hint="the command that made it makes it again with --redo") as file:
+    with open_tensors(path, device=str(device), hint=_AGAIN) as file:
         model = Model.build(family, arch, ((name, file.get_tensor(name)) for name in file.keys()))  # noqa: SIM118
-        return model, [BlockFit(**fit) for fit in json.loads(file.metadata()["fits"])]
+    return model, read_fits(path)
+
+
+def read_fits(path: Path) -> list[BlockFit]:
+    """What `write_refit` wrote of the blocks. Raises CorruptArtifact."""
+    with open_tensors(path, hint=_AGAIN) as file:
+        return [BlockFit(**fit) for fit in json.loads(file.metadata()["fits"])]

@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 from minipuzzle.core.files import open_tensors
 from minipuzzle.families.base import HIDDEN, Dims
 from minipuzzle.families.mixers import Weights
+from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import BLOCK_BYTES, Model, Source, Whole, samples_per_walk, walk
 
 
@@ -76,8 +77,9 @@ def fold_norms(weights: Weights, readers: dict[str, tuple[str, ...]]) -> dict[st
 
 
 @torch.no_grad()
-def find_rotation(source: Source, ids_NT: torch.Tensor) -> Rotation:
-    """The principal directions of the normalised stream on N samples of T tokens.
+def find_rotation(source: Source, ids_NT: torch.Tensor, ranks: Ranks | None = None) -> Rotation:
+    """The principal directions of the normalised stream on N samples of T tokens, which the
+    processes share.
 
     Every norm counts the same (docs/results.md compares). Two walks, for the basis and for the
     energies in it: one [D, D] is held, not one for each norm.
@@ -86,6 +88,8 @@ def find_rotation(source: Source, ids_NT: torch.Tensor) -> Rotation:
     norms, hidden = arch.num_layers + 1, arch.hidden_size
     second = torch.zeros(hidden, hidden, dtype=torch.float64)
     energies = np.zeros((norms, hidden))
+    ranks = ranks or Ranks(source.device)
+    own_NT = ids_NT[ranks.rank :: ranks.size]
 
     def look(see: Callable[[int, torch.Tensor], None]) -> None:
         def watch(layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -94,7 +98,7 @@ def find_rotation(source: Source, ids_NT: torch.Tensor) -> Rotation:
                 see(layer + 1, after)
 
         size = samples_per_walk(arch, ids_NT.shape[1], 1, BLOCK_BYTES.get(ids_NT.device.type, 2**28))
-        for ids in torch.split(ids_NT, size):
+        for ids in torch.split(own_NT, size) if len(own_NT) else ():
             walk(whole, [whole.variant()], ids, watch=watch)
 
     def normalised(x: torch.Tensor) -> torch.Tensor:
@@ -106,6 +110,7 @@ def find_rotation(source: Source, ids_NT: torch.Tensor) -> Rotation:
         second.add_((x.T @ x).cpu())
 
     look(gather)
+    ranks.add(second)
     values, vectors = np.linalg.eigh(second.numpy())
     basis = vectors[:, np.argsort(-values, kind="stable")]
     # the sign of an eigenvector is free: the largest entry positive, so that the same model gives
@@ -116,6 +121,7 @@ def find_rotation(source: Source, ids_NT: torch.Tensor) -> Rotation:
         energies[place] += (normalised(x) @ torch.from_numpy(basis).to(x.device)).square().sum(0).numpy(force=True)
 
     look(measure)
+    ranks.add(torch.from_numpy(energies))
     return Rotation(basis, energies / ids_NT.numel())
 
 

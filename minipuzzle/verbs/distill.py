@@ -15,7 +15,7 @@ from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loop import Trained, distill_model
 from minipuzzle.distill.precision import check_precision
 from minipuzzle.distill.settings import TrainSettings
-from minipuzzle.distill.sharding import reshard
+from minipuzzle.distill.sharding import read_sharded, reshard
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher
 from minipuzzle.distill.teacher import cache_teacher as cache_blocks
 from minipuzzle.distill.track import open_tracker
@@ -25,8 +25,9 @@ from minipuzzle.evaluate.quality import Reference, check_finite, measure
 from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
+from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, final_hidden
-from minipuzzle.models.weights import ModelFolder, open_model, write_model
+from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.pipeline.machine import find_device
 from minipuzzle.pipeline.plan import make_plan
 from minipuzzle.pipeline.progress import Reporter
@@ -37,9 +38,17 @@ from minipuzzle.report.report import Report
 from minipuzzle.stages.finishing import show_metrics
 from minipuzzle.stages.mend import forget_damaged_training
 from minipuzzle.stages.results import distilled_report, model_card_files, training_notes
-from minipuzzle.stages.student import EVALUATIONS, as_written, rounded, train_settings, training_blocks
+from minipuzzle.stages.student import (
+    EVALUATIONS,
+    as_written,
+    measure_as_written,
+    teacher_of,
+    train_settings,
+    training_blocks,
+    write_student,
+)
 from minipuzzle.stages.tokens import tokenize_stage
-from minipuzzle.surgery.gate import reload_gate, sample_logits
+from minipuzzle.surgery.gate import reload_gate
 from minipuzzle.verbs.folder import open_run, write_about
 from minipuzzle.verbs.source import find_model
 
@@ -79,43 +88,38 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
         _begin(runner, what, cache_teacher is not None, redo)
         blocks, settings = training_blocks(given), train_settings(given)
         selection_ids, final_ids = given.selection_ids(), given.final_ids()
-        source: Model | CachedTeacher
-        if cache_teacher is not None:
-            source = _cached(runner, cache_teacher, blocks, settings)
-        else:
-            # in several processes the shards go to the device, the whole stays on the CPU
-            source = given.parent.model if ranks.size == 1 else Model.load(big, "cpu", world.dtype)
-        compared = cache_teacher is None and ranks.main
-        before = None
-        if ranks.main:
-            start = Model.load(small, ranks.device, world.dtype)
-            before = _measure(start, final_ids, given.parent.reference(final_ids) if compared else None)
-            check_finite(before, small.path, start, final_ids)
-            del start
-        selection = given.parent.reference(selection_ids) if compared and ranks.size == 1 else None
-        pupil = HybridLM(small.family, small.arch,
-                         Model.load(small, ranks.device if ranks.size == 1 else "cpu").by_name())
+        source: Model | LiveTeacher | CachedTeacher
+        if ranks.size > 1:
+            given.parent.leave_memory()
+        compared = cache_teacher is None
+        source = teacher_of(given) if cache_teacher is None else _cached(runner, cache_teacher, blocks, settings)
+        pupil = (HybridLM(small.family, small.arch, Model.load(small, ranks.device).by_name()) if ranks.size == 1 else
+                 read_sharded(small, ranks, torch.float32, world.dtype))
         dtypes = small.dtypes(tuple(range(small.arch.num_layers)))
 
-        def evaluate(s: HybridLM) -> dict[str, float]:
-            if ranks.size > 1:
-                return _sharded_loss(s, selection_ids, ranks)
-            return _measure(as_written(s, dtypes, world.dtype), selection_ids, selection)
+        def quality(s: HybridLM, ids_NT: torch.Tensor, reference: Reference | None) -> dict[str, float]:
+            if reference is not None:
+                return measure_as_written(s, dtypes, world.dtype, reference)
+            return _loss(as_written(s, dtypes, world.dtype), ids_NT) if ranks.size == 1 else (
+                _sharded_loss(s, ids_NT, ranks))
 
+        before = quality(pupil, final_ids, given.reference(final_ids) if compared else None)
+        check_finite(before, small.path, StreamedModel(small, ranks.device, world.dtype), final_ids)
+        selection = given.reference(selection_ids) if compared else None
         if ranks.main:
             run.commit("distill", what, [], 0.0)  # from its first step on it is this training and no other
             show_metrics(run.path, state)
         with runner.reporter.stage("distill", recipe.distillation.tokens) as update:
             done = distill_model(pupil, source, blocks, settings, state, layers=layers, ranks=ranks,
-                                 evaluate=evaluate, track=tracker if ranks.main else lambda row: None,
+                                 evaluate=lambda s: quality(s, selection_ids, selection),
+                                 track=tracker if ranks.main else lambda row: None,
                                  evaluate_every=max(1, settings.steps(blocks.sequence_length) // EVALUATIONS),
                                  progress=lambda tokens, row: update(tokens, f"{tokens:,} tokens, {say(row)}"))
         selection = None
         exported = load_best(state, pupil, ranks)
-        weights = dict(rounded(pupil, dtypes))  # all processes: the shards are put together
+        report, after, parent = _finish(given, small, layers, pupil, before, compared, done, exported)
         found = {}
-        if before is not None:
-            report, after, parent = _finish(given, small, layers, weights, before, compared, done, exported)
+        if ranks.main:
             write_atomic(run.path / "metrics.jsonl", (state / "metrics.jsonl").read_text())
             found = {"path": str(run.path / "model"), "tokens": done.tokens, "seconds": done.seconds,
                      "loss_before": before["loss"], "kl_before": before.get("kl"), "loss": after["loss"],
@@ -187,24 +191,34 @@ def _begin(runner: Runner, inputs: dict[str, Any], cached: bool, redo: bool) -> 
         reporter.say(note)
 
 
-def _finish(given: Given, small: ModelFolder, layers: tuple[int, ...], weights: dict[str, torch.Tensor],
+def _finish(given: Given, small: ModelFolder, layers: tuple[int, ...], pupil: HybridLM,
             before: dict[str, float], compared: bool, done: Trained,
             exported: Row) -> tuple[Report, dict[str, float], dict[str, float]]:
     """(the report of OUTPUT_DIR/model, its quality, the teacher's if known): written, through the
     gate, measured, with its card."""
     unchecked, final, final_ids = given.folder / "model-unchecked", given.folder / "model", given.final_ids()
-    ids = final_ids[:2]
-    wanted = sample_logits(small.family, small.arch, weights.items(), ids)
-    write_model(unchecked, small.arch.to_config(small.config), weights.items(), small.path)
-    reload_gate(unchecked, ids, wanted)
-    reference = given.parent.reference(final_ids) if compared else None
-    after = _measure(Model.load(open_model(unchecked), given.parent.device, given.parent.dtype), final_ids, reference)
+    ranks, how = given.ranks, (given.parent.device, given.parent.dtype)
+    dtypes = small.dtypes(tuple(range(small.arch.num_layers)))
+    wanted = write_student(unchecked, pupil, dtypes, small.arch.to_config(small.config), small.path, final_ids, ranks)
+    with ranks.together():
+        if ranks.main:
+            reload_gate(unchecked, final_ids[:2], wanted)
+    reference, written = given.reference(final_ids) if compared else None, open_model(unchecked)
+    if reference is None:
+        after = _loss(Model.load(written, *how), final_ids) if ranks.size == 1 else {
+            "loss": Reference(StreamedModel.open(written, *how), final_ids, ranks=ranks).quality()["loss"]}
+    elif ranks.size == 1:
+        after = measure(Model.load(written, *how), reference)
+    else:
+        after = reference.measure(StreamedModel.open(written, *how))
     parent = {} if reference is None else reference.quality()
     report = distilled_report(given, small.arch, layers, {"parent": parent, "pruned": before, "distilled": after}, done,
                               exported)
-    for name, text in model_card_files(report).items():
-        write_atomic(unchecked / name, text)
-    replace_folder(unchecked, final)
+    with ranks.together():
+        if ranks.main:
+            for name, text in model_card_files(report).items():
+                write_atomic(unchecked / name, text)
+            replace_folder(unchecked, final)
     return report, after, parent
 
 
@@ -239,10 +253,8 @@ def _cached(runner: Runner, folder: Path, blocks: Blocks, settings: TrainSetting
     return CachedTeacher(folder, ranks.device)
 
 
-def _measure(model: Model, ids_NT: torch.Tensor, reference: Reference | None) -> dict[str, float]:
-    """Against the teacher, or alone."""
-    if reference is not None:
-        return measure(model, reference)
+def _loss(model: Model, ids_NT: torch.Tensor) -> dict[str, float]:
+    """Without a teacher."""
     parts = [token_metrics([final_hidden(model, part)], model.head, part)[0] for part in torch.split(ids_NT, 4)]
     return {"loss": float(torch.cat([part.loss for part in parts]).mean())}
 

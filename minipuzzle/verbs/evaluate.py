@@ -52,7 +52,7 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
         Runner([tokens], recipe, world, RunDir(Path(scratch), hold=False), ranks, Reporter()).make()
         final_NT = world.held_out_ids(*data)[1]
         if teacher is None:
-            reference = world.parent.reference(final_NT)
+            reference = world.parent.reference(final_NT, ranks)
             found = reference.quality()
         else:
             reference = Reference(Model.load(other, ranks.device, world.dtype), final_NT)

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from minipuzzle.core.environment import world_size
+from minipuzzle.core import environment
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import machine_errors, read_json, restore_folder, write_atomic, write_json
 from minipuzzle.core.rundir import RunDir
 from minipuzzle.distill.precision import check_precision
-from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.pipeline.forecast import check_disk, check_memory, estimates
 from minipuzzle.pipeline.machine import find_device, memory_to_use
@@ -29,7 +28,7 @@ from minipuzzle.search.candidate import to_frame
 from minipuzzle.stages.candidates import AGAIN, candidates_document, read_candidates
 from minipuzzle.stages.order import RESULT, STAGES
 from minipuzzle.stages.results import make_report
-from minipuzzle.verbs.folder import default_output, reopen, write_about
+from minipuzzle.verbs.folder import default_output, open_run, reopen, write_about
 from minipuzzle.verbs.run import Run
 from minipuzzle.verbs.source import bundled_model, find_model
 
@@ -57,25 +56,34 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
     folder, plan, where = prepare(model, recipe, device, memory_bytes)
     path = Path(output_dir) if output_dir else default_output(folder, recipe, seed)
     check_machine(plan, path, where)
-    run = RunDir(path)
+    ranks, run = open_run(path, where)
     try:
         with machine_errors(path):
-            if fresh:
-                run.clear()
-            world = World(folder, recipe, seed, where, path / "tokens", plan.memory, candidate, command)
-            result = run if candidate is None else _open_candidate(run, candidate)
-            runner = Runner(STAGES, recipe, world, run, Ranks(where), reporter or Reporter(),
+            with ranks.together():
+                if fresh and ranks.main:
+                    run.clear()
+            world = World(folder, recipe, seed, ranks.device, path / "tokens", plan.memory, candidate, command)
+            with ranks.together():
+                result = run if candidate is None else _open_candidate(run, candidate)
+            runner = Runner(STAGES, recipe, world, run, ranks, (reporter if ranks.main else None) or Reporter(),
                             dict.fromkeys(RESULT, result))
-            runner.refuse_changes(redo)
-            restore_folder(result.path / "model")
+            runner.redo = redo
+            with ranks.together():
+                if ranks.main:
+                    runner.refuse_changes(redo)
+                    restore_folder(result.path / "model")
             runner.reporter.start(estimates(plan, STAGES))
             runner.make(lambda: write_about(runner))
-            return write_results(runner)
+            with ranks.together():
+                if ranks.main:
+                    return write_results(runner)
+            return Run.open(result.path)
     except InputError:
         run.discard_unused()
         raise
     finally:
         run.close()
+        ranks.close()
 
 
 def _open_candidate(run: RunDir, name: str) -> RunDir:
@@ -105,11 +113,10 @@ def prepare(model: str | Path | None, recipe: Recipe, device: str = "cpu",
         ResourceError: no such device here.
     """
     where = find_device(device)
-    if world_size() > 1:
-        raise InputError("prune runs in one process; score and distill are the verbs for torchrun")
     check_precision(recipe.distillation.precision, where)
     folder = open_model(find_model(model) if model is not None else bundled_model())
-    return folder, make_plan(folder.arch, recipe, memory_bytes=memory_to_use(memory_bytes, where), device=where), where
+    return folder, make_plan(folder.arch, recipe, memory_bytes=memory_to_use(memory_bytes, where), device=where,
+                             processes=environment.world_size()), where
 
 
 def check_machine(plan: Plan, path: Path, device: torch.device) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from minipuzzle.core import environment
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import machine_errors
 from minipuzzle.core.scores import LayerScores
@@ -34,7 +35,8 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
     """
     folder, where = open_model(find_model(model)), find_device(device)
     plan = make_plan(folder.arch, recipe, need_budget=False, memory_bytes=memory_to_use(memory_bytes, where),
-                     reads=("calibration",), device=where)
+                     reads=("calibration",), device=where,
+                     processes=environment.world_size())
     stages = (tokenize_stage(("calibration",)), SCORE, CURVES)
     check_memory(plan, stages, where)
     path = output_dir or default_output(folder, recipe, seed)

@@ -1,0 +1,156 @@
+"""`prune` in several processes: what one makes, they make together; any of them may be killed, and another number of
+them goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_prune import finished, quick_gate, recipe_for  # noqa: F401 (fixtures)
+
+from minipuzzle import prune
+from minipuzzle.core.errors import InputError
+from minipuzzle.models.ranks import PATIENCE, open_ranks
+from minipuzzle.models.weights import ModelFolder
+from minipuzzle.pipeline.progress import Reporter
+from minipuzzle.verbs.run import Run
+
+
+def together(count: int, work: Callable[[int], None]) -> list[int]:
+    """Run `work(rank)` in so many processes, as torchrun would: if one ends badly, the others are killed. Their wait
+    statuses. They are forks of this one, which has imported everything."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running: dict[int, int] = {}
+    for rank in range(count):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            try:
+                work(rank)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+            finally:
+                os._exit(1)
+        running[pid] = rank
+    statuses = [0] * count
+    while running:
+        pid, status = os.waitpid(-1, 0)
+        if pid in running:
+            statuses[running.pop(pid)] = status
+            for other in running if status else ():
+                os.kill(other, signal.SIGKILL)
+    return statuses
+
+
+def prune_together(count: int, kill: tuple[int, str] | None, *args: Any) -> list[int]:
+    """`kill`: a rank, and the stage at whose first report it dies."""
+    def work(rank: int) -> None:
+        if kill is not None and rank == kill[0]:
+            real = Reporter._show
+
+            def show(self: Reporter, name: str, total: float) -> Any:
+                if name == kill[1]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(self, name, total)
+
+            Reporter._show = show  # type: ignore[method-assign]
+        prune(*args)
+
+    return together(count, work)
+
+
+def result(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "report.json").read_text()))
+
+
+def assert_same(run: Path, alone: Run) -> None:
+    """The same choice, the same losses."""
+    found, expected = result(run), alone.report
+    chosen = [[c["name"] for c in report["candidates"] if c["chosen"]] for report in (found, dict(expected))]
+    assert chosen[0] == chosen[1]
+    names = [name for name in expected["result"] if name.startswith(("loss", "kl"))]
+    assert len(names) >= 5
+    for name in names:
+        assert found["result"][name] == pytest.approx(expected["result"][name], abs=1e-3), name
+    assert found["result"]["parameters"] == expected["result"]["parameters"]
+    rows = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (run, alone.path)]
+    assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]]
+    assert [r["kl"] for r in rows[0]] == pytest.approx([r["kl"] for r in rows[1]], abs=1e-3)
+    assert [r.get("eval_kl") for r in rows[0]] == [pytest.approx(r["eval_kl"], abs=1e-3) if "eval_kl" in r else None for r in rows[1]]
+
+
+@pytest.mark.usefixtures("quick_gate")
+def test_killed_in_every_stage_and_continued_by_another_number(finished: Run, model_folder: Path, texts: Path,  # noqa: F811
+                                                               tmp_path: Path) -> None:
+    """The last of them is alone and finishes; it is what one process made from the start."""
+    args = (model_folder, recipe_for(texts), tmp_path / "run")
+    for count, rank, stage in ((4, 1, "score"), (2, 0, "curves"), (2, 1, "measure"), (4, 3, "tournament"), (2, 0, "distill"),
+                               (2, 1, "export")):
+        statuses = prune_together(count, (rank, stage), *args)
+        assert statuses[rank] == signal.SIGKILL, (stage, statuses)
+        done = {p.stem for p in (tmp_path / "run" / "stages").glob("*.json")}
+        assert stage not in done
+    assert {"score", "curves", "measure", "tournament", "distill"} <= done
+    prune(*args)
+    assert_same(tmp_path / "run", finished)
+
+
+@pytest.mark.usefixtures("quick_gate")
+def test_two_processes_prune_as_one(finished: Run, model_folder: Path, texts: Path, tmp_path: Path,  # noqa: F811
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none reads the whole parent again once they train."""
+    whole = ModelFolder.weights
+
+    def weights(self: ModelFolder, *args: Any) -> dict[str, torch.Tensor]:
+        if self.path == model_folder:
+            with (tmp_path / f"read-{os.getpid()}").open("a") as file:
+                file.write("x")
+        return whole(self, *args)
+
+    monkeypatch.setattr(ModelFolder, "weights", weights)
+    run = tmp_path / "run"
+    assert prune_together(2, None, model_folder, recipe_for(texts), run) == [0, 0]
+    assert_same(run, finished)
+    assert [p.read_text() for p in tmp_path.glob("read-*")] == ["x", "x"]  # to score
+    assert not (run / "students").exists()
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_a_batch_that_cannot_be_shared_ends_all(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(texts).with_overrides(settings={"distillation.batch_tokens": 32, "search.measure": 1})
+
+    def work(rank: int) -> None:
+        with pytest.raises(InputError, match=r"1 sequences .* 2 processes"):
+            prune(model_folder, recipe, tmp_path / "run")
+
+    assert together(2, work) == [0, 0]
+
+
+def test_who_waits_waits_longer_than_a_collective(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        ranks = open_ranks(torch.device("cpu"))
+        from minipuzzle.models import ranks as module
+
+        patient = module._patient
+        assert patient is not None
+        assert patient._get_backend(torch.device("cpu")).options._timeout == PATIENCE
+        assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout < PATIENCE  # type: ignore[union-attr]
+        assert ranks.add(torch.ones(3)).tolist() == [2.0] * 3
+        assert ranks.gather(rank) == [0, 1]
+
+    assert together(2, work) == [0, 0]
