@@ -271,7 +271,7 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     torchrun --nproc-per-node 8 -m minipuzzle prune my-model --device cuda
     """
     from minipuzzle.pipeline.forecast import plan_json, plan_lines
-    from minipuzzle.stages.order import STAGES
+    from minipuzzle.stages.order import stages_of
     from minipuzzle.verbs import prune as verb
     from minipuzzle.verbs.folder import default_output, reopen
 
@@ -280,7 +280,8 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
         model, recipe, output_dir, seed = reopen(model, given)
     if dry_run:
         folder, plan, where = verb.prepare(model, recipe, options["device"], options["memory_bytes"])
-        _print(plan_json(plan, STAGES), as_json, plan_lines(plan, STAGES))
+        stages = stages_of(recipe)
+        _print(plan_json(plan, stages), as_json, plan_lines(plan, stages))
         verb.check_machine(plan, output_dir or default_output(folder, recipe, seed), where)  # as the run would fail
         return
     run = verb.prune(model, recipe, output_dir, seed=seed, candidate=candidate, **options)
@@ -298,6 +299,7 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
         + ("" if paired["stderr"] is None else f", standard error {paired['stderr']:.3f} (paired)"),
         f"model       {run.model_path}",
         f"report      {run.report_path}",
+        *(_quantised(run.report["quantization"]) if run.report.get("quantization") else ()),
         *_warnings(run.report),
     ])
 
@@ -521,6 +523,51 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
         compared = [] if data["kl"] is None else [f"KL          {data['kl_before']:.3f} -> {data['kl']:.3f}"]
         _print(data, as_json, [f"loss        {data['loss_before']:.3f} -> {data['loss']:.3f}{than}", *compared,
                                f"model       {data['path']}", *_warnings(data)])
+
+
+@main.command()
+@model_argument
+@click.option("--precision", type=click.Choice(["fp8", "int4", "nvfp4"]),
+              help="Of the matrices. Default: the recipe's quantization.precision.")
+@click.option("--kv-precision", type=click.Choice(["bf16", "fp8"]), help="Of the KV cache.")
+@click.option("--distill", metavar="TOKENS",
+              help="First train the rounded weights against the model itself, on so many tokens.")
+@recipe_options("quantization", "workload", "calibration", "evaluation", "distillation")
+@run_options
+def quantize(model: str, precision: str | None, kv_precision: str | None, distill: str | None, recipe: Recipe,
+             output_dir: Path | None, as_json: bool, **options: Any) -> None:
+    """Quantise MODEL, or the result of a run, by nvidia-modelopt -> OUTPUT_DIR/model/.
+
+    The folder is the checkpoint that vLLM, SGLang and TensorRT-LLM load. Needs minipuzzle[quantize].
+
+    \b
+    minipuzzle quantize runs/mine --precision fp8 --kv-precision fp8 -o runs/mine-fp8
+    minipuzzle quantize my-model --precision nvfp4 --distill 10M --data texts/ -o small
+    """
+    from minipuzzle.verbs.quantize import quantize as quantize_folder
+    from minipuzzle.verbs.search import run_recipe
+
+    if output_dir is None:
+        raise InputError("quantize needs an output folder: -o FOLDER")
+    given = click.get_current_context().params
+    chosen = {"precision": precision, "kv_precision": kv_precision, "distill": distill}
+    settings = _settings(given["settings"]) | {
+        f"quantization.{key}": value for key, value in chosen.items() if value is not None}
+    if (Path(model) / "run.json").is_file() and not _given("name"):
+        recipe = run_recipe(Path(model), {}, {})
+    recipe = recipe.with_overrides(data=given["data"], settings=settings)
+    with machine_errors(output_dir):
+        data = quantize_folder(model, recipe, output_dir, **options)
+    _print(data, as_json, _quantised(data))
+
+
+def _quantised(data: dict[str, Any]) -> list[str]:
+    before, after, size = data["before"], data["after"], data["size"]
+    return [f"quantised   {data['precision']}, loss {before['loss']:.4f} -> {after['loss']:.4f}, "
+            f"KL {after['kl']:.5f}, the same next token in {after['agreement']:.1%}",
+            f"weights     {human_bytes(size['written_bytes'])}, priced {human_bytes(size['priced_bytes'])}",
+            *(f"            {amount:+,.0f} bytes: {label}" for label, amount in size["differences"].items()),
+            f"model       {data['path']}", *(f"note        {note}" for note in data["notes"])]
 
 
 @main.command()

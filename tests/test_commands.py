@@ -26,7 +26,7 @@ from minipuzzle.pipeline.progress import Terminal
 
 RECORDED = Path(__file__).parent / "data" / "commands.txt"
 # what the parts of a help must have; every verb also has an example (test_imports.py)
-JSON_VERBS = {"prune", "inspect", "fit", "devices", "score", "search", "evaluate", "distill", "report", "doctor", "recipes ls", "recipes show",
+JSON_VERBS = {"prune", "inspect", "fit", "devices", "score", "search", "evaluate", "distill", "quantize", "report", "doctor", "recipes ls", "recipes show",
               "recipes copy", "recipes validate"}  # a schema is JSON as it is
 
 

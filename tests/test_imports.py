@@ -26,11 +26,11 @@ ALLOWED = {
     "evaluate": {"core", "families", "models", "data"},
     "surgery": {"core", "families", "models", "data"},
     "distill": {"core", "families", "models", "data"},
-    "engines": {"core", "families"},
+    "engines": {"core", "families", "models"},
     "recipes": {"core", "data"},
     "pipeline": {"core", "families", "models", "data", "search", "evaluate", "surgery", "distill", "recipes"},
     "stages": {"core", "families", "models", "data", "search", "report", "importance", "evaluate", "surgery", "distill",
-               "recipes", "pipeline"},
+               "engines", "recipes", "pipeline"},
     "verbs": {"core", "families", "models", "data", "search", "report", "evaluate", "surgery", "distill", "engines",
               "recipes", "pipeline", "stages"},
     "cli": {"core", "families", "engines", "recipes", "report", "pipeline", "stages", "verbs"},
@@ -125,7 +125,7 @@ names = ["minipuzzle.cli"]
 for room in ("core", "families", "search", "report", "engines"):
     package = importlib.import_module(f"minipuzzle.{room}")
     names += [f"minipuzzle.{room}.{m.name}" for m in pkgutil.iter_modules(package.__path__)
-              if m.name not in ("mixers", "ssd")]
+              if m.name not in ("mixers", "ssd", "formats", "quantize")]
 for name in names:
     importlib.import_module(name)
 for name in ("Architecture", "Budget", "Candidate", "LayerScores", "Recipe", "WidthScores", "search_architectures"):
@@ -143,8 +143,8 @@ print(json.dumps({"modules": len(names), "verbs": list(main.commands), "examples
     assert found["heavy"] == []
     assert found["modules"] >= 20
     assert set(found["verbs"]) == {"prune", "inspect", "fit", "devices", "score", "search", "evaluate",
-                                   "distill", "report", "recipes", "doctor"}
-    assert len(found["examples"]) == 12
+                                   "distill", "quantize", "report", "recipes", "doctor"}
+    assert len(found["examples"]) == 13
     for verb, text in zip(["", *found["verbs"]], found["examples"], strict=True):
         assert f"minipuzzle {verb}".strip() in text, f"the help of {verb} has no example"
 

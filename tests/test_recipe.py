@@ -35,6 +35,7 @@ CONTRACT = {
     "surgery": {"hidden", "refit"},
     "distillation": {"data", "tournament_tokens", "tokens", "sequence_length", "batch_tokens", "learning_rate",
                      "temperature", "precision"},
+    "quantization": {"precision", "kv_precision", "distill", "keep_ends"},
 }
 
 

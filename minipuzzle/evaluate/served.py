@@ -15,15 +15,16 @@ from minipuzzle.core.errors import InputError
 from minipuzzle.data.tokenizer import load_tokenizer, stock_errors
 
 
-def open_served(path: Path, device: str) -> Any:
-    """The stock model in the folder's dtype, with dt unlimited as in the engines (docs/method.md)."""
+def open_served(path: Path, device: str, dtype: torch.dtype | None = None) -> Any:
+    """The stock model, in the folder's dtype if none is named, with dt unlimited as in the engines
+    (docs/method.md)."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # `doctor` says which kernels are not there
     logging.disable_progress_bar()
     with stock_errors(path, "model"):
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype="auto", local_files_only=True,
+        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype or "auto", local_files_only=True,
                                                      trust_remote_code=False).to(device).eval()
     for module in model.modules():
         if hasattr(module, "time_step_limit"):

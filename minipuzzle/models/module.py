@@ -24,9 +24,10 @@ from minipuzzle.models import forward
 
 class Part(nn.Module):
     """Some weights by name on disk. `compute`: the dtype that they are computed with; None: their
-    own."""
+    own. `rounded`: what (name, weight) is before that, in quantisation-aware training."""
 
     compute: torch.dtype | None = None
+    rounded: Callable[[str, torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -39,7 +40,8 @@ class Part(nn.Module):
 
     def cast(self) -> dict[str, torch.Tensor]:
         """The weights as they are computed with."""
-        return {name: p.to(self.compute or p.dtype) for name, p in self.weights().items()}
+        used = {name: self.rounded(name, p) if self.rounded else p for name, p in self.weights().items()}
+        return {name: p.to(self.compute or p.dtype) for name, p in used.items()}
 
 
 class Block(Part):

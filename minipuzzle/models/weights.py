@@ -187,6 +187,9 @@ def open_model(path: Path) -> ModelFolder:
         InputError, UnsupportedModel, CorruptArtifact: as the parts do.
     """
     config = read_config(path)
+    if isinstance(method := config.get("quantization_config"), dict):
+        raise UnsupportedModel(f"{path} is quantised already ({method.get('quant_method', 'unknown method')}); take "
+                               "the folder that it was made of")
     arch = Architecture.from_config(config)
     arch.check_prunable(config)
     shards = sorted(path.glob("*.safetensors"))

@@ -136,6 +136,17 @@ class DistillationSection(_Section):
     activation_checkpointing: bool = False
 
 
+class QuantizationSection(_Section):
+    """What the result is quantised to at the end, for engines; null: it is not. `keep_ends`: layers
+    at each end that stay at 16 bit, beside `workload.keep_16bit`. `distill`: tokens of
+    quantisation-aware distillation before."""
+
+    precision: Literal["fp8", "int4", "nvfp4"] | None = None
+    kv_precision: Literal["bf16", "fp8"] = "bf16"
+    keep_ends: int = Field(0, ge=0, le=10**4)
+    distill: Decimal = Field(0, ge=0, le=_TOKENS)
+
+
 class Recipe(_Section):
     """Everything that decides the result, but for the model and the seed."""
 
@@ -149,6 +160,7 @@ class Recipe(_Section):
     evaluation: EvaluationSection = EvaluationSection()
     surgery: SurgerySection = SurgerySection()
     distillation: DistillationSection = DistillationSection()
+    quantization: QuantizationSection = QuantizationSection()
 
     @classmethod
     def load(cls, name_or_file: str | Path = "default", **overrides: Any) -> Recipe:

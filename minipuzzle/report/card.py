@@ -42,6 +42,29 @@ def model_card(data: Mapping[str, Any] | Report) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def quantised_card(about: Mapping[str, Any], licence: Mapping[str, str]) -> str:
+    """Of a folder that `quantize` wrote; `about` is its quantization.json."""
+    before, after, size = about["before"], about["after"], about["size"]
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", **licence,
+             "tags": ["minipuzzle", "quantized", about["precision"]]}
+    rows = ["| | 16 bit | quantised |", "|---|---|---|",
+            f"| loss (nats per token) | {before['loss']:.4f} | {after['loss']:.4f} |",
+            f"| KL to 16 bit (nats) | 0 | {after['kl']:.5f} |",
+            f"| agreement with 16 bit | 1 | {after['agreement']:.4f} |",
+            f"| weights (bytes) | | {size['written_bytes']:,} |"]
+    why = [f"- {label}: {amount:+,.0f}" for label, amount in size["differences"].items()]
+    kv = " --kv-cache-dtype fp8" if about["kv_precision"] == "fp8" else ""
+    serve = f"vllm serve path/to/this/folder{kv}\npython -m sglang.launch_server --model-path path/to/this/folder"
+    return "\n\n".join([
+        "---\n" + yaml.safe_dump(front, sort_keys=False) + "---",
+        f"# {_plain(about['model'])}, quantised to {about['precision']}",
+        f"By nvidia-modelopt ({about['quant_algo']}); read again without it, and measured on {about['tokens']:,} "
+        "held-out tokens:", "\n".join(rows),
+        f"The search priced the weights at {size['priced_bytes']:,} bytes. What the folder has beside that:",
+        "\n".join(why), "\n".join(f"- {_plain(note)}" for note in about["notes"]),
+        "To serve it (not run):", _fence(serve, "sh")]) + "\n"
+
+
 def _alerts(report: Report) -> str:
     return "\n>\n".join(f"> **Warning:** {_plain(text)}." for text in report.alerts)
 

@@ -203,6 +203,7 @@ class Report(Part):
     versions: dict[str, str] = {}
     hashes: dict[str, str | None] = {}
     hardware: str | None = None
+    quantization: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, data: Mapping[str, Any] | Report) -> Report:

@@ -29,7 +29,8 @@ def tokenize_stage(sections: tuple[str, ...] = DATA_SECTIONS) -> Stage:
     return Stage(
         "tokenize", partial(make_tokens, sections=sections), lambda plan: Estimate(seconds=5.0),
         settings=("calibration.samples", "calibration.sequence_length", "evaluation.samples", "surgery.refit",
-                  "distillation.tokens", "distillation.batch_tokens", "distillation.sequence_length"),
+                  "distillation.tokens", "distillation.batch_tokens", "distillation.sequence_length",
+                  "quantization.distill"),
         world=("model", "tokenizer", *(f"{name}.data" for name in sections)),
         recorded=sections == DATA_SECTIONS)
 
@@ -43,12 +44,13 @@ def tokens_needed(settings: Recipe, parent: Architecture,
     # two parts, and a quarter more: documents are shared out whole
     held_out = 5 * settings.evaluation.samples * c.sequence_length // 2
     samples = max(c.samples, refit_samples(settings, parent))
+    trained = max(d.tokens, settings.quantization.distill)
     whole = {"calibration": spread_tokens(samples, c.sequence_length), "distillation": None}
     train = {"calibration": samples * c.sequence_length,
-             "distillation": d.tokens + d.batch_tokens + d.sequence_length}
+             "distillation": trained + d.batch_tokens + d.sequence_length}
     out: dict[str, dict[str, int | None]] = {}
     for section, name in data.items():
-        for source in parse_blend(name) if section != "distillation" or d.tokens else ():
+        for source in parse_blend(name) if section != "distillation" or trained else ():
             ends, limits = has_end(source), out.setdefault(source, {})
             limits["held_out"] = max(HELD_OUT_TOKENS, 2 * held_out) if ends else held_out
             if section in train:
@@ -73,7 +75,7 @@ def make_tokens(given: Given, sections: tuple[str, ...]) -> list[Path]:
                  enough=limits, least=2 * settings.calibration.sequence_length)
         files += [folder / "tokens.json", *(folder / f"{split}.bin" for split in limits)]
     for section in sections:
-        if section != "distillation" or settings.distillation.tokens:
+        if section != "distillation" or settings.distillation.tokens or settings.quantization.distill:
             _check_tokens(given, section)
     return files
 

@@ -15,7 +15,7 @@ from minipuzzle.models.weights import ModelFolder
 from minipuzzle.pipeline.machine import versions
 from minipuzzle.pipeline.stage import Runner
 from minipuzzle.recipes.schema import Recipe
-from minipuzzle.stages.order import STAGES
+from minipuzzle.stages.order import stages_of
 from minipuzzle.verbs.source import bundled_model
 
 
@@ -64,7 +64,8 @@ def write_about(runner: Runner, **more: Any) -> None:
         return
     folder, device = world.folder, runner.ranks.device
     done = {s["name"]: s for s in runner.stage_list()}
-    stages = [done.get(s.name, {"name": s.name, "status": "open", "seconds": 0.0}) for s in STAGES]
+    stages = [done.get(s.name, {"name": s.name, "status": "open", "seconds": 0.0})
+              for s in stages_of(runner.recipe)]
     write_sealed(runner.run.path / "run.json", {
         "schema": 1, "model": str(folder.path.absolute()), "recipe": runner.recipe.located().model_dump(),
         "seed": world.seed, "command": world.command, "versions": versions(), "stages": stages,

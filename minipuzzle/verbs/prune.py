@@ -26,7 +26,8 @@ from minipuzzle.recipes.schema import Recipe
 from minipuzzle.report.html import write_report
 from minipuzzle.search.candidate import to_frame
 from minipuzzle.stages.candidates import AGAIN, candidates_document, read_candidates
-from minipuzzle.stages.order import RESULT, STAGES
+from minipuzzle.stages.order import RESULT, stages_of
+from minipuzzle.stages.quantizing import check as check_quantization
 from minipuzzle.stages.results import make_report
 from minipuzzle.verbs.folder import default_output, open_run, reopen, write_about
 from minipuzzle.verbs.run import Run
@@ -65,14 +66,15 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
             world = World(folder, recipe, seed, ranks.device, path / "tokens", plan.memory, candidate, command)
             with ranks.together():
                 result = run if candidate is None else _open_candidate(run, candidate)
-            runner = Runner(STAGES, recipe, world, run, ranks, (reporter if ranks.main else None) or Reporter(),
+            stages = stages_of(recipe)
+            runner = Runner(stages, recipe, world, run, ranks, (reporter if ranks.main else None) or Reporter(),
                             dict.fromkeys(RESULT, result))
             runner.redo = redo
             with ranks.together():
                 if ranks.main:
                     runner.refuse_changes(redo)
                     restore_folder(result.path / "model")
-            runner.reporter.start(estimates(plan, STAGES))
+            runner.reporter.start(estimates(plan, stages))
             runner.make(lambda: write_about(runner))
             with ranks.together():
                 if ranks.main:
@@ -114,6 +116,7 @@ def prepare(model: str | Path | None, recipe: Recipe, device: str = "cpu",
     """
     where = find_device(device)
     check_precision(recipe.distillation.precision, where)
+    check_quantization(recipe.quantization, where)
     folder = open_model(find_model(model) if model is not None else bundled_model())
     return folder, make_plan(folder.arch, recipe, memory_bytes=memory_to_use(memory_bytes, where), device=where,
                              processes=environment.world_size()), where
@@ -125,8 +128,9 @@ def check_machine(plan: Plan, path: Path, device: torch.device) -> None:
     Raises:
         ResourceError: too little.
     """
-    check_disk(plan, STAGES, path)
-    check_memory(plan, STAGES, device)
+    stages = stages_of(plan.recipe)
+    check_disk(plan, stages, path)
+    check_memory(plan, stages, device)
 
 
 def write_results(runner: Runner) -> Run:
@@ -134,6 +138,9 @@ def write_results(runner: Runner) -> Run:
     given = runner.given(runner.stages["export"], lambda done, note: None)
     path, recipe, arch = given.folder, given.settings, given.parent.arch
     report = make_report(given, read_json(path / "search" / "result.json", hint=AGAIN), runner.stage_list())
+    if "quantize" in runner.stages:
+        quantised = read_json(path / "quantized" / "quantization.json", hint=AGAIN)
+        report = report.model_copy(update={"quantization": quantised})
     found = read_candidates(given.files, given.candidate)
     write_json(path / "candidates.json", candidates_document(
         budget_of(recipe, arch), recipe.workload.build(), given.parent.folder.path.name, arch, found))

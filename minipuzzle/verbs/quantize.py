@@ -1,0 +1,80 @@
+"""A model, or the result of a run -> OUTPUT_DIR/model/, the quantised checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minipuzzle.core.environment import world_size
+from minipuzzle.core.errors import InputError
+from minipuzzle.core.files import machine_errors, read_json
+from minipuzzle.core.rundir import RunDir
+from minipuzzle.data.corpus import check_sources
+from minipuzzle.models.ranks import Ranks
+from minipuzzle.models.weights import open_model
+from minipuzzle.pipeline.machine import find_device
+from minipuzzle.pipeline.progress import Reporter
+from minipuzzle.pipeline.stage import Given, Runner, Stage
+from minipuzzle.pipeline.world import World
+from minipuzzle.recipes.schema import Recipe
+from minipuzzle.stages.quantizing import SECTIONS, check, plan_for, quantise
+from minipuzzle.stages.tokens import tokenize_stage
+from minipuzzle.verbs.folder import write_about
+from minipuzzle.verbs.source import find_model
+
+
+def quantize(model: str | Path, recipe: Recipe, output_dir: Path, seed: int = 0, device: str = "cpu",
+             reporter: Reporter | None = None, command: str = "", redo: bool = False) -> dict[str, Any]:
+    """What is in OUTPUT_DIR/quantization.json. `model` may be a run: its result is quantised.
+
+    Raises:
+        InputError: no precision, data that are too short, a folder with something else in it.
+        ResourceError: modelopt is not installed, or the device cannot compute so.
+        UnsupportedModel: quantised already, or rows that the format cannot hold.
+    """
+    if recipe.quantization.precision is None:
+        raise InputError("quantize needs a precision: --precision fp8, int4 or nvfp4")
+    if world_size() > 1:
+        raise InputError("quantize runs in one process; start it without torchrun")
+    where = find_device(device)
+    check(recipe.quantization, where)
+    folder = open_model(_result(model))
+    reads = ("calibration", "evaluation", *(("distillation",) if recipe.quantization.distill else ()))
+    for section in reads:
+        check_sources(getattr(recipe, section).data)
+    tokens = tokenize_stage(reads)
+    world_reads = ("model", "tokenizer", "seed", "precision", *(f"{section}.data" for section in reads))
+    stage = Stage("quantize", _run, settings=SECTIONS if recipe.quantization.distill else SECTIONS[:-1],
+                  world=world_reads, after=("tokenize",))
+    run = RunDir(output_dir)
+    try:
+        with machine_errors(output_dir):
+            world = World(folder, recipe, seed, where, output_dir / "tokens", command=command)
+            runner = Runner((tokens, stage), recipe, world, run, Ranks(where), reporter or Reporter())
+            plan_for(runner.given(stage, lambda done, note: None), folder)  # what cannot be is known now
+            runner.refuse_changes(redo, fresh="")
+            runner.reporter.start({"tokenize": 5.0, "quantize": 30.0})
+            runner.make(lambda: write_about(runner))
+            return dict(read_json(output_dir / "quantization.json", hint="--redo makes it again"))
+    except BaseException:
+        run.discard_unused()
+        raise
+    finally:
+        run.close()
+
+
+def _run(given: Given) -> list[Path]:
+    return quantise(given, given.parent.folder, given.folder)
+
+
+def _result(model: str | Path) -> Path:
+    """The folder of a model, or that of a run's result.
+
+    Raises:
+        InputError: neither, or a run without a result.
+    """
+    if not (Path(model) / "run.json").is_file():
+        return find_model(model)
+    if not (Path(model) / "model" / "config.json").is_file():
+        raise InputError(f"{model} has no result yet; 'minipuzzle prune' continues it")
+    return Path(model) / "model"
