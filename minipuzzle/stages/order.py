@@ -15,7 +15,7 @@ from minipuzzle.stages.scoring import CURVES, SCORE
 from minipuzzle.stages.tokens import tokenize_stage
 
 STAGES = (tokenize_stage(), SCORE, CURVES, SEARCH, MEASURE, TOURNAMENT, DISTILL, EXPORT)
-NAMES = (*(stage.name for stage in STAGES), QUANTIZE.name)
+NAMES = tuple(stage.name for stage in STAGES)
 RESULT = (DISTILL.name, EXPORT.name, QUANTIZE.name)  # of one candidate: one chosen by hand has its own
 
 
