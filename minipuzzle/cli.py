@@ -256,10 +256,15 @@ def _given(*names: str) -> list[str]:
 @run_options
 @memory_option
 @click.option("--candidate", help="With a run as MODEL: also distil this candidate, into RUN/candidates/NAME/.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are read.")
+@click.option("--dry-run", is_flag=True,
+              help="Print the plan and stop, with the exit code that the run would have. MODEL may be "
+                   "a published name; no weights are read.")
+@click.option("--gpu", metavar="NAME", help="With --dry-run: forecast for this card, not this machine.")
+@click.option("--gpus", type=click.IntRange(1, 4096), help="How many of them. Default: 1.")
 @click.option("--fresh", is_flag=True, help="Delete what the run directory holds and start again.")
 def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int, as_json: bool,
-          candidate: str | None, dry_run: bool, **options: Any) -> None:
+          candidate: str | None, dry_run: bool, gpu: str | None, gpus: int | None,
+          **options: Any) -> None:
     """Make a model smaller: score, search, measure, distill, export and report.
 
     MODEL is a Hugging Face folder or a Hub id. The default is the bundled model.
@@ -268,22 +273,26 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     minipuzzle prune
     minipuzzle prune my-model --budget memory=0.6x --data texts/ -o runs/mine
     minipuzzle prune runs/mine --candidate c0012
+    minipuzzle prune nemotron-h-8b --recipe nemotron-h-4b --dry-run --gpu h100 --gpus 8
     torchrun --nproc-per-node 8 -m minipuzzle prune my-model --device cuda
     """
-    from minipuzzle.pipeline.forecast import plan_json, plan_lines
-    from minipuzzle.stages.order import stages_of
     from minipuzzle.verbs import prune as verb
-    from minipuzzle.verbs.folder import default_output, reopen
+    from minipuzzle.verbs.folder import reopen
 
     if candidate is not None:  # the run has settled the rest
         given = _given("name", "budgets", "data", "settings", "seed", "output_dir")
         model, recipe, output_dir, seed = reopen(model, given)
     if dry_run:
-        folder, plan, where = verb.prepare(model, recipe, options["device"], options["memory_bytes"])
-        stages = stages_of(recipe)
-        _print(plan_json(plan, stages), as_json, plan_lines(plan, stages))
-        verb.check_machine(plan, output_dir or default_output(folder, recipe, seed), where)  # as the run would fail
+        from minipuzzle.verbs.dry_run import dry_run as forecast
+
+        del options["reporter"], options["command"]
+        data, words, refused = forecast(model, recipe, output_dir, seed=seed, gpu=gpu, gpus=gpus, **options)
+        _print(data, as_json, words)
+        if refused:  # as the run would be
+            raise refused
         return
+    if gpu or gpus:
+        raise InputError("--gpu and --gpus forecast a run elsewhere: add --dry-run")
     run = verb.prune(model, recipe, output_dir, seed=seed, candidate=candidate, **options)
     if environment.rank() != 0:
         return

@@ -66,10 +66,7 @@ class RunDir:
         self._lock: TextIO | None = None
         if not hold:
             return
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path} is a file; choose another output folder with -o")
-        if path.is_dir() and not (path / "run.json").is_file() and not (_just_begun(path) or _lost_its_name(path)):
-            raise InputError(f"{path} is not empty and not a run of minipuzzle; choose another output folder with -o")
+        refuse_foreign(path)
         try:
             (path / "stages").mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a+")
@@ -170,6 +167,14 @@ class RunDir:
         """`key: old -> new` for each input of a finished stage that differs now."""
         manifest = self.manifest(stage)
         return [] if manifest is None else changes(manifest["inputs"], _plain(inputs))
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise InputError for a file, and for a folder with something else in it."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; choose another output folder with -o")
+    if path.is_dir() and not (path / "run.json").is_file() and not (_just_begun(path) or _lost_its_name(path)):
+        raise InputError(f"{path} is not empty and not a run of minipuzzle; choose another output folder with -o")
 
 
 def _just_begun(path: Path) -> bool:

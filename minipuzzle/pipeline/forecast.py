@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,15 +28,10 @@ def estimates(plan: Plan, stages: Iterable[Stage]) -> dict[str, float]:
     return {name: need.flops / speed + need.seconds for name, need in needs.items()}
 
 
-def plan_lines(plan: Plan, stages: Iterable[Stage]) -> list[str]:
-    """The plan and its estimates in words."""
-    found = estimates(plan, stages)
-    return [*plan.lines(), "stages     " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found.items()),
-            f"time       about {sum(found.values()) / 60:.1f} min on this machine (a rough estimate)"]
-
-
-def plan_json(plan: Plan, stages: Iterable[Stage]) -> dict[str, Any]:
-    return plan.to_json() | {"estimates": estimates(plan, stages)}
+def host_bytes(plan: Plan, stage: Stage) -> int:
+    """At the stage's peak, on the device that it runs on."""
+    own = stage.estimate(plan)
+    return max(own.memory_bytes, plan.resident_bytes) if plan.resident and own.flops else own.memory_bytes
 
 
 def check_disk(plan: Plan, stages: Iterable[Stage], folder: Path) -> None:

@@ -42,9 +42,10 @@ def refit_samples(settings: Recipe, parent: Architecture) -> int:
 @dataclass(frozen=True)
 class Estimate:
     """What a stage is thought to take. seconds: apart from its FLOPs; memory_bytes: at its peak,
-    where the parent is read layer by layer; disk_bytes: of what it leaves."""
+    where the parent is read layer by layer; disk_bytes: of what it leaves. trains: students."""
 
     flops: float = 0.0
+    trains: bool = False
     seconds: float = 0.5
     memory_bytes: int = 0
     disk_bytes: int = 0
@@ -65,6 +66,7 @@ class Plan:
     points: int
     feasible: int
     largest: Cost
+    largest_arch: Architecture
     memory_bytes: int
     weight_bytes: int
     processes: int = 1
@@ -81,6 +83,21 @@ class Plan:
     def held_out_tokens(self) -> int:
         """Of one of the two parts."""
         return self.recipe.evaluation.samples * self.recipe.calibration.sequence_length
+
+    @property
+    def parent_flops(self) -> float:
+        """Of the parent's forward pass, for a token of a training sequence."""
+        return self._flops(self.parent)
+
+    @property
+    def student_flops(self) -> float:
+        """The same of the largest student."""
+        return self._flops(self.largest_arch)
+
+    def _flops(self, arch: Architecture) -> float:
+        length = self.recipe.distillation.sequence_length
+        found = cost(arch, Workload(context=length)).prefill_flops_per_token
+        return float(found + 2 * arch.vocab_size * arch.hidden_size)  # the head sees every token
 
     @property
     def held_in(self) -> str:
@@ -113,10 +130,14 @@ class Plan:
         return refit_bytes(self.parent, tokens) if tokens else 0
 
     @property
+    def resident_bytes(self) -> int:
+        """Of the parent in memory, and of what is made beside it."""
+        return self.weight_bytes * self.parent_cost.parameters + self.students_bytes + self.refit_bytes
+
+    @property
     def resident(self) -> bool:
         """Whether the parent is held in memory, by several processes until they train."""
-        needed = self.weight_bytes * self.parent_cost.parameters + self.students_bytes + self.refit_bytes
-        return needed + SPARE_BYTES <= self.memory_bytes
+        return self.resident_bytes + SPARE_BYTES <= self.memory_bytes
 
     @property
     def layers_bytes(self) -> int:
@@ -213,11 +234,11 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
     memory = machine_memory() if memory_bytes is None else memory_bytes
     weight = compute_dtype(d.precision, device or torch.device("cpu")).itemsize
     if not need_budget:
-        return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost, memory,
-                    weight, processes)
+        return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost,
+                    parent, memory, weight, processes)
     # without scores the search only enumerates and prices, largest first
     found = search_architectures(parent, space, budget, workload, keep=1)
     return Plan(parent, recipe, workload, budget, parent_cost, space, found.points, found.feasible,
-                found.candidates[0].cost, memory, weight, processes)
+                found.candidates[0].cost, found.candidates[0].architecture, memory, weight, processes)
 
 

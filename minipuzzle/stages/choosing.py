@@ -139,14 +139,14 @@ def tournament(given: Given) -> list[Path]:
 
 def _measure_estimate(plan: Plan) -> Estimate:
     students = min(plan.recipe.search.measure + CONTROLS, plan.feasible)
-    return Estimate(plan.held_out_tokens * (plan.parent_cost.flops_per_token + plan.largest.flops_per_token * students),
+    return Estimate(plan.held_out_tokens * (plan.parent_flops + plan.student_flops * students),
                     memory_bytes=plan.layers_bytes)
 
 
 def _tournament_estimate(plan: Plan) -> Estimate:
     d, finalists = plan.recipe.distillation, min(plan.recipe.search.finalists, plan.feasible)
     each = training_flops(plan, min(d.tournament_tokens, d.tokens), looks=2) + refit_flops(plan)
-    return Estimate(each * finalists, memory_bytes=plan.student_stage_bytes,
+    return Estimate(each * finalists, trains=each > 0, memory_bytes=plan.student_stage_bytes,
                     disk_bytes=plan.state_bytes * plan.recipe.search.finalists)
 
 

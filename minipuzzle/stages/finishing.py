@@ -166,11 +166,12 @@ def _samples(given: Given, ids_T: torch.Tensor, models: dict[str, Model], prompt
 def _distill_estimate(plan: Plan) -> Estimate:
     d = plan.recipe.distillation
     return Estimate(training_flops(plan, d.tokens - min(d.tournament_tokens, d.tokens), EVALUATIONS),
-                    memory_bytes=plan.student_stage_bytes, disk_bytes=plan.state_bytes)
+                    trains=d.tokens > 0, memory_bytes=plan.student_stage_bytes,
+                    disk_bytes=plan.state_bytes)
 
 
 def _export_estimate(plan: Plan) -> Estimate:
-    return Estimate(3.0 * plan.held_out_tokens * plan.parent_cost.flops_per_token, seconds=15.0,
+    return Estimate(3.0 * plan.held_out_tokens * plan.parent_flops, seconds=15.0,
                     memory_bytes=plan.student_stage_bytes, disk_bytes=8 * plan.largest.parameters)
 
 

@@ -130,14 +130,14 @@ def _orders(given: Given, space: Space) -> tuple[list[int], ...]:
 
 def _score_estimate(plan: Plan) -> Estimate:
     walks = plan.parent.num_layers / 2 + 2
-    return Estimate(plan.calibration_tokens * plan.parent_cost.flops_per_token * walks, memory_bytes=plan.layers_bytes)
+    return Estimate(plan.calibration_tokens * plan.parent_flops * walks, memory_bytes=plan.layers_bytes)
 
 
 def _curves_estimate(plan: Plan) -> Estimate:
     points = sum(len(w) for w in curve_widths(plan.space, plan.parent).values())
     few = min(TOGETHER_SAMPLES, plan.recipe.calibration.samples) * plan.recipe.calibration.sequence_length
     together = few * (len(design(plan.parent, plan.space).points) + 1)
-    return Estimate((plan.calibration_tokens * (points + 1) + together) * plan.parent_cost.flops_per_token,
+    return Estimate((plan.calibration_tokens * (points + 1) + together) * plan.parent_flops,
                     memory_bytes=plan.layers_bytes)
 
 

@@ -41,14 +41,14 @@ def training_flops(plan: Plan, tokens: int, looks: int) -> float:
     blocks."""
     if plan.recipe.distillation.tokens == 0:
         return 0.0
-    student = plan.largest.flops_per_token
-    return float(tokens * (plan.parent_cost.flops_per_token + 3 * student) + looks * plan.held_out_tokens * student)
+    student = plan.student_flops
+    return float(tokens * (plan.parent_flops + 3 * student) + looks * plan.held_out_tokens * student)
 
 
 def refit_flops(plan: Plan) -> float:
     """Of the parent, the student twice, and Gram matrices in float64."""
     return float(plan.refit_samples * plan.recipe.calibration.sequence_length * (
-        plan.parent_cost.flops_per_token + 2 * plan.largest.flops_per_token
+        plan.parent_flops + 2 * plan.student_flops
         + 4 * plan.parent.num_layers * writer_inputs(plan.parent) ** 2))
 
 

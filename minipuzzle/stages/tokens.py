@@ -15,24 +15,35 @@ from minipuzzle.data.blocks import load_blocks, spread_tokens, tokenize
 from minipuzzle.data.corpus import has_end, parse_blend
 from minipuzzle.data.held_out import two_parts
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.pipeline.plan import Estimate, refit_samples
+from minipuzzle.pipeline.plan import Estimate, Plan, refit_samples
 from minipuzzle.pipeline.stage import Given, Stage
 from minipuzzle.recipes.schema import DATA_SECTIONS, Recipe
 from minipuzzle.surgery.refit import check_samples
 
 HELD_OUT_TOKENS = 2**20  # of a source
+TOKENS_PER_SECOND = 10**6  # of one process, about
 
 
 def tokenize_stage(sections: tuple[str, ...] = DATA_SECTIONS) -> Stage:
     """Tokenise what these sections of the recipe read. Only that of all sections is recorded: what
     a verb makes for itself is found again by the next one (data/blocks.py)."""
     return Stage(
-        "tokenize", partial(make_tokens, sections=sections), lambda plan: Estimate(seconds=5.0),
+        "tokenize", partial(make_tokens, sections=sections), _estimate,
         settings=("calibration.samples", "calibration.sequence_length", "evaluation.samples", "surgery.refit",
                   "distillation.tokens", "distillation.batch_tokens", "distillation.sequence_length",
                   "quantization.distill"),
         world=("model", "tokenizer", *(f"{name}.data" for name in sections)),
         recorded=sections == DATA_SECTIONS)
+
+
+def _estimate(plan: Plan) -> Estimate:
+    """Of sources that go on, what is asked of them; of a file it is not known before it is read."""
+    data = {name: getattr(plan.recipe, name).data for name in DATA_SECTIONS}
+    limits = tokens_needed(plan.recipe, plan.parent, data)
+    tokens = sum(n or 0 for source, splits in limits.items() if not has_end(source)
+                 for n in splits.values())
+    return Estimate(seconds=5.0 + tokens / TOKENS_PER_SECOND,
+                    disk_bytes=tokens * (2 if plan.parent.vocab_size <= 2**16 else 4))
 
 
 def tokens_needed(settings: Recipe, parent: Architecture,
