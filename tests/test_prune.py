@@ -1135,7 +1135,8 @@ def test_dry_run_reads_no_weight(model_folder: Path, recipe_file: Path, tmp_path
     assert plan["feasible"] > 100
     assert plan["points"] == 432
     assert plan["largest"]["memory_bytes"] <= plan["budget"]["memory"]["limit"] < plan["parent_cost"]["memory_bytes"]
-    assert set(plan["estimates"]) == set(STAGES)
+    assert [stage["name"] for stage in plan["stages"]] == list(STAGES)
+    assert plan["fits"] is True
     assert not (tmp_path / "run").exists()
     for more in (("--device", "meta"), ("--memory", "64KiB")):
         planned, made = invoke(*line, *more), invoke(*line[:-1], *more)
