@@ -103,7 +103,10 @@ class FamilyContract(ABC):
         other = ids.clone()
         other[:, 50:] = (other[:, 50:] + 1) % self.arch.vocab_size
         changed = self.mine(self.arch, weights, other)
-        assert torch.equal(changed[:, :50], full[:, :50])
+        if any(self.family.kinds[kind].routed for kind in self.arch.pattern):  # products of other sizes round otherwise
+            assert relative(changed[:, :50], full[:, :50]) < 1e-12
+        else:
+            assert torch.equal(changed[:, :50], full[:, :50])
         assert relative(changed[:, 50:], full[:, 50:]) > 0.1
 
     def test_samples_do_not_see_each_other(self) -> None:
@@ -119,8 +122,8 @@ class FamilyContract(ABC):
         assert torch.equal(out.detach(), self.mine(self.arch, weights, ids))
         assert {n: tuple(p.shape) for n, p in module.parameters_by_name().items()} == self.arch.shapes()
         out.logsumexp(-1).mean().backward()
-        silent = [n for n, p in module.parameters_by_name().items() if p.grad is None or not p.grad.abs().max() > 0]
-        assert silent == []
+        silent = {n for n, p in module.parameters_by_name().items() if p.grad is None or not p.grad.abs().max() > 0}
+        assert silent == self.arch.buffers
         assert all(torch.equal(module.parameters_by_name()[n], w) for n, w in weights.items())  # a copy, untouched
 
     def test_gradients_are_those_of_the_reference(self) -> None:
@@ -129,14 +132,15 @@ class FamilyContract(ABC):
         (module(ids) @ module.head.T).logsumexp(-1).mean().backward()
         leaves = {n: w.clone().requires_grad_() for n, w in weights.items()}
         self.reference(self.arch, leaves, ids).logsumexp(-1).mean().backward()
-        worst = {n: relative(p.grad, leaves[n].grad) for n, p in module.parameters_by_name().items()}
-        assert len(worst) == len(weights)
+        worst = {n: relative(p.grad, leaves[n].grad) for n, p in module.parameters_by_name().items()
+                 if n not in self.arch.buffers}
+        assert len(worst) == len(weights) - len(self.arch.buffers)
         assert max(worst.values()) < 1e-9
 
     def test_every_dimension_is_named_as_it_is_long(self) -> None:
         """Names of the table exist in transformers, with these shapes, no more and no less."""
         theirs = self.theirs(self.arch, self.weights(self.arch, torch.float32))
-        named = {self.family.rename(n): tuple(p.shape) for n, p in theirs.named_parameters()}
+        named = {self.family.rename(n): tuple(p.shape) for n, p in theirs.state_dict().items()}
         assert named == self.arch.shapes()
 
     def test_probes_see_what_the_block_computes(self) -> None:
@@ -148,10 +152,10 @@ class FamilyContract(ABC):
         for i, letter in enumerate(self.arch.pattern):
             kind, sizes = self.family.kinds[letter], self.arch.sizes(i)
             places = {place for j, place in seen if j == i}
-            assert places == {"hidden", *kind.places, *(place for _, place in kind.writes)}
-            for place, axes in kind.places.items():  # as many numbers as the axes that are scored there have
+            assert places == {"hidden", *kind.scored(sizes), *(place for _, place in kind.writes(sizes))}
+            for place, axes in kind.scored(sizes).items():  # as many numbers as the axes that are scored there have
                 assert seen[i, place].shape[-1] == math.prod(sizes[axis] for axis in axes)
-            for name, place in kind.writes:
+            for name, place in kind.writes(sizes):
                 assert seen[i, place].shape[-1] == model.layers[i][name].shape[1]
 
     def test_every_width_and_unit_can_be_cut(self) -> None:
@@ -161,21 +165,25 @@ class FamilyContract(ABC):
         scores, ids = score_widths(model, tokens(3, 20)), tokens(1, 20)
         full, every = final_hidden(model, ids) @ model.head.T, tuple(range(self.arch.num_layers))
         space, cuts = bounds_of(self.arch), []
-        for name in self.family.widths:
+        for name in self.arch.widths:
             narrow = space[name].whole - space[name].divisor * (1 if space[name].groups else 2)
+            narrow = max(space[name].least, narrow)
             cuts.append((dataclasses.replace(self.arch, **{name: narrow}), every))
-        for unit in self.family.drops.values():
+        for unit in self.arch.drops.values():
+            if not self.arch.layers_of(unit):
+                continue
             gone = self.arch.together({self.arch.layers_of(unit)[0]})
             kept = tuple(i for i in every if i not in gone)
             cuts.append((self.arch.keep(kept), kept))
         for target, kept in cuts:
             small = model.slice(target, select(self.arch, target, kept, scores))
             assert {n: tuple(t.shape) for n, t in small.by_name().items()} == target.shapes()
-            assert sum(t.numel() for t in small.by_name().values()) == cost(target, Workload()).parameters
+            assert sum(t.numel() for n, t in small.by_name().items()
+                       if n not in target.buffers) == cost(target, Workload()).parameters
             assert relative(final_hidden(small, ids) @ small.head.T, full) > 1e-6
             assert relative(final_hidden(small, ids) @ small.head.T,
                             self.reference(target, small.by_name(), ids)) < 1e-12
-        assert len(cuts) == len(space) >= 5
+        assert len(cuts) == sum(bounds.whole > 0 for bounds in space.values()) >= 5  # of absent layers none
 
     def test_a_written_model_is_the_same_model(self, tmp_path: Path) -> None:
         """config.json, names and shapes; opened again bit for bit."""

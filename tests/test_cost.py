@@ -278,7 +278,7 @@ def test_configs_that_are_not_understood(change: dict[str, Any], message: str) -
 @pytest.mark.parametrize(("change", "message"), [
     ({"tie_word_embeddings": True}, "tie_word_embeddings"), ({"attention_bias": True}, "attention_bias"),
     ({"mlp_hidden_act": "silu"}, "mlp_hidden_act"), ({"mamba_hidden_act": "gelu"}, "mamba_hidden_act"),
-    ({"hybrid_override_pattern": "M-M*-MME-", "n_routed_experts": 4}, "MoE")])
+    ({"hybrid_override_pattern": "M-M*-MME-", "n_routed_experts": 4, "n_group": 4}, "MoE")])
 def test_models_that_cannot_be_pruned(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModel, match=message):
         open_model(tiny.write_folder(tmp_path, **change))

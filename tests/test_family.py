@@ -92,6 +92,28 @@ class TestNemotronH(FamilyContract):
         assert read_config(folder.path)["hybrid_override_pattern"] == folder.arch.pattern
 
 
+class TestMoE(TestNemotronH):
+    """The same with MoE layers."""
+
+    arch = tiny.MOE
+    config = tiny.PARENT_CONFIG | {"mlp_bias": True}
+
+    @pytest.mark.parametrize("change", [
+        {"moe_latent_size": 0, "mlp_bias": False}, {"router_groups": 1, "norm_topk_prob": False}, {"experts_per_token": 4},
+        {"router_groups": 4, "router_groups_used": 3, "experts_per_token": 5}])
+    def test_variants(self, change: dict[str, Any]) -> None:
+        arch = dataclasses.replace(self.arch, **change)
+        weights, ids = self.weights(arch, torch.float32), tokens(2, 45)
+        with torch.no_grad():
+            expected = tiny.transformers_model(arch, weights)(ids, use_cache=False).logits
+        assert relative(self.mine(arch, weights, ids), expected) < 1e-5
+        wide = {k: v.double() for k, v in weights.items()}
+        assert relative(self.mine(arch, wide, ids), self.reference(arch, wide, ids)) < 1e-9
+
+    test_the_bundled_model = None
+    test_transformers_with_its_dt_limit_is_another_model = None
+
+
 # the scan
 # --------------------------------------------------------------------------------------------------------
 

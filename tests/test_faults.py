@@ -252,8 +252,9 @@ def test_a_model_of_which_every_logit_is_the_same(model_folder: Path, recipe: Re
 def test_nothing_but_zeros(model_folder: Path, recipe: Recipe, tmp_path: Path) -> None:
     def change(weights: dict[str, torch.Tensor]) -> None:
         for i, kind in enumerate(ARCH.pattern):
-            readers = [n for names in FAMILY.kinds[kind].reads.values() for n in names]
-            for name in (*readers, *(name for name, _ in FAMILY.kinds[kind].writes)):
+            table, sizes = FAMILY.kinds[kind], ARCH.sizes(i)
+            readers = [n for names in table.reads(sizes).values() for n in names]
+            for name in (*readers, *(name for name, _ in table.writes(sizes))):
                 weights[f"backbone.layers.{i}.{name}"].zero_()
 
     folder = changed(model_folder, tmp_path / "model", change)

@@ -1030,7 +1030,7 @@ def other_model(model_folder: Path, folder: Path, change: str) -> Path:
 
 @pytest.mark.parametrize(("change", "code", "message"), [
     ("truncated", 5, "cannot be read"), ("nan", 5, "layers.2.mixer.in_proj.weight holds NaN"), ("llama", 3, "'llama'"),
-    ("llama with no weights", 3, "'llama'"), ("moe", 3, "MoE"), ("no config", 2, "no config.json"),
+    ("llama with no weights", 3, "'llama'"), ("moe", 5, "lacks 20 weights, first backbone.layers.3.mixer.experts.0."), ("no config", 2, "no config.json"),
     ("no tokenizer", 2, "tokenizer")])
 def test_a_bad_model(model_folder: Path, recipe_file: Path, tmp_path: Path, change: str, code: int, message: str) -> None:
     folder = other_model(model_folder, tmp_path / "model", change)

@@ -106,7 +106,7 @@ def test_the_search_ranks_by_the_whole_of_it():
     whole = PARENT.sizes()
     for c in found.candidates:
         drops = tuple(len(PARENT.layers_of(unit)) - c.architecture.pattern.count(unit)
-                      for unit in PARENT.family.drops.values())
+                      for unit in PARENT.drops.values())
         widths = [(axis, c.architecture.sizes()[axis]) for axis in SPACE.widths
                   if c.architecture.sizes()[axis] != whole[axis]]
         assert c.predicted["damage"] == pytest.approx(predicted_at(damage, drops, widths))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.base import is_stacked, numbered
 from minipuzzle.families.registry import family_of
 from minipuzzle.families.selection import Selection
 from minipuzzle.models.walk import Model
@@ -26,6 +28,9 @@ from minipuzzle.search.space import Space
 
 ARCH = Architecture("M-M*-MM*-", vocab_size=97, hidden_size=32, ffn_size=48, mamba_num_heads=8, mamba_head_dim=8,
                     n_groups=2, state_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+# every part of a MoE layer: groups of which one is used, latent projections, biases
+MOE = replace(ARCH, pattern="ME*-EM", num_experts=8, experts_per_token=2, moe_ffn_size=24, shared_ffn_size=40,
+              moe_latent_size=16, router_groups=2, router_groups_used=1, routed_scaling_factor=2.5, mlp_bias=True)
 FAMILY = family_of("nemotron_h")
 WIDTH_AXES = ("hidden_size", "ffn_size", "mamba_num_heads", "mamba_head_dim")
 
@@ -78,7 +83,8 @@ def trained_like(arch: Architecture, seed: int = 0, dtype: torch.dtype = torch.f
         elif name.endswith("embeddings.weight"):
             value = normal(shape, 1.0)
         else:
-            gain = {"in_proj": 1.8, "out_proj": 1.0, "lm_head": 1.5, "up_proj": 1.2, "down_proj": 0.5}
+            gain = {"in_proj": 1.8, "out_proj": 1.0, "lm_head": 1.5, "up_proj": 1.2, "down_proj": 0.5,
+                    "fc1_latent_proj": 1.0, "fc2_latent_proj": 1.0}
             value = normal(shape, gain.get(name.split(".")[-2], 1.3) * shape[-1] ** -0.5)
         out[name] = value.to(dtype)
     return out
@@ -98,7 +104,9 @@ def write_folder(folder: Path, arch: Architecture = ARCH, weights: Mapping[str, 
     """A Hugging Face folder as others would write it, without minipuzzle's own writer."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = trained_like(arch) if weights is None else weights
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    apart = {n: part.contiguous() for k, v in weights.items()
+             for n, part in zip(numbered(k, len(v)), v if is_stacked(k) else [v], strict=True)}
+    save_file(apart, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config_of(arch) | config, indent=1))
     return folder
 
@@ -108,7 +116,10 @@ def transformers_model(arch: Architecture, weights: Mapping[str, torch.Tensor], 
     from transformers import NemotronHConfig, NemotronHForCausalLM
 
     model = NemotronHForCausalLM(NemotronHConfig(**config_of(arch) | config)).float().eval()
-    model.load_state_dict({k.replace("backbone.", "model.", 1): v.float() for k, v in weights.items()}, strict=True)
+    theirs = {k.replace("backbone.", "model.", 1): v.float() for k, v in weights.items()}
+    theirs = {k.replace("{num_experts}.", "").removesuffix(".weight") if is_stacked(k) else k: v
+              for k, v in theirs.items()}
+    model.load_state_dict(theirs, strict=True)
     return without_dt_limit(model)
 
 
@@ -189,12 +200,39 @@ def reference_scan(arch: Architecture, w: Mapping[str, torch.Tensor], x: torch.T
     return naive_ssd(xs, dt, -torch.exp(w["mixer.A_log"]), b, c, w["mixer.D"]).reshape(bsz, seq, inner) * F.silu(z)
 
 
+def reference_moe(arch: Architecture, w: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """One token after another, one expert after another."""
+    k, per = arch.experts_per_token, arch.num_experts // arch.router_groups
+    up, down = (w[f"mixer.experts.{{num_experts}}.{name}_proj.weight"] for name in ("up", "down"))
+    shared = {n.replace("shared_experts.", ""): t for n, t in w.items() if ".shared_experts." in n}
+    rows = []
+    for token in x.flatten(0, 1):
+        s = 1 / (1 + torch.exp(-(w["mixer.gate.weight"] @ token)))
+        choice = (s + w["mixer.gate.e_score_correction_bias"]).tolist()
+        groups = [choice[at : at + per] for at in range(0, len(choice), per)]
+        best = sorted(range(len(groups)), key=lambda g: -sum(sorted(groups[g])[-2:]))[: arch.router_groups_used]
+        chosen = sorted((e for e in range(len(choice)) if e // per in best), key=lambda e: -choice[e])[:k]
+        total = sum(s[e] for e in chosen) + 1e-20 if arch.norm_topk_prob else 1.0
+        inside = token
+        if arch.moe_latent_size:
+            inside = w["mixer.fc1_latent_proj.weight"] @ token + w.get("mixer.fc1_latent_proj.bias", 0)
+        out = sum(s[e] / total * arch.routed_scaling_factor * (down[e] @ torch.relu(up[e] @ inside).square())
+                  for e in chosen)
+        if arch.moe_latent_size:
+            out = w["mixer.fc2_latent_proj.weight"] @ out + w.get("mixer.fc2_latent_proj.bias", 0)
+        rows.append(out)
+    y = reference_ffn_inner(shared, x) @ shared["mixer.down_proj.weight"].T + shared.get("mixer.down_proj.bias", 0)
+    return y + torch.stack(rows).view(*x.shape)
+
+
 def reference_mixer(arch: Architecture, kind: str, w: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """A layer without its norm; `w` by name inside the layer."""
     if kind == "-":
         return reference_ffn_inner(w, x) @ w["mixer.down_proj.weight"].T + w.get("mixer.down_proj.bias", 0)
     if kind == "*":
         return reference_attention(arch, w, x)
+    if kind == "E":
+        return reference_moe(arch, w, x)
     y, size = reference_scan(arch, w, x), arch.mamba_inner // arch.n_groups
     parts = [rms(y[..., at : at + size], w["mixer.norm.weight"][at : at + size], arch.norm_eps)
              for at in range(0, arch.mamba_inner, size)]

@@ -135,17 +135,22 @@ class WidthScores:
     """Activation scores: the L2 over samples of mean |x| (arXiv:2504.11409, eq. 19).
 
     hidden: [D], summed over layers. layers: place -> layer -> scores, with a dimension for each
-    axis that the family scores there, such as [F], or [heads, channels].
+    axis that the family scores there, such as [F], or [heads, channels]. stderr, load: of places
+    that not every token comes to, the standard error and the share of tokens, alike.
     """
 
     hidden: np.ndarray
     layers: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
     samples: int = 0
+    stderr: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
+    load: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Flat names for safetensors: `hidden`, `layers.3.ffn`, `layers.0.mamba`."""
-        return {"hidden": self.hidden} | {f"layers.{layer}.{place}": array for place, arrays in self.layers.items()
-                                          for layer, array in arrays.items()}
+        """Flat names for safetensors: `hidden`, `layers.3.ffn`, `layers.0.mamba`,
+        `load.1.moe_experts`."""
+        parts = {"layers": self.layers, "stderr": self.stderr, "load": self.load}
+        return {"hidden": self.hidden} | {f"{part}.{layer}.{place}": array for part, places in parts.items()
+                                          for place, arrays in places.items() for layer, array in arrays.items()}
 
     def write(self, path: Path) -> None:
         from safetensors.numpy import save_file
@@ -157,12 +162,12 @@ class WidthScores:
     def read(cls, path: Path) -> WidthScores:
         """What `write` wrote. Raises CorruptArtifact."""
         arrays, about = _read_arrays(path, _AGAIN)
-        layers: dict[str, dict[int, np.ndarray]] = {}
+        parts: dict[str, dict[str, dict[int, np.ndarray]]] = {"layers": {}, "stderr": {}, "load": {}}
         with reading(path, hint=_AGAIN):
             for name in sorted(arrays.keys() - {"hidden"}):
-                _, layer, place = name.split(".")
-                layers.setdefault(place, {})[int(layer)] = arrays[name]
-            return cls(arrays["hidden"], layers, int(about.get("samples", 0)))
+                part, layer, place = name.split(".")
+                parts[part].setdefault(place, {})[int(layer)] = arrays[name]
+            return cls(arrays["hidden"], samples=int(about.get("samples", 0)), **parts)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from minipuzzle.models.module import HybridLM
+from minipuzzle.models.module import HybridLM, Part
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.weights import ModelFolder, held
 
@@ -30,10 +30,15 @@ def shard(model: HybridLM, ranks: Ranks, compute: torch.dtype | None = None,
     """
     mesh = mesh or init_device_mesh(ranks.device.type, (ranks.size,))
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute and torch.float32)
-    blocks = [fully_shard(block, mesh=mesh, mp_policy=policy) for block in model.blocks]
+    # what is not trained is small, and must not be rounded: every process keeps it whole
+    fixed = {part.weights()[n] for part in model.modules() if isinstance(part, Part) for n in part.fixed}
+    for p in fixed:
+        p.data = p.data if p.is_meta else p.data.to(ranks.device)
+    blocks = [fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=fixed) for block in model.blocks]
     fully_shard(model.embedding, mesh=mesh, mp_policy=policy).set_unshard_in_backward(False)
     fully_shard(model.lm_head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # the last norm
+    # the last norm
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=fixed)
     for block, after in pairwise(blocks):
         block.set_modules_to_forward_prefetch([after])
 
@@ -53,7 +58,8 @@ def read_sharded(folder: ModelFolder, ranks: Ranks, dtype: torch.dtype | None = 
     empty = {n: torch.empty(shapes[n], dtype=stored[n], device="meta") for n in shapes}
     like = {n: held(t, compute or stored[n]) if dtype is None else t.to(dtype) for n, t in empty.items()}
     model = HybridLM(arch.family, arch, like)
-    model.requires_grad_(dtype is not None)
+    if dtype is None:
+        model.requires_grad_(False)
     shard(model, ranks, None if dtype is None else compute)
     model.to_empty(device=ranks.device)
     with ranks.together(), torch.no_grad():

@@ -31,7 +31,7 @@ from minipuzzle.core.errors import CorruptArtifact, InputError, ResourceError, U
 from minipuzzle.core.files import open_tensors, read_json
 from minipuzzle.engines import formats
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.base import numbered
+from minipuzzle.families.base import is_stacked, length, numbered
 from minipuzzle.models.forward import block, final_norm
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import ModelFolder, write_model
@@ -107,10 +107,10 @@ def _matrices(arch: Architecture) -> dict[str, _Matrix]:
         kind, prefix = arch.family.kinds[letter], arch.family.layer_prefix(layer)
         gates = {start + name for start, mixer in kind.mixers.items() for name in mixer.unquantised}
         for name, dims in arch.layer_weights(layer).items():
-            if len(dims) == 2 and name not in gates:
+            if len(dims) == 2 + is_stacked(name) and name not in gates:
                 own = re.sub(r"\{\w+\}\.(\w+)\.weight$", r"\1_weight_quantizers*", name)
                 own = prefix.split(".", 1)[-1] + re.sub(r"\.weight$", ".weight_quantizer", own)
-                out |= dict.fromkeys((prefix + n for n in numbered(name, arch.sizes(layer))),
+                out |= dict.fromkeys((prefix + n for n in numbered(name, length(dims[0], arch.sizes(layer)))),
                                      _Matrix(kind.name, layer, own))
     return out
 
@@ -124,7 +124,7 @@ def make_plan(arch: Architecture, precision: str, kv_precision: str = "bf16",
         InputError: nothing is left.
         UnsupportedModel: rows that the format cannot hold.
     """
-    shapes = arch.shapes()
+    shapes = arch.shapes_on_disk()
     found = {name: m.quantiser for name, m in _matrices(arch).items()
              if m.kind not in keep_16bit and keep_ends <= m.layer < arch.num_layers - keep_ends}
     if not found:
@@ -240,7 +240,7 @@ def write(stock: Any, plan: Plan, folder: ModelFolder, out: Path) -> dict[str, A
         export_hf_checkpoint(stock, dtype=torch.float32, export_dir=scratch)
         about = read_json(Path(scratch) / "hf_quant_config.json")
         engine = read_json(Path(scratch) / "config.json")["quantization_config"]
-        kept = [name.removesuffix(".weight") for name, shape in folder.arch.shapes().items()
+        kept = [name.removesuffix(".weight") for name, shape in folder.arch.shapes_on_disk().items()
                 if len(shape) > 1 and name not in plan.weights]
         about["quantization"]["exclude_modules"] = engine["ignore"] = kept
         config = {k: v for k, v in folder.config.items() if k != "quantization_config"}
@@ -256,7 +256,7 @@ def _tensors(exported: Path, plan: Plan, folder: ModelFolder) -> Iterator[tuple[
     places = {name: file for file in sorted(exported.glob("*.safetensors")) for name in _names(file)}
     small = small_dtype(folder)
     dtypes = folder.dtypes(tuple(range(folder.arch.num_layers)))
-    for name, shape in folder.arch.shapes().items():
+    for name, shape in folder.arch.shapes_on_disk().items():
         base = name.removesuffix("weight")
         if name not in plan.weights:
             yield name, _read(places, name).reshape(shape).to(dtypes[name])
@@ -314,7 +314,7 @@ def open_quantised(path: Path, device: torch.device | str = "cpu") -> Quantised:
     for file in sorted(path.glob("*.safetensors")):
         with open_tensors(file) as shard:
             tensors |= {name: shard.get_tensor(name).to(device) for name in shard.keys()}  # noqa: SIM118
-    shapes, named, parts = arch.shapes(), dict[str, torch.Tensor](), dict[int, dict[str, torch.Tensor]]()
+    shapes, named, parts = arch.shapes_on_disk(), dict[str, torch.Tensor](), dict[int, dict[str, torch.Tensor]]()
     sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
     for name, shape in shapes.items():
         base = name.removesuffix("weight")
@@ -330,7 +330,9 @@ def open_quantised(path: Path, device: torch.device | str = "cpu") -> Quantised:
             parts[id(weight)] = beside
     if tensors:
         raise CorruptArtifact(f"{path} has unknown weights, first {sorted(tensors)[0]}")
-    return Quantised(Model.build(arch.family, arch, named.items()), parts, sizes)
+    stacked = ((name, torch.stack([named[part] for part in numbered(name, shape[0])]) if is_stacked(name) else
+                named[name]) for name, shape in arch.shapes().items())
+    return Quantised(Model.build(arch.family, arch, stacked), parts, sizes)
 
 
 @torch.no_grad()
@@ -369,7 +371,7 @@ def size_report(arch: Architecture, plan: Plan, workload: Workload, written: Map
     kinds = top | {name: m.kind for name, m in _matrices(arch).items()}
     buffers = tuple(start + name for k in set(arch.pattern)
                     for start, m in arch.family.kinds[k].mixers.items() for name in m.buffers)
-    for name, shape in arch.shapes().items():
+    for name, shape in arch.shapes_on_disk().items():
         count, base = math.prod(shape), name.removesuffix("weight")
         own = Fraction(written[name] + sum(written.get(base + part, 0) for part in formats.COMPANIONS))
         low = name in kinds and kinds[name] not in workload.keep_16bit

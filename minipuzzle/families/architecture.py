@@ -13,7 +13,7 @@ from typing import Any
 
 from minipuzzle.core.errors import UnsupportedModel
 from minipuzzle.families import registry
-from minipuzzle.families.base import HIDDEN, Config, Dims, Family, Sizes, length, numbered
+from minipuzzle.families.base import HIDDEN, Axis, Config, Dims, Family, Sizes, is_stacked, length, numbered
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Architecture:
 
     `ffn_size` is one number, or one for each layer that has it, in order. `mtp_pattern` are the
     multi-token-prediction depths, joined by `/`: no part of the layers. The sizes of experts are
-    those of every MoE layer; without one they are 0.
+    those of every MoE layer; without one they are 0. Its router takes the best `router_groups_used`
+    of `router_groups` groups.
 
     Raises:
         UnsupportedModel: no such family or kind of layer, sizes that do not divide.
@@ -50,7 +51,11 @@ class Architecture:
     experts_per_token: int = 0
     moe_ffn_size: int = 0
     shared_ffn_size: int = 0
-    moe_latent_size: int | None = None
+    moe_latent_size: int = 0
+    router_groups: int = 1
+    router_groups_used: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
     mtp_pattern: str = ""
     tie_word_embeddings: bool = False
 
@@ -95,16 +100,33 @@ class Architecture:
         for all of them."""
         pattern = "".join(self.pattern[i] for i in layers)
         kinds = self.family.kinds
-        used = frozenset[str]().union(*(kinds[k].axes for k in pattern))
+        used = frozenset[str]().union(*(kinds[k].axes | kinds[k].own_settings for k in pattern))
+        owned = frozenset[str]().union(*(kind.own_settings for kind in kinds.values()))
         changes: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, tuple):
                 changes[field.name] = tuple(self.sizes(i)[field.name] for i in layers
                                             if field.name in kinds[self.pattern[i]].axes)
-            elif field.name in self.family.axes and field.name not in used and field.default in (0, None):
+            elif field.name not in used and (field.name in owned or (field.name in self.family.axes
+                                             and field.default == 0)):
                 changes[field.name] = field.default  # of a kind of layer that is gone
         return dataclasses.replace(self, pattern=pattern, mtp_pattern="", **changes)
+
+    # what a search may choose
+    # ----------------------------------------------------------------------------------
+
+    @property
+    def drops(self) -> dict[str, str]:
+        """Those of `Family.drops` whose kinds of layers this model has sizes for."""
+        kinds = self.family.kinds
+        return {name: unit for name, unit in self.family.drops.items()
+                if all(kinds[letter].has_sizes(vars(self)) for letter in unit)}
+
+    @property
+    def widths(self) -> dict[str, Axis]:
+        """Those of `Family.widths` that this model has."""
+        return {name: axis for name, axis in self.family.widths.items() if vars(self)[name]}
 
     # sizes
     # -----------------------------------------------------------------------------------------
@@ -144,19 +166,30 @@ class Architecture:
         return table if self.tie_word_embeddings else table | {family.head_name: ("vocab_size", HIDDEN)}
 
     def layer_weights(self, layer: int) -> dict[str, Dims]:
-        """Name inside the layer -> dimensions."""
+        """Name inside the layer -> dimensions in memory."""
         return dict(self.family.kinds[self.pattern[layer]].weights(vars(self)))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name on disk -> shape, for the whole model: what a checkpoint must hold, no more, no
+        """Name -> shape in memory, for the whole model: what a checkpoint must hold, no more, no
         less."""
         sizes = self.sizes()
         out = {name: tuple(length(d, sizes) for d in dims) for name, dims in self.top_weights().items()}
         for i in range(self.num_layers):
             sizes, prefix = self.sizes(i), self.family.layer_prefix(i)
-            for name, dims in self.layer_weights(i).items():
-                out |= dict.fromkeys((prefix + n for n in numbered(name, sizes)), tuple(length(d, sizes) for d in dims))
+            out |= {prefix + name: tuple(length(d, sizes) for d in dims)
+                    for name, dims in self.layer_weights(i).items()}
         return out
+
+    def shapes_on_disk(self) -> dict[str, tuple[int, ...]]:
+        """The same with the parts of what is stacked, as checkpoints have them."""
+        return {part: shape[1:] if is_stacked(name) else shape for name, shape in self.shapes().items()
+                for part in numbered(name, shape[0])}
+
+    @property
+    def buffers(self) -> set[str]:
+        """Names of the weights that are no parameters."""
+        return {self.family.layer_prefix(i) + name for i, kind in enumerate(self.pattern)
+                for name in self.family.kinds[kind].buffers}
 
     def __str__(self) -> str:
         family = self.family
@@ -215,6 +248,8 @@ class Architecture:
             if kind.refuse and letter in self.pattern:
                 return (f"{self.pattern.count(letter)} of the {self.num_layers} layers are {kind.label} ({letter}): "
                         f"{kind.refuse}; {registry.supported()}")
+            if letter in self.pattern and (broken := kind.broken_limit(vars(self))):
+                return f"the {kind.label} layers cannot be computed: {broken}"
         return ""
 
     def check_prunable(self, config: Config) -> None:

@@ -12,7 +12,7 @@ written as text:
 The shapes that a checkpoint must have, the index lists of a cut (families/selection.py) and every
 cost (families/cost.py) follow from this table. `a|b` is axis a, or b in a model where a is 0. A
 name such as `experts.{num_experts}.up_proj.weight` stands for one weight for each index of that
-axis.
+axis: on disk they lie apart, in memory they are one tensor with that axis first.
 
 docs/adding-a-family.md walks through a family of one's own.
 """
@@ -105,14 +105,20 @@ class Mixer:
 
     name: str  # of the function in families/mixers.py
     weights: Mapping[str, Dims]
-    writes: tuple[str, str]  # the matrix that writes to the stream, and the probe's place of its input
-    reads: tuple[str, ...]  # the matrices that read the norm's output
+    # (a matrix that writes to the stream, the probe's place of its input)
+    writes: tuple[tuple[str, str], ...]
+    reads: tuple[str, ...]  # matrices that read the norm's output, those of them that the model has
     # settings of the architecture, with spaces between them -> weights that are there if all are
     # set
     when: Mapping[str, Mapping[str, Dims]] = field(default_factory=dict)
     scores: Mapping[str, Dims] = field(default_factory=dict)  # probe's place -> the axes that are scored there
+    # places of them that not every token comes to, and that give [B, 3, C] of each sample: a sum over
+    # the tokens that came, how many came, how many there are
+    routed: frozenset[str] = frozenset()
     unquantised: tuple[str, ...] = ()  # matrices that stay at 16 bit at every precision
-    buffers: tuple[str, ...] = ()  # weights that transformers does not count as parameters
+    buffers: tuple[str, ...] = ()  # weights that transformers does not count as parameters, and nothing trains
+    settings: tuple[str, ...] = ()  # fields of the architecture, no axes, that no other mixer reads
+    limits: tuple[tuple[str, str], ...] = ()  # dimensions of which the first is at most the second
     active: Mapping[str, str] = field(default_factory=dict)  # axis in a weight's name -> how many of it a token uses
     # costs of a layer, as dimensions
     widest: str = "0"  # numbers that are held for a token at the widest place
@@ -145,21 +151,36 @@ class Kind:
             names |= set(mixer.active.values())
         return frozenset(names)
 
+    def has_sizes(self, sizes: Sizes) -> bool:
+        """Whether no axis of the weights that it always has is 0."""
+        return all(sizes[axis] for m in self.mixers.values() for name, dims in m.weights.items()
+                   for dim in (*dims, *_PLACEHOLDER.findall(name)) if "|" not in dim for axis in axes_of(dim))
+
     @cached_property
     def places(self) -> dict[str, Dims]:
         """Probe's place -> the axes that are scored there."""
         return {place: axes for mixer in self.mixers.values() for place, axes in mixer.scores.items()}
 
-    @cached_property
-    def reads(self) -> dict[str, tuple[str, ...]]:
-        """The norm of the stream -> the matrices that read its output."""
-        return {self.norm[0]: tuple(prefix + name for prefix, m in self.mixers.items() for name in m.reads)}
+    def scored(self, sizes: Sizes) -> dict[str, Dims]:
+        """Those of them that a model has."""
+        return {place: axes for place, axes in self.places.items() if all(sizes[axis] for axis in axes)}
 
     @cached_property
-    def writes(self) -> tuple[tuple[str, str], ...]:
-        """(a matrix that writes to the stream, the probe's place of its input), one for each
-        mixer."""
-        return tuple((prefix + m.writes[0], m.writes[1]) for prefix, m in self.mixers.items())
+    def routed(self) -> frozenset[str]:
+        """Places that not every token comes to: see Mixer."""
+        return frozenset[str]().union(*(mixer.routed for mixer in self.mixers.values()))
+
+    def reads(self, sizes: Sizes) -> dict[str, tuple[str, ...]]:
+        """The norm of the stream -> the matrices that read its output."""
+        table = self.weights(sizes)
+        names = [prefix + name for prefix, m in self.mixers.items() for name in m.reads]
+        return {self.norm[0]: tuple(name for name in names if name in table and table[name][-1] == HIDDEN)}
+
+    def writes(self, sizes: Sizes) -> tuple[tuple[str, str], ...]:
+        """(a matrix that writes to the stream, the probe's place of its input)."""
+        table = self.weights(sizes)
+        found = [(prefix + name, place) for prefix, m in self.mixers.items() for name, place in m.writes]
+        return tuple((name, place) for name, place in found if name in table)
 
     @cached_property
     def has_cache(self) -> bool:
@@ -169,10 +190,29 @@ class Kind:
     def has_state(self) -> bool:
         return any(mixer.state != "0" for mixer in self.mixers.values())
 
+    @cached_property
+    def buffers(self) -> frozenset[str]:
+        """Weights that are no parameters."""
+        return frozenset(prefix + name for prefix, m in self.mixers.items() for name in m.buffers)
+
+    @cached_property
+    def own_settings(self) -> frozenset[str]:
+        """Fields of the architecture, no axes, that no other kind reads."""
+        return frozenset(name for mixer in self.mixers.values() for name in mixer.settings)
+
+    def broken_limit(self, sizes: Sizes) -> str:
+        """Which of its limits these sizes break, in words; "" if none."""
+        for mixer in self.mixers.values():
+            for small, large in mixer.limits:
+                values = evaluate(terms(small), sizes), evaluate(terms(large), sizes)
+                if values[0] > values[1]:
+                    return f"{small} ({values[0]}) is more than {large} ({values[1]})"
+        return ""
+
     def writer_inputs(self, sizes: Sizes) -> int:
         """Inputs of the matrices that write to the stream, together."""
         table = self.weights(sizes)
-        return sum(length(table[name][1], sizes) for name, _ in self.writes)
+        return sum(length(table[name][1], sizes) for name, _ in self.writes(sizes))
 
     @cached_property
     def _settings(self) -> tuple[str, ...]:
@@ -189,7 +229,7 @@ class Kind:
         return frozenset(name for name in self._settings if is_set(sizes[name]))
 
     def weights(self, sizes: Sizes) -> Mapping[str, Dims]:
-        """Name inside the layer -> dimensions."""
+        """Name inside the layer -> dimensions in memory."""
         return _weights(self, self.settings(sizes))
 
     def amount(self, what: str, sizes: Sizes) -> Any:
@@ -218,7 +258,8 @@ def _mixer_weights(mixer: Mixer, settings: frozenset[str]) -> dict[str, Dims]:
 def _weights(kind: Kind, settings: frozenset[str]) -> Mapping[str, Dims]:
     out: dict[str, Dims] = dict.fromkeys(kind.norm, (HIDDEN,))
     for prefix, mixer in kind.mixers.items():
-        out |= {prefix + name: dims for name, dims in _mixer_weights(mixer, settings).items()}
+        out |= {prefix + name: (*_PLACEHOLDER.findall(name), *dims)
+                for name, dims in _mixer_weights(mixer, settings).items()}
     return out
 
 
@@ -257,6 +298,7 @@ class Axis:
     text: str = ""  # in the sentence that describes an architecture
     groups: str = ""  # axis: so many equal groups, each of which keeps the same number
     per_group: int = 1  # least that a group keeps
+    each: str = ""  # axis: every index of it keeps as many, its own
     rounding: Callable[[int], int] = coarse  # of the parent's size -> what relative values are multiples of
     per_layer: bool = False  # layers may differ
     fixed: str = ""  # why it cannot be cut
@@ -314,6 +356,10 @@ class Family:
     # names
     # ------------------------------------------------------------------------------------------
 
+    def decided(self, axes: Dims) -> Dims:
+        """The axes that the scores of a place decide, where it is scored along `axes`."""
+        return axes[-1:] if self.axes[axes[-1]].each else axes
+
     def top_readers(self) -> dict[str, tuple[str, ...]]:
         """The norm outside the layers -> the matrices that read its output."""
         return {self.norm_names[0]: (self.head_name,)}
@@ -335,7 +381,12 @@ class Family:
                                        f"{values[axis.groups]}")
 
 
-def numbered(name: str, sizes: Sizes) -> list[str]:
-    """The names that one with an axis in it stands for; any other is itself."""
+def is_stacked(name: str) -> bool:
+    """Whether it is one tensor in memory and many on disk."""
+    return _PLACEHOLDER.search(name) is not None
+
+
+def numbered(name: str, count: int) -> list[str]:
+    """The names on disk of a stacked weight; any other is itself."""
     axis = _PLACEHOLDER.search(name)
-    return [name] if axis is None else [name.replace(axis[0], str(i)) for i in range(sizes[axis[1]])]
+    return [name] if axis is None else [name.replace(axis[0], str(i)) for i in range(count)]

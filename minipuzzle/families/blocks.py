@@ -4,7 +4,8 @@ Names are those of families/mixers.py, which computes them. Sizes:
 
     Mamba-2     I = heads x channels (z, x, the gated norm, out_proj), G groups, N state
     attention   Q = heads x head_dim, KV = KV heads x head_dim
-    MoE         E routed experts of width F, k of them for a token, one shared expert, latent size L (or hidden)
+    MoE         E routed experts of width F in contiguous groups, k of them for a token, one shared expert,
+                latent size L (or hidden)
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MAMBA2 = Mixer(
     when={"conv_bias": {"conv1d.bias": (_CONV,)},
           "use_bias": {"in_proj.bias": (_IN,), "out_proj.bias": (HIDDEN,)}},
     reads=("in_proj.weight",),
-    writes=("out_proj.weight", "mamba_out"),
+    writes=(("out_proj.weight", "mamba_out"),),
     scores={"mamba": ("mamba_num_heads", "mamba_head_dim")},
     widest=_IN,
     state=f"{_I} * state_size",
@@ -48,7 +49,7 @@ ATTENTION = Mixer(
     when={"attention_bias": {"q_proj.bias": (_Q,), "k_proj.bias": (_KV,), "v_proj.bias": (_KV,),
                              "o_proj.bias": (HIDDEN,)}},
     reads=("q_proj.weight", "k_proj.weight", "v_proj.weight"),
-    writes=("o_proj.weight", "attention_out"),
+    writes=(("o_proj.weight", "attention_out"),),
     widest=f"{_Q} + 2 * {_KV}",
     cache=f"2 * {_KV}",
     attends=f"2 * {_Q}",
@@ -59,7 +60,7 @@ FFN = Mixer(
     weights={"up_proj.weight": ("ffn_size", HIDDEN), "down_proj.weight": (HIDDEN, "ffn_size")},
     when={"mlp_bias": {"up_proj.bias": ("ffn_size",), "down_proj.bias": (HIDDEN,)}},
     reads=("up_proj.weight",),
-    writes=("down_proj.weight", "ffn"),
+    writes=(("down_proj.weight", "ffn"),),
     scores={"ffn": ("ffn_size",)},
     widest="ffn_size",
 )
@@ -81,11 +82,20 @@ MOE = Mixer(
                        "shared_experts.down_proj.bias": (HIDDEN,)},  # routed experts have none
           "mlp_bias moe_latent_size": {"fc1_latent_proj.bias": ("moe_latent_size",),
                                        "fc2_latent_proj.bias": (HIDDEN,)}},
-    reads=("gate.weight", "shared_experts.up_proj.weight"),
-    writes=("shared_experts.down_proj.weight", "moe_shared"),
+    reads=("gate.weight", "shared_experts.up_proj.weight", "fc1_latent_proj.weight",
+           "experts.{num_experts}.up_proj.weight"),
+    # the routed experts write too, but no one matrix: a refit leaves them as they are
+    writes=(("shared_experts.down_proj.weight", "moe_shared"), ("fc2_latent_proj.weight", "moe_latent")),
+    scores={"moe_experts": ("num_experts",), "moe_neurons": ("num_experts", "moe_ffn_size"),
+            "moe_shared": ("shared_ffn_size",), "moe_latent": ("moe_latent_size",)},
+    routed=frozenset({"moe_experts"}),
     # the gate is small and decides which experts run: quantisers leave it alone
     unquantised=("gate.weight",),
     buffers=("gate.e_score_correction_bias",),
+    settings=("router_groups", "router_groups_used", "norm_topk_prob", "routed_scaling_factor"),
+    # the router takes the best two of each group to choose groups
+    limits=(("router_groups_used", "router_groups"), ("2 * router_groups", "num_experts"),
+            ("experts_per_token * router_groups", "num_experts * router_groups_used")),
     active={"num_experts": "experts_per_token"},
     widest=f"experts_per_token * {_L} + experts_per_token * moe_ffn_size + shared_ffn_size",
 )

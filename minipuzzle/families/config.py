@@ -6,6 +6,8 @@ All raise UnsupportedModel.
 
 from __future__ import annotations
 
+import math
+
 from minipuzzle.core.errors import UnsupportedModel
 from minipuzzle.families.base import Config
 
@@ -32,6 +34,13 @@ def epsilon(config: Config, key: str) -> float:
     value = 1e-5 if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise UnsupportedModel(f"config.json: {key} is {shown(value)}, not a number of 0 to 1")
+    return float(value)
+
+
+def number(config: Config, default: float, key: str) -> float:
+    value = default if config.get(key) is None else config[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UnsupportedModel(f"config.json: {key} is {shown(value)}, not a finite number")
     return float(value)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from minipuzzle.core.errors import UnsupportedModel
 from minipuzzle.families import blocks
 from minipuzzle.families.base import Axis, Config, Family, Kind, Sizes
-from minipuzzle.families.config import MOST_LAYERS, epsilon, flag, shown, size, spelled
+from minipuzzle.families.config import MOST_LAYERS, epsilon, flag, number, shown, size, spelled
 
 MAMBA, ATTENTION, FFN, MOE = "M", "*", "-", "E"
 _BLOCK_TYPES = {"mamba": MAMBA, "mamba2": MAMBA, "linear_attention": MAMBA, "attention": ATTENTION,
@@ -37,21 +37,21 @@ _KINDS = (
     Kind(MAMBA, "mamba", "Mamba", {"mixer.": blocks.MAMBA2}),
     Kind(ATTENTION, "attention", "attention", {"mixer.": blocks.ATTENTION}),
     Kind(FFN, "ffn", "FFN", {"mixer.": blocks.FFN}),
-    Kind(MOE, "moe", "MoE", {"mixer.": blocks.MOE}, refuse="they cannot be pruned yet"),
+    Kind(MOE, "moe", "MoE", {"mixer.": blocks.MOE}),
 )
 _AXES = (
     Axis("hidden_size", "hidden size", "hidden", "hidden {hidden_size}"),
     Axis("ffn_size", "FFN width", "FFN", "FFN {ffn_size}", per_layer=True),
     Axis("num_experts", "experts", "experts", "MoE {experts_per_token} of {num_experts} experts of {moe_ffn_size} + "
-         "shared {shared_ffn_size}", per_group=2),
-    Axis("moe_ffn_size", "expert width", "expert"),
+         "shared {shared_ffn_size}", groups="router_groups", per_group=2),
+    Axis("moe_ffn_size", "expert width", "expert", each="num_experts"),
     Axis("shared_ffn_size", "shared expert width", "shared"),
     Axis("moe_latent_size", "MoE latent size", "latent", "latent {moe_latent_size}"),
+    Axis("experts_per_token", "experts of a token", "of a token", rounding=lambda whole: 1),
     # heads stay in their group and every group keeps the same number (arXiv:2504.11409)
     Axis("mamba_num_heads", "Mamba heads", "heads", "Mamba {mamba_num_heads} x {mamba_head_dim}", groups="n_groups"),
     Axis("mamba_head_dim", "Mamba head channels", "channels",
          rounding=lambda whole: 8 if whole >= 32 else 4 if whole >= 16 else 2),
-    Axis("experts_per_token", "experts of a token", fixed=_NOT_YET),
     Axis("num_attention_heads", "attention heads", groups="num_key_value_heads", fixed=_NOT_YET),
     Axis("num_key_value_heads", "KV heads", fixed=_NOT_YET),
     Axis("head_dim", "attention head size", fixed=_NOT_YET),
@@ -61,9 +61,10 @@ _AXES = (
 )
 # What `save_pretrained` adds to a dense model, and what makes other readers take it for another.
 _MOE_KEYS = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",
-             "routed_scaling_factor", "output_router_logits", "num_nextn_predict_layers")
-_DROPPED_KEYS = (*_MOE_KEYS, "layers_block_type", "layer_types", "time_step_limit", "mamba_dt_limit", "mamba_dt_min",
-                 "auto_map", "_provenance", "use_mamba_kernels", "_name_or_path", "dtype")
+             "routed_scaling_factor", "output_router_logits")
+_DROPPED_KEYS = ("layers_block_type", "layer_types", "time_step_limit", "mamba_dt_limit", "mamba_dt_min",
+                 "auto_map", "_provenance", "use_mamba_kernels", "_name_or_path", "dtype", "num_local_experts",
+                 "num_nextn_predict_layers")
 # The original code and the serving engines do not bound dt. transformers takes `time_step_min` for
 # its lower bound where it reads a prompt. Not 0: an initialiser there takes its logarithm.
 NO_DT_LIMIT = 1e-30
@@ -79,6 +80,14 @@ _FIELDS: dict[str, tuple[int, *tuple[str, ...]]] = {
     "num_key_value_heads": (8, "num_key_value_heads"),
     "head_dim": (128, "head_dim"),
     "conv_kernel": (4, "mamba_d_conv", "conv_kernel"),
+}
+# the same of MoE layers
+_MOE_FIELDS: dict[str, tuple[int, *tuple[str, ...]]] = {
+    "num_experts": (8, "num_local_experts", "n_routed_experts"),
+    "experts_per_token": (2, "num_experts_per_tok"),
+    "moe_ffn_size": (7688, "moe_intermediate_size"),
+    "router_groups": (1, "n_group"),
+    "router_groups_used": (1, "topk_group"),
 }
 
 
@@ -128,13 +137,12 @@ def _read(config: Config) -> Config:
     }
     if MOE in pattern + mtp_pattern:
         shared = size(config, 7688, "moe_shared_expert_intermediate_size", least=0)
-        values |= {
-            "num_experts": size(config, 8, "num_local_experts", "n_routed_experts"),
-            "experts_per_token": size(config, 2, "num_experts_per_tok"),
-            "moe_ffn_size": size(config, 7688, "moe_intermediate_size"),
+        values |= {name: size(config, default, *keys) for name, (default, *keys) in _MOE_FIELDS.items()} | {
             # 0 is the FFN's own width, in transformers
             "shared_ffn_size": shared or size({"intermediate_size": ffn_size}, 0, "intermediate_size"),
-            "moe_latent_size": size(config, 0, "moe_latent_size", least=0) or None,
+            "moe_latent_size": size(config, 0, "moe_latent_size", least=0),
+            "norm_topk_prob": flag(config, True, "norm_topk_prob"),
+            "routed_scaling_factor": number(config, 1.0, "routed_scaling_factor"),
         }
         experts, used = values["num_experts"], values["experts_per_token"]
         if used > experts:
@@ -168,13 +176,16 @@ def _write(values: Sizes, parent: Config) -> Config:
     """The parent's config.json with these sizes, in the spelling that all engines read.
 
     `time_step_min` is for equal logits in transformers, `d_head` for llama.cpp's converter, which
-    wants a Mamba inner size that it divides and else takes 64. Left out: the layer list, MoE and
-    MTP keys of a dense model, infinities, remote code. (docs/method.md)
+    wants a Mamba inner size that it divides and else takes 64. Left out: the layer list, MoE keys
+    of a dense model, MTP, infinities, remote code. (docs/method.md)
 
     Raises:
         UnsupportedModel: FFN widths that differ.
     """
-    out = {k: v for k, v in parent.items() if k not in _DROPPED_KEYS and not k.startswith(("moe_", "mtp_"))}
+    moe = MOE in values["pattern"]
+    dropped = _DROPPED_KEYS if moe else (*_DROPPED_KEYS, *_MOE_KEYS)
+    out = {k: v for k, v in parent.items()
+           if k not in dropped and not k.startswith("mtp_") and (moe or not k.startswith("moe_"))}
     ffn = values["ffn_size"]
     if isinstance(ffn, tuple):
         if len(set(ffn)) > 1:
@@ -184,6 +195,11 @@ def _write(values: Sizes, parent: Config) -> Config:
             "hybrid_override_pattern": values["pattern"], "num_hidden_layers": len(values["pattern"]),
             "intermediate_size": ffn, "d_head": values["mamba_head_dim"], "time_step_min": NO_DT_LIMIT}
     out |= {keys[-1]: values[name] for name, (_, *keys) in _FIELDS.items()}
+    if moe:
+        out |= {keys[-1]: values[name] for name, (_, *keys) in _MOE_FIELDS.items()}
+        out |= {"moe_shared_expert_intermediate_size": values["shared_ffn_size"],
+                "moe_latent_size": values["moe_latent_size"] or None, "num_nextn_predict_layers": 0,
+                "norm_topk_prob": values["norm_topk_prob"], "routed_scaling_factor": values["routed_scaling_factor"]}
     if "attention_head_dim" in out:
         out["attention_head_dim"] = values["head_dim"]
     dtype = parent.get("dtype", parent.get("torch_dtype"))
@@ -196,6 +212,9 @@ def _rename(name: str) -> str:
     if name.startswith("mtp."):
         return ""
     name = "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
+    if name.endswith((".experts.up_proj", ".experts.down_proj")):  # stacked, as transformers has them in memory
+        first, last = name.rsplit(".", 1)
+        name = f"{first}.{{num_experts}}.{last}.weight"
     return "backbone.embeddings.weight" if name == "backbone.embedding.weight" else name
 
 

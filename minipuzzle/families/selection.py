@@ -18,7 +18,9 @@ from minipuzzle.core.scores import WidthScores
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import HIDDEN, Family, Sizes, terms
 
-Indices = Mapping[str, np.ndarray]  # axis -> what is kept of it, ascending; an axis left out is whole
+# axis -> what is kept of it, ascending; an axis left out is whole. Of an axis with `each`, a row for
+# each of the parent's indices along that
+Indices = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ def choose(scores: np.ndarray, keep: Sequence[int], groups: Sequence[int]) -> tu
 
 
 def choose_place(family: Family, axes: Sequence[str], scores: np.ndarray, sizes: Sizes) -> tuple[np.ndarray, ...]:
-    """What a place with these axes keeps at `sizes`."""
+    """What a place with these axes keeps at `sizes`, of each of `Family.decided`."""
+    if family.axes[axes[-1]].each:
+        return (np.stack([top(row, sizes[axes[-1]]) for row in scores]),)
     groups = [family.axes[a].groups for a in axes]
     return choose(scores, [sizes[a] for a in axes], [sizes[g] if g else 1 for g in groups])
 
@@ -76,12 +80,13 @@ def select(parent: Architecture, target: Architecture, kept_layers: tuple[int, .
         stream = {} if scores is None else {HIDDEN: top(scores.hidden, target.hidden_size)}
     for new, old in enumerate(kept_layers):
         before, after = parent.sizes(old), target.sizes(new)
-        for place, axes in parent.family.kinds[parent.pattern[old]].places.items():
-            smaller = [a for a in axes if after[a] < before[a]]
+        for place, axes in parent.family.kinds[parent.pattern[old]].scored(before).items():
+            decided = parent.family.decided(axes)
+            smaller = [a for a in decided if after[a] < before[a]]
             cut |= set(smaller)
             if smaller and scores is not None:
                 kept = choose_place(parent.family, axes, scores.layers[place][old], after)
-                layers.setdefault(old, {}).update(zip(axes, kept, strict=True))
+                layers.setdefault(old, {}).update(zip(decided, kept, strict=True))
     if cut and scores is None:
         names = [name for name in parent.family.axes if name in cut]
         raise InputError(f"cutting {', '.join(names)} needs width scores; make them with 'minipuzzle score'")
@@ -89,7 +94,9 @@ def select(parent: Architecture, target: Architecture, kept_layers: tuple[int, .
 
 
 def positions(dim: str, sizes: Sizes, kept: Indices) -> np.ndarray | None:
-    """The kept places along a dimension of the parent; None: all."""
+    """The kept places along a dimension of the parent; None: all. Rows of them as in `kept`."""
+    if dim in kept and kept[dim].ndim > 1:
+        return kept[dim]
     parts = terms(dim)
     if not any(axis in kept for _, names in parts for axis in names):
         return None

@@ -28,7 +28,7 @@ _METRICS = METRICS[:4]
 def measure_curves(cuts: Cuts, widths: Mapping[str, tuple[int, ...]], run: Pass) -> WidthCurves:
     """Damage of each axis at each of `widths[axis]` (the parent's own is left out: it is 0)."""
     arch = cuts.source.arch
-    points = [(axis, width) for axis in arch.family.widths for width in sorted(widths.get(axis, ()))
+    points = [(axis, width) for axis in arch.widths for width in sorted(widths.get(axis, ()))
               if width != getattr(arch, axis)]
     every = tuple(range(arch.num_layers))
     return WidthCurves(measure_cuts(cuts, [({"axis": axis, "width": width}, _with(arch, axis, width), every)

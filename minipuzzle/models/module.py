@@ -23,17 +23,19 @@ from minipuzzle.models import forward
 
 
 class Part(nn.Module):
-    """Some weights by name on disk. `compute`: the dtype that they are computed with; None: their
-    own. `rounded`: what (name, weight) is before that, in quantisation-aware training."""
+    """Some weights by name. `compute`: the dtype that they are computed with; None: their own.
+    `rounded`: what (name, weight) is before that, in quantisation-aware training. Those in `fixed`
+    are not trained and stay as they are."""
 
     compute: torch.dtype | None = None
     rounded: Callable[[str, torch.Tensor], torch.Tensor] | None = None
 
-    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, torch.Tensor], fixed: frozenset[str] = frozenset()) -> None:
         super().__init__()
+        self.fixed = fixed
         self.names = {name.replace(".", "_"): name for name in weights}
         for attribute, name in self.names.items():
-            self.register_parameter(attribute, nn.Parameter(weights[name]))
+            self.register_parameter(attribute, nn.Parameter(weights[name], requires_grad=name not in fixed))
 
     def weights(self) -> dict[str, nn.Parameter]:
         return {name: getattr(self, attribute) for attribute, name in self.names.items()}
@@ -41,7 +43,7 @@ class Part(nn.Module):
     def cast(self) -> dict[str, torch.Tensor]:
         """The weights as they are computed with."""
         used = {name: self.rounded(name, p) if self.rounded else p for name, p in self.weights().items()}
-        return {name: p.to(self.compute or p.dtype) for name, p in used.items()}
+        return {name: p if name in self.fixed else p.to(self.compute or p.dtype) for name, p in used.items()}
 
 
 class Block(Part):
@@ -55,7 +57,7 @@ class Block(Part):
     recompute = False
 
     def __init__(self, arch: Architecture, kind: str, weights: Mapping[str, torch.Tensor]) -> None:
-        super().__init__(weights)
+        super().__init__(weights, arch.family.kinds[kind].buffers)
         self.arch, self.kind = arch, kind
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:

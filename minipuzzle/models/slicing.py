@@ -25,10 +25,16 @@ def slice_weights(parent: Architecture, target: Architecture, selection: Selecti
     before, after, kept = parent.sizes(layer), target.sizes(place), selection.of(layer)
     out = {}
     for name, tensor in weights.items():
-        for dim, axes in enumerate(table[name]):
+        for dim, axes in reversed(list(enumerate(table[name]))):
             index = positions(axes, before, kept)
-            if index is not None:
-                tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
+            if index is None:
+                continue
+            at = torch.from_numpy(index).to(tensor.device)
+            if index.ndim == 1:
+                tensor = tensor.index_select(dim, at)
+            else:  # each of the first dimension, which is cut last, keeps its own
+                at = at.view(len(at), *(-1 if d == dim else 1 for d in range(1, tensor.ndim)))
+                tensor = tensor.take_along_dim(at, dim)
         wanted = tuple(length(axes, after) for axes in table[name])
         if tuple(tensor.shape) != wanted:
             raise AssertionError(f"{name} of layer {layer} cut to {tuple(tensor.shape)}, but it must be {wanted}")

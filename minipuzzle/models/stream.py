@@ -17,7 +17,7 @@ import torch
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Family
 from minipuzzle.families.mixers import Weights
-from minipuzzle.models.weights import ModelFolder, held
+from minipuzzle.models.weights import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class StreamedModel:
         return self.folder.mapped(self.family.head_name)[start:stop].to(self.device, self.dtype)
 
     def _read(self, name: str) -> torch.Tensor:
-        return held(self.folder.read(name), self.dtype, self.device)
+        return self.folder.read(name, self.dtype, self.device)
 
     def _layer(self, layer: int) -> Weights:
         prefix = self.family.layer_prefix(layer)

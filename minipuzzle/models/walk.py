@@ -303,7 +303,8 @@ def floats_per_sample(arch: Architecture, tokens: int) -> int:
     activation."""
     sizes, kinds = arch.widest(), [arch.family.kinds[k] for k in set(arch.pattern)]
     # a scan holds its input, gate, output and more
-    inside = max(kind.writer_inputs(sizes) * (4 if kind.has_state else 1) for kind in kinds)
+    inside = max(kind.amount("widest", sizes) if kind.routed else
+                 kind.writer_inputs(sizes) * (4 if kind.has_state else 1) for kind in kinds)
     return int(tokens * max(4 * arch.hidden_size, inside) * 4)
 
 

@@ -7,11 +7,12 @@ a truncated shard: all are errors here, before anything is computed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from minipuzzle.core.files import open_tensors, read_json, reading, replace_fold
 from minipuzzle.core.published import read_config
 from minipuzzle.core.rundir import PIECE_BYTES, PIECES, sampled_hash
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.base import Family
+from minipuzzle.families.base import Family, is_stacked, numbered
 
 SHARD_BYTES = 5 * 10**9
 # Copied as they are from parent to result, where they exist.
@@ -38,43 +39,44 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model on disk: its config, and where each weight lies (name -> (file, name in the
-    file))."""
+    """A model on disk: its config, and where each weight lies: name -> (file, name in the file), or
+    one of these for each part of a stacked weight."""
 
     path: Path
     config: dict[str, Any]
     arch: Architecture
-    files: dict[str, tuple[Path, str]]
+    files: dict[str, list[tuple[Path, str]]]
 
     @property
     def family(self) -> Family:
         return self.arch.family
 
-    def read(self, name: str) -> torch.Tensor:
-        """One weight in the dtype it is stored in.
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
+        """One weight; without `dtype` in the one it is stored in. The parts of one that lies apart
+        are put together where they are wanted, one after another.
 
         Raises:
             CorruptArtifact: it can't be read, or holds NaN or infinity.
         """
-        return self._finite(name, self.mapped(name))
-
-    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        # in pieces: the mask of a whole embedding would be half a gigabyte
-        if not all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.flatten(), 2**22)):
-            raise CorruptArtifact(f"{self.files[name][0]}: {name} holds NaN or infinity; the model cannot be used")
-        return tensor
+        whole: torch.Tensor | None = None
+        for i, (file, stored) in enumerate(self.files[name]):
+            part = _finite(file, stored, _mapped(file, stored))
+            if self.family.rename(stored) == name:  # in one piece
+                return held(part, dtype or part.dtype, device)
+            if whole is None:
+                whole = torch.empty((len(self.files[name]), *part.shape), dtype=dtype or part.dtype, device=device)
+            whole[i] = part
+        assert whole is not None, f"{name} has no parts"
+        return whole
 
     def mapped(self, name: str) -> torch.Tensor:
         """One weight where it lies in its file, mapped into memory: pages come when they are
-        touched. Not checked.
+        touched; of a weight that lies apart the first part. Not checked.
 
         Raises:
             CorruptArtifact: it can't be read.
         """
-        file, stored = self.files[name]
-        with open_tensors(file) as shard:
-            tensor: torch.Tensor = shard.get_tensor(stored)
-        return tensor
+        return _mapped(*self.files[name][0])
 
     def part(self, name: str, where: tuple[slice, ...]) -> torch.Tensor:
         """A slice of one weight; no more of it is read.
@@ -82,14 +84,18 @@ class ModelFolder:
         Raises:
             CorruptArtifact: it can't be read, or the slice holds NaN or infinity.
         """
-        file, stored = self.files[name]
-        with open_tensors(file) as shard:
-            tensor: torch.Tensor = shard.get_slice(stored)[where]
-        return self._finite(name, tensor)
+        def piece(file: Path, stored: str, where: tuple[slice, ...]) -> torch.Tensor:
+            with open_tensors(file) as shard:
+                return _finite(file, stored, shard.get_slice(stored)[where])
+
+        parts = self.files[name]
+        if self.family.rename(parts[0][1]) == name:  # in one piece
+            return piece(*parts[0], where)
+        return torch.stack([piece(*part, where[1:]) for part in parts[where[0]]])
 
     def weights(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-        """All weights by name on disk, `held` for this dtype."""
-        return {name: held(self.read(name), dtype, device) for name in self.files}
+        """All weights by name, `held` for this dtype."""
+        return {name: self.read(name, dtype, device) for name in self.files}
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -105,7 +111,7 @@ class ModelFolder:
             origin |= {family.layer_prefix(new) + n: family.layer_prefix(old) + n for n in self.arch.layer_weights(old)}
         out = {}
         for name, old_name in origin.items():
-            file, stored = self.files[old_name]
+            file, stored = self.files[old_name][0]
             with open_tensors(file) as shard:
                 out[name] = shard.get_slice(stored)[:0].dtype
         return out
@@ -127,8 +133,9 @@ class ModelFolder:
                 raise CorruptArtifact(f"{self.path}: {name} is all zero; the model computes nothing: fetch its weights "
                                       "again")
         for i, letter in enumerate(self.arch.pattern):
-            kind = family.kinds[letter]
-            inside = [name for group in kind.reads.values() for name in group] + [name for name, _ in kind.writes]
+            kind, sizes = family.kinds[letter], self.arch.sizes(i)
+            inside = [name for group in kind.reads(sizes).values() for name in group]
+            inside += [name for name, _ in kind.writes(sizes)]
             names += [family.layer_prefix(i) + name for name in inside]
         zero = [name for name in names if self._is_zero(name)]
         if len(zero) == len(names):
@@ -137,8 +144,7 @@ class ModelFolder:
         return zero
 
     def _is_zero(self, name: str) -> bool:
-        matrix = self.mapped(name)
-        return not matrix[:1].any() and not matrix.any()
+        return not any(matrix[:1].any() or matrix.any() for matrix in (_mapped(*part) for part in self.files[name]))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -159,7 +165,20 @@ class ModelFolder:
 
 
 def _files_of(folder: ModelFolder) -> list[Path]:
-    return sorted({file for file, _ in folder.files.values()})
+    return sorted({file for parts in folder.files.values() for file, _ in parts})
+
+
+def _finite(file: Path, stored: str, tensor: torch.Tensor) -> torch.Tensor:
+    # in pieces: the mask of a whole embedding would be half a gigabyte
+    if not all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.flatten(), 2**22)):
+        raise CorruptArtifact(f"{file}: {stored} holds NaN or infinity; the model cannot be used")
+    return tensor
+
+
+def _mapped(file: Path, stored: str) -> torch.Tensor:
+    with open_tensors(file) as shard:
+        tensor: torch.Tensor = shard.get_tensor(stored)
+    return tensor
 
 
 def held(tensor: torch.Tensor, compute: torch.dtype, device: torch.device | str | None = None) -> torch.Tensor:
@@ -222,11 +241,16 @@ def open_model(path: Path) -> ModelFolder:
                     raise UnsupportedModel(f"{shard}: {name} is {weight.get_dtype()}, not one of "
                                            f"{', '.join(_DTYPES)}; prune the model before it is quantised")
     wanted = arch.shapes()
-    _check_names(path, set(wanted), set(found))
-    for name, shape in wanted.items():
-        if shapes[name] != shape:
-            raise CorruptArtifact(f"{found[name][0]}: {name} is {list(shapes[name])}, config.json says {list(shape)}")
-    return ModelFolder(path, config, arch, {name: found[name] for name in wanted})
+    # a stacked weight may lie apart or, as transformers has it in memory, in one piece
+    names = {name: [name] if name in found else numbered(name, shape[0]) for name, shape in wanted.items()}
+    _check_names(path, {part for parts in names.values() for part in parts}, set(found))
+    for name, parts in names.items():
+        shape = wanted[name] if parts == [name] else wanted[name][1:]
+        for part in parts:
+            if shapes[part] != shape:
+                raise CorruptArtifact(f"{found[part][0]}: {part} is {list(shapes[part])}, config.json says "
+                                      f"{list(shape)}")
+    return ModelFolder(path, config, arch, {name: [found[part] for part in parts] for name, parts in names.items()})
 
 
 def _listed(index: Path) -> set[str]:
@@ -278,6 +302,13 @@ def write_model(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[st
     replace_folder(temporary, folder)
 
 
+def _apart(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parts of a stacked weight, as checkpoints have them; any other as it is."""
+    if not is_stacked(name):
+        return iter([(name, tensor)])
+    return zip(numbered(name, len(tensor)), tensor, strict=True)
+
+
 def _write_files(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]],
                  companions_from: Path | None, shard_bytes: int) -> None:
     shards: list[list[str]] = []
@@ -290,7 +321,7 @@ def _write_files(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[s
         shards.append(list(batch))
         batch, size = {}, 0
 
-    for name, tensor in tensors:
+    for name, tensor in itertools.chain.from_iterable(_apart(name, tensor) for name, tensor in tensors):
         count = tensor.numel() * tensor.element_size()
         if batch and size + count > shard_bytes:
             flush()

@@ -90,9 +90,15 @@ class SpaceSection(_Section):
 
     drop_mamba: Range = [0, "0.5x"]
     drop_ffn: Range = [0, "0.8x"]
+    drop_moe: Range = [0, "0.5x"]
     drop_attention: Range = [0, "0.5x"]
     hidden_size: Range = ["0.625x", "1x", "0.125x"]
     ffn_size: Range = ["0.25x", "1x", "0.125x"]
+    num_experts: Range = ["0.5x", "1x", "0.25x"]
+    moe_ffn_size: Range = ["0.5x", "1x", "0.25x"]
+    shared_ffn_size: Range = ["0.5x", "1x", "0.25x"]
+    moe_latent_size: Range = ["1x", "1x"]
+    experts_per_token: Range = ["1x", "1x"]
     mamba_num_heads: Range = ["0.5x", "1x", "0.25x"]
     mamba_head_dim: Range = ["1x", "1x"]
 

@@ -70,5 +70,7 @@ def _finite(values: Mapping[str, float | None] | None) -> dict[str, float | None
 
 
 def to_frame(candidates: list[Candidate]) -> pd.DataFrame:
-    """One row per candidate, best first."""
-    return pd.DataFrame([c.row() for c in candidates])
+    """One row per candidate, best first, without the axes that none has."""
+    frame = pd.DataFrame([c.row() for c in candidates])
+    widths = candidates[0].architecture.family.widths if candidates else {}
+    return frame.drop(columns=[name for name in widths if not frame[name].astype(bool).any()])

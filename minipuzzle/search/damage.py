@@ -148,7 +148,7 @@ def predict(parent: Architecture, space: Space, scores: LayerScores | None, curv
                          "measures; give --scores, or use search.damage additive")
     known = Damage(()) if scores is None else _of_layers(parent, scores, metric, damage)
     order_L = None if scores is None else scores.order
-    orders = tuple(drop_order(parent, kind, known.values_L, order_L) for kind in parent.family.drops.values())
+    orders = tuple(drop_order(parent, kind, known.values_L, order_L) for kind in parent.drops.values())
     axes = axes_stderr = None
     if curves is not None:
         if metric not in curves.table.columns:

@@ -93,7 +93,7 @@ def _lots(number: np.ndarray, seed: int) -> np.ndarray:
 
 def kept_counts(parent: Architecture, space: Space) -> np.ndarray:
     """[C, K] layers of each kind that stay."""
-    counts_K = np.array([len(parent.layers_of(unit)) for unit in parent.family.drops.values()])
+    counts_K = np.array([len(parent.layers_of(unit)) for unit in parent.drops.values()])
     counts_CK: np.ndarray = counts_K - np.array(list(itertools.product(*space.drops.values())))
     assert counts_CK.min() >= 0, "a space of another parent"
     assert counts_CK.sum(1).min() >= 1, "a point without layers"

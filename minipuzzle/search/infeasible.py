@@ -19,15 +19,15 @@ from minipuzzle.search.space import Space, bounds_of
 
 def shape(parent: Architecture, counts: Sequence[int], widths: Sequence[int]) -> Architecture:
     """An architecture with so many layers of each kind, in any order, for its price only."""
-    units = parent.family.drops.values()
+    units = parent.drops.values()
     pattern = "".join(unit * int(n) for unit, n in zip(units, counts, strict=True))
-    values: dict[str, Any] = dict(zip(parent.family.widths, map(int, widths), strict=True))
+    values: dict[str, Any] = dict(zip(parent.widths, map(int, widths), strict=True))
     return dataclasses.replace(parent, pattern=pattern, **values)
 
 
 def refuse_infeasible(parent: Architecture, space: Space, budget: Budget, workload: Workload) -> None:
     """Raises Infeasible if the smallest architecture of the space breaks the budget."""
-    fewest = [len(parent.layers_of(unit)) - space.drops[name][-1] for name, unit in parent.family.drops.items()]
+    fewest = [len(parent.layers_of(unit)) - space.drops[name][-1] for name, unit in parent.drops.items()]
     smallest = shape(parent, fewest, [values[0] for values in space.widths.values()])
     if budget.exceeded(cost(smallest, workload).to_json()):
         raise infeasible(parent, smallest, budget, workload)
@@ -75,15 +75,15 @@ def _advice(parent: Architecture, smallest: Architecture, budget: Budget, worklo
 
 def _wider(parent: Architecture, smallest: Architecture) -> Iterator[tuple[Architecture, str]]:
     """The smallest architecture with one axis halved, as far as it goes, and how to ask for it."""
-    axes, family = bounds_of(dataclasses.replace(parent, **parent.widest())), parent.family
-    counts = [len(smallest.layers_of(unit)) for unit in family.drops.values()]
-    widths = [smallest.sizes()[name] for name in family.widths]
-    for i, name in enumerate(family.drops):
+    axes = bounds_of(dataclasses.replace(parent, **parent.widest()))
+    counts = [len(smallest.layers_of(unit)) for unit in parent.drops.values()]
+    widths = [smallest.sizes()[name] for name in parent.widths]
+    for i, name in enumerate(parent.drops):
         half = max(axes[name].whole - axes[name].most, -(-counts[i] // 2))
         if half < counts[i]:
             fewer = [*counts[:i], half, *counts[i + 1 :]]
             yield shape(parent, fewer, widths), f"space.{name} up to {axes[name].whole - half}"
-    for i, name in enumerate(family.widths):
+    for i, name in enumerate(parent.widths):
         half = max(axes[name].least, widths[i] // 2 // axes[name].divisor * axes[name].divisor)
         if half < widths[i]:
             yield shape(parent, counts, [*widths[:i], half, *widths[i + 1 :]]), f"space.{name} down to {half}"

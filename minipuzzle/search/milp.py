@@ -99,7 +99,7 @@ def num_architectures(parent: Architecture, space: Space, per_layer: bool) -> in
     ffn, axis = per_layer_width(parent)
     total = math.prod(len(values) for values in space.widths.values())
     own = len(space.widths[axis]) if per_layer else 1
-    for name, kind in parent.family.drops.items():
+    for name, kind in parent.drops.items():
         count = parent.pattern.count(kind)
         total *= sum(math.comb(count, n) * (own ** (count - n) if kind == ffn else 1)
                      for n in space.drops[name])
@@ -113,8 +113,8 @@ def per_layer_width(parent: Architecture) -> tuple[str, str]:
         InputError: the family has none, or layers that go together.
     """
     family = parent.family
-    found = [(kind, name) for name, axis in family.widths.items() if axis.per_layer
-             for kind in family.drops.values() if name in family.kinds[kind[0]].axes]
+    found = [(kind, name) for name, axis in parent.widths.items() if axis.per_layer
+             for kind in parent.drops.values() if name in family.kinds[kind[0]].axes]
     if family.units or len(found) != 1:
         raise InputError(f"search.strategy milp cannot search a {family.model_type} model; "
                          "use search.strategy grid")
@@ -135,7 +135,7 @@ class _Program:
         assert damage.values_L is not None
         self.parent, self.space, self.budget, self.workload = parent, space, budget, workload
         self.damage, self.values_L, self.per_layer = damage, damage.values_L, per_layer
-        kinds, names = list(parent.family.drops.values()), list(space.widths)
+        kinds, names = list(parent.drops.values()), list(space.widths)
         ffn, self.axis = per_layer_width(parent)
         self.ffn, self.kind_L = kinds.index(ffn), [kinds.index(kind) for kind in parent.pattern]
         # what an FFN layer chooses among, ascending; 0 stands for a width that all layers share
@@ -283,7 +283,8 @@ class _Program:
             values[self.axis] = widths if len(set(widths)) > 1 else (*widths, self.own[-1])[0]
             by_widths += sum(float(self.own_LO[i, self.own.index(width)])
                              for i, width in zip(ffn, widths, strict=True))
-        arch = dataclasses.replace(self.parent.keep(kept), **values)
+        own = {self.axis: values.pop(self.axis)}  # as many as layers that stay
+        arch = dataclasses.replace(dataclasses.replace(self.parent, **values).keep(kept), **own)
         exact = cost(arch, self.workload)
         assert not self.budget.exceeded(exact.to_json()), (exact, self.budget)
         by_layers = float(self.values_L[gone_L].sum())

@@ -57,7 +57,7 @@ def prices(parent: Architecture, workload: Workload, widths_W: Mapping[str, np.n
     sizes = {**parent.sizes()} | {name: np.asarray(values, np.int64) for name, values in widths_W.items()}
     top = of_top(family, sizes, workload)
     units = [functools.reduce(Amounts.plus, (of_layer(family.kinds[kind], sizes, workload) for kind in unit))
-             for unit in family.drops.values()]
+             for unit in parent.drops.values()]
     none_W = np.zeros(len(next(iter(widths_W.values()))), np.int64)
     cache_K = np.array([unit.cache for unit in units], np.int64)
 

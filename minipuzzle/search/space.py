@@ -68,7 +68,7 @@ class Bounds:
 
 
 def bounds_of(parent: Architecture) -> dict[str, Bounds]:
-    """The axes of a parent by their keys in a recipe. One layer with a KV cache stays if there is
+    """The axes that a parent has by their keys in a recipe. One layer with a KV cache stays if there is
     any, else one of the most frequent kind.
 
     Raises:
@@ -78,11 +78,11 @@ def bounds_of(parent: Architecture) -> dict[str, Bounds]:
     if parent.refusal:
         raise UnsupportedModel(parent.refusal)
     family, sizes = parent.family, parent.sizes()
-    counts = {unit: len(parent.layers_of(unit)) for unit in family.drops.values()}
+    counts = {unit: len(parent.layers_of(unit)) for unit in parent.drops.values()}
     cached = [unit for unit, n in counts.items() if n and any(family.kinds[k].has_cache for k in unit)]
     stays = max(cached or counts, key=counts.__getitem__)
-    out = {name: Bounds(name, counts[unit], 0, counts[unit] - (unit == stays)) for name, unit in family.drops.items()}
-    for name, axis in family.widths.items():
+    out = {name: Bounds(name, counts[unit], 0, counts[unit] - (unit == stays)) for name, unit in parent.drops.items()}
+    for name, axis in parent.widths.items():
         whole = sizes[name]
         if isinstance(whole, tuple):
             raise InputError(f"the parent's {axis.label} is {min(whole)} to {max(whole)}; the search needs a parent "
@@ -113,7 +113,9 @@ def resolve_space(spec: Mapping[str, Sequence[int | str] | int | str | None], pa
     used = frozenset[str]().union(*(family.kinds[kind].axes for kind in parent.pattern))
     points = {name: _points(axis, spec.get(name) if axis.is_drop or name in used else None)
               for name, axis in bounds.items()}
-    return Space({n: points[n] for n in family.drops}, {n: points[n] for n in family.widths})
+    for name in family.drops.keys() - bounds.keys():
+        _points(Bounds(name, 0, 0, 0), spec.get(name))  # none to drop
+    return Space({n: points[n] for n in parent.drops}, {n: points[n] for n in parent.widths})
 
 
 def _points(axis: Bounds, value: Any) -> tuple[int, ...]:

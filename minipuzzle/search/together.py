@@ -64,7 +64,7 @@ class Design:
             layers = dropped(orders, point.drops)
             gone = parent.together({int(i) for i in layers.split() if i != NONE})
             kept = tuple(i for i in range(parent.num_layers) if i not in gone)
-            row = dict(zip(parent.family.drops, point.drops, strict=True)) | {DROPPED: layers}
+            row = dict(zip(parent.drops, point.drops, strict=True)) | {DROPPED: layers}
             changes: dict[str, Any] = dict(point.widths)
             out.append((row | changes, replace(parent, **changes).keep(kept), kept))
         return out
@@ -167,7 +167,7 @@ def read_together(parent: Architecture, curves: WidthCurves, metric: str,
     try:
         found_C = np.array([0.0 if drops == none else measured[Point(drops)]
                             for drops in itertools.product(*levels)])
-        base_C = sums(Space(dict(zip(parent.family.drops, levels, strict=True)), {}))
+        base_C = sums(Space(dict(zip(parent.drops, levels, strict=True)), {}))
         if not ((base_C[1:] > 0) & (found_C[1:] > 0)).all():
             return None
         ratio = np.divide(found_C, base_C, where=base_C > 0, out=np.ones_like(base_C))
@@ -179,7 +179,7 @@ def read_together(parent: Architecture, curves: WidthCurves, metric: str,
                 parts.setdefault(point.widths[0][0], {})[point] = alone(*point.widths[0])
         strengths = {part: _ascending(values) for part, values in parts.items()}
         gains = {}
-        for one, other in itertools.combinations((p for p in (LAYERS, *parent.family.widths)
+        for one, other in itertools.combinations((p for p in (LAYERS, *parent.widths)
                                                   if strengths.get(p)), 2):
             gains[one, other] = np.array([
                 [measured[_both((a, b))] - measured[a] - measured[b] for b in strengths[other]]
@@ -196,9 +196,9 @@ def _measured(parent: Architecture, curves: WidthCurves, metric: str,
     table, found = curves.together, dict[Point, float]()
     if table is None or metric not in table.columns:
         return found
-    axes = [axis for axis in parent.family.widths if axis in table.columns]
+    axes = [axis for axis in parent.widths if axis in table.columns]
     for row in table.to_dict("records"):
-        drops = tuple(int(row.get(key, 0)) for key in parent.family.drops)
+        drops = tuple(int(row.get(key, 0)) for key in parent.drops)
         if row[DROPPED] != dropped(orders, drops):
             return {}
         widths = tuple((axis, int(row[axis])) for axis in axes if row[axis] == row[axis])  # not NaN

@@ -115,7 +115,8 @@ def export(given: Given) -> list[Path]:
         if ranks.main:
             result["reload_difference"] = reload_gate(unchecked, ids[:2], wanted)
     written = open_model(unchecked)
-    result["parameters"] = sum(math.prod(shape) for shape in written.arch.shapes().values())
+    result["parameters"] = sum(math.prod(shape) for name, shape in written.arch.shapes().items()
+                               if name not in written.arch.buffers)
     if result["parameters"] != candidate.cost.parameters:
         raise AssertionError(f"{result['parameters']} parameters written, {candidate.cost.parameters} priced")
     model = Model.load(written, parent.device, parent.dtype) if ranks.size == 1 else None

@@ -186,7 +186,8 @@ def width_shares(scores: WidthScores, parent: Architecture, chosen: Candidate) -
     axes = {HIDDEN: [scores.hidden.astype(float)]}
     places = {place: names for kind in parent.family.kinds.values() for place, names in kind.places.items()}
     for place, arrays in scores.layers.items():
-        for at, name in enumerate(places[place]):
+        for name in parent.family.decided(places[place]):
+            at = places[place].index(name)
             others = tuple(i for i in range(len(places[place])) if i != at)
             axes[name] = [np.linalg.norm(a.astype(float), axis=others) if others else a.astype(float)
                           for a in arrays.values()]
@@ -203,7 +204,8 @@ def width_shares(scores: WidthScores, parent: Architecture, chosen: Candidate) -
             if layer in arrays:
                 array = arrays[layer].astype(float)
                 kept = choose_place(parent.family, places[place], array, arch.sizes(i))
-                parts.append(((array[np.ix_(*kept)] ** 2).sum(), (array**2).sum()))
+                left_of = np.take_along_axis(array, kept[0], -1) if kept[0].ndim > 1 else array[np.ix_(*kept)]
+                parts.append(((left_of**2).sum(), (array**2).sum()))
         if parts:
             left[layer] = sum(some for some, _ in parts) / max(sum(all_ for _, all_ in parts), 1e-30)
     return {"widths": widths, "kept_importance": {str(k): round(float(v), 5) for k, v in left.items()}}

@@ -37,7 +37,7 @@ CURVE_POINTS = 3  # measured widths per axis; between them the search interpolat
 def the_race(settings: Recipe, arch: Architecture) -> Race:
     """How many layers of each kind the search will drop, and how sure of the choice it shall be."""
     drops = resolve_space(dict(settings.space), arch).drops
-    return Race({unit: (min(drops[name]), max(drops[name])) for name, unit in arch.family.drops.items()},
+    return Race({unit: (min(drops[name]), max(drops[name])) for name, unit in arch.drops.items()},
                 settings.scores.confidence, settings.scores.layer_metric)
 
 
@@ -112,7 +112,7 @@ def measure_width_curves(given: Given) -> list[Path]:
     arch = given.parent.arch
     space = resolve_space(dict(given.settings.space), arch)
     measured = measure_curves(cutter, curve_widths(space, arch), given.passes(ids))
-    names = [*arch.family.drops, DROPPED, *arch.family.widths]
+    names = [*arch.drops, DROPPED, *arch.widths]
     planned = design(arch, space).targets(arch, _orders(given, space))
     few = ids[:: max(1, len(ids) // TOGETHER_SAMPLES)][:TOGETHER_SAMPLES]
     run = given.passes(few, f"{len(planned)} combinations", part="together")

@@ -96,7 +96,7 @@ def cut_on_disk(given: Given, candidate: Candidate, key: str) -> ModelFolder:
     arch, kept = candidate.architecture, candidate.kept_layers
     if given.settings.surgery.refit != "none":
         path = _refit(given, candidate, key)
-        return ModelFolder(path.parent, {}, arch, {name: (path, name) for name in arch.shapes()})
+        return ModelFolder(path.parent, {}, arch, {name: [(path, name)] for name in arch.shapes()})
 
     def make(path: Path) -> None:
         write_model(path, arch.to_config(given.parent.folder.config), cutter_of(given).pieces(arch, kept))

@@ -97,7 +97,7 @@ class Cutter:
         if layer not in self._rotated:
             assert self.rotation is not None
             arch = self.source.arch
-            reads = arch.family.kinds[arch.pattern[layer]].reads
+            reads = arch.family.kinds[arch.pattern[layer]].reads(arch.sizes(layer))
             self._rotated = {layer: rotate_weights(weights, arch.layer_weights(layer), reads, self.rotation)}
         return self._rotated[layer]
 
@@ -166,7 +166,7 @@ class Cutter:
         turns = self._turns(hidden)
         cut = slice_weights(arch, self._arch(step), self._selection(hidden, layer, step),
                             self._turned(layer, weights) if turns else weights, layer, layer)
-        for norm in arch.family.kinds[arch.pattern[layer]].reads if turns else ():
+        for norm in arch.family.kinds[arch.pattern[layer]].norm[:1] if turns else ():
             cut[norm] = cut[norm] * self._norm_weights(hidden)[layer]
         return cut
 

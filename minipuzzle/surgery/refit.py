@@ -119,7 +119,7 @@ def refit(parent: Source, small: Model, kept_layers: tuple[int, ...], keep: Call
             for i in range(len(ids)):
                 theirs[i] = theirs[i] + block(arch, arch.pattern[layer], weights, theirs[i])
         at = end
-        writers = family.kinds[kind].writes  # of all mixers of the block at once
+        writers = family.kinds[kind].writes(small.arch.sizes(j))  # of all mixers of the block at once
         weight = torch.cat([layers[j][name] for name, _ in writers], 1)
         gram = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
         cross = torch.zeros_like(weight, dtype=torch.float64)

@@ -142,6 +142,7 @@ def rotate(model: Model, rotation: Rotation) -> Model:
     """The same function in the rotated basis, norm weights 1: exact up to rounding."""
     arch, kinds = model.arch, model.arch.family.kinds
     top = rotate_weights(model.top, arch.top_weights(), arch.family.top_readers(), rotation)
-    layers = tuple(rotate_weights(w, arch.layer_weights(i), kinds[arch.pattern[i]].reads, rotation)
+    layers = tuple(rotate_weights(w, arch.layer_weights(i), kinds[arch.pattern[i]].reads(arch.sizes(i)),
+                                  rotation)
                    for i, w in enumerate(model.layers))
     return replace(model, top=top, layers=layers)
