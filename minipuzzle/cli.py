@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -54,9 +55,32 @@ class _Path(click.Path):
         return super().convert(value, param, ctx)
 
 
+class _Verb(click.Command):
+    """An argument `section.key=value` is an override, as `--set section.key=value`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if any(param.name == "settings" for param in self.params):
+            out: list[str] = []
+            for arg in args:
+                out += ["--set", arg] if _is_override(arg) and out[-1:] != ["--set"] else [arg]
+            args = out
+        return super().parse_args(ctx, args)
+
+
+def _is_override(arg: str) -> bool:
+    found = re.match(r"([a-z]+)\.\w+=", arg)
+    if found is None:
+        return False
+    from minipuzzle.recipes.schema import Recipe
+
+    return found[1] in Recipe.model_fields
+
+
 class _Group(click.Group):
     """Errors that users can cause become one line on stderr and an exit code; bugs keep their
     traceback."""
+
+    command_class = _Verb
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -347,11 +371,11 @@ def inspect(model: str, workload: Workload, as_json: bool) -> None:
     minipuzzle inspect my-model
     minipuzzle inspect nemotron-h-56b --precision nvfp4 --kv-precision nvfp4 --context 1M
     """
-    from minipuzzle.core.published import find_config
     from minipuzzle.families.architecture import Architecture
     from minipuzzle.families.cost import inspect as inspect_architecture
+    from minipuzzle.verbs.source import config_of, result_of
 
-    arch = Architecture.from_config(find_config(model))
+    arch = Architecture.from_config(config_of(result_of(model)))
     data = inspect_architecture(arch, workload)
     if as_json:
         _print(data, True, [])
@@ -378,12 +402,12 @@ def fit(model: str, gpu: str, workload: Workload, engine: str, as_json: bool) ->
     minipuzzle fit runs/mine/model --gpu l4 --context 128k --batch 8
     """
     from minipuzzle.core.devices import find_device
-    from minipuzzle.core.published import find_config
     from minipuzzle.engines import fit as engine_fit
     from minipuzzle.families.architecture import Architecture
+    from minipuzzle.verbs.source import config_of, result_of
 
     device = find_device(gpu)
-    arch = Architecture.from_config(find_config(model))
+    arch = Architecture.from_config(config_of(result_of(model)))
     found = engine_fit.fit(arch, workload, device, engine)
     _print(found, as_json, engine_fit.sentences(found, device))
 
@@ -485,6 +509,7 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
     minipuzzle evaluate runs/mine/model --tasks hellaswag,mmlu --limit 200
     """
     from minipuzzle.verbs.evaluate import evaluate as evaluate_folder
+    from minipuzzle.verbs.source import result_of
 
     if limit is not None and tasks is None:
         raise InputError("--limit is for --tasks")
@@ -494,7 +519,7 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks is not None and not names:
         raise InputError("--tasks names no task; write for example --tasks mmlu,gsm8k")
-    data = evaluate_folder(model, teacher, recipe, device, latency, names, limit)
+    data = evaluate_folder(result_of(model), teacher and result_of(teacher), recipe, device, latency, names, limit)
     paired = {f"{'' if k.startswith('loss') else 'paired_'}{k}": v for k, v in (data.get("paired") or {}).items()}
     tested = ((data.get("tasks") or {}).get("results") or {}).items()
     scores = {f"{name} {metric.removesuffix(',none')}": value for name, found in tested

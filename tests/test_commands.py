@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pandas as pd
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from minipuzzle.cli import main
 from minipuzzle.pipeline import progress
 from minipuzzle.pipeline.progress import Terminal
+from minipuzzle.verbs.source import bundled_model
 
 RECORDED = Path(__file__).parent / "data" / "commands.txt"
 # what the parts of a help must have; every verb also has an example (test_imports.py)
@@ -262,3 +264,37 @@ def test_a_run_is_searched_again_from_another_folder(model_folder: Path, texts: 
     found = json.loads(invoke("search", "run", "--budget", "params=0.9x", "--json").stdout)
     assert len(found["candidates"]) > 0
     assert found["parent"]["name"] == model_folder.name
+
+
+def test_a_setting_may_be_an_argument(tmp_path: Path) -> None:
+    def resolved(*args: str) -> dict[str, Any]:
+        result = CliRunner().invoke(main, ["prune", "bundled", "--dry-run", "--json", *args])
+        assert result.exit_code == 0, result.output
+        recipe: dict[str, Any] = json.loads(result.stdout)["recipe"]
+        return recipe
+
+    assert resolved("search.measure=7", "space.drop_attention=0") == resolved(
+        "--set", "search.measure=7", "--set", "space.drop_attention=0")
+    assert resolved("--set", "search.measure=7", "search.measure=9")["search"]["measure"] == 9
+    wrong = CliRunner().invoke(main, ["prune", "--dry-run", "search.mesure=7"])
+    assert (wrong.exit_code, "mesure" in wrong.output) == (2, True)
+    no_section = CliRunner().invoke(main, ["prune", "--dry-run", "serch.measure=7"])
+    assert no_section.exit_code == 2
+    unread = CliRunner().invoke(main, ["search", "--model", "nemotron-h-8b", "distillation.tokens=1"])
+    assert (unread.exit_code, "does not read distillation" in unread.output) == (2, True)
+
+
+def test_a_run_stands_for_its_result(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    for verb in (["inspect"], ["fit", "--gpu", "h100"]):
+        early = CliRunner().invoke(main, [*verb, str(run)])
+        assert (early.exit_code, "no result yet" in early.output) == (2, True)
+    config = CliRunner().invoke(main, ["inspect", "bundled", "--json"])
+    shutil.copy(bundled_model() / "config.json", run / "model")
+    for verb in (["inspect", "--json"], ["fit", "--gpu", "h100", "--json"]):
+        whole, named = (CliRunner().invoke(main, [*verb, m]) for m in (str(run), str(run / "model")))
+        assert whole.exit_code == 0, whole.output
+        assert whole.stdout == named.stdout
+    assert CliRunner().invoke(main, ["inspect", str(run), "--json"]).stdout == config.stdout

@@ -56,7 +56,7 @@ def examine(model: str | None = None) -> list[dict[str, Any]]:
                          ("transformer_engine", "fp8"), ("modelopt", "quantisation"), ("lm_eval", "tasks"),
                          ("tensorboard", "tracking"), ("wandb", "tracking")):
         found = importlib.util.find_spec(package) is not None
-        checks.append(_check(f"{package} ({use})", "installed" if found else "not installed (optional)", True))
+        checks.append(_check(f"{package} ({use})", "installed" if found else "missing (optional)", True))
     checks += [_bf16(device) for device in devices()]
     checks += [_fp8(), _chunks(), *_transformers()]
     return checks + (_model(model) if model is not None else [])

@@ -20,7 +20,7 @@ from minipuzzle.recipes.schema import Recipe
 from minipuzzle.stages.quantizing import SECTIONS, check, plan_for, quantise
 from minipuzzle.stages.tokens import tokenize_stage
 from minipuzzle.verbs.folder import write_about
-from minipuzzle.verbs.source import find_model
+from minipuzzle.verbs.source import find_model, result_of
 
 
 def quantize(model: str | Path, recipe: Recipe, output_dir: Path, seed: int = 0, device: str = "cpu",
@@ -38,7 +38,7 @@ def quantize(model: str | Path, recipe: Recipe, output_dir: Path, seed: int = 0,
         raise InputError("quantize runs in one process; start it without torchrun")
     where = find_device(device)
     check(recipe.quantization, where)
-    folder = open_model(_result(model))
+    folder = open_model(find_model(result_of(str(model))))
     reads = ("calibration", "evaluation", *(("distillation",) if recipe.quantization.distill else ()))
     for section in reads:
         check_sources(getattr(recipe, section).data)
@@ -65,16 +65,3 @@ def quantize(model: str | Path, recipe: Recipe, output_dir: Path, seed: int = 0,
 
 def _run(given: Given) -> list[Path]:
     return quantise(given, given.parent.folder, given.folder)
-
-
-def _result(model: str | Path) -> Path:
-    """The folder of a model, or that of a run's result.
-
-    Raises:
-        InputError: neither, or a run without a result.
-    """
-    if not (Path(model) / "run.json").is_file():
-        return find_model(model)
-    if not (Path(model) / "model" / "config.json").is_file():
-        raise InputError(f"{model} has no result yet; 'minipuzzle prune' continues it")
-    return Path(model) / "model"
