@@ -391,8 +391,9 @@ def inspect(model: str, workload: Workload, as_json: bool) -> None:
 @workload_options
 @click.option("--engine", default="vllm", show_default=True, type=click.Choice(["ideal", "vllm"]),
               help="Whose allocation to count; ideal loses nothing to pages.")
+@click.option("--new-tokens", help="Also foretell throughput, with so many tokens of the context generated.")
 @json_option
-def fit(model: str, gpu: str, workload: Workload, engine: str, as_json: bool) -> None:
+def fit(model: str, gpu: str, workload: Workload, engine: str, new_tokens: str | None, as_json: bool) -> None:
     """Say whether a model fits on a card, from its configuration alone. Exit code 0 either way.
 
     MODEL is a folder, a config.json or a published name.
@@ -400,6 +401,7 @@ def fit(model: str, gpu: str, workload: Workload, engine: str, as_json: bool) ->
     \b
     minipuzzle fit nemotron-h-47b --gpu rtx5090 --precision nvfp4 --kv-precision fp8 --context 1M
     minipuzzle fit runs/mine/model --gpu l4 --context 128k --batch 8
+    minipuzzle fit nemotron-h-8b --gpu h100 --context 65k --new-tokens 1k --batch 32
     """
     from minipuzzle.core.devices import find_device
     from minipuzzle.engines import fit as engine_fit
@@ -409,7 +411,15 @@ def fit(model: str, gpu: str, workload: Workload, engine: str, as_json: bool) ->
     device = find_device(gpu)
     arch = Architecture.from_config(config_of(result_of(model)))
     found = engine_fit.fit(arch, workload, device, engine)
-    _print(found, as_json, engine_fit.sentences(found, device))
+    words = engine_fit.sentences(found, device)
+    if new_tokens is not None:
+        from minipuzzle.engines import speed
+
+        told = speed.foretell(arch, workload, device, parse_quantity(new_tokens, "binary"))
+        told["largest_batch"] = speed.largest_batch(arch, workload, device, engine)
+        found["throughput"] = told
+        words += speed.sentences(told, device)
+    _print(found, as_json, words)
 
 
 @main.command()
