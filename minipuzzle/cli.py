@@ -490,9 +490,11 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
     path, data, frame = research(recipe, run, config, scores, output_dir)
     for warning in data["warnings"]:
         click.echo(f"minipuzzle: warning: {warning}", err=True)
-    columns = [c for c in ("budget", "name", "num_mamba", "num_ffn", "num_attention", "hidden_size", "ffn_size",
-                           "mamba_num_heads", "mamba_head_dim", "parameters", "memory_bytes", "predicted_damage",
-                           "folder", "note") if c in frame.columns]
+    found = list(frame.columns)
+    sizes = found[found.index("pattern") + 1 : found.index("parameters")] if "pattern" in found else []
+    sizes = [c for c in sizes if len(frame) == 1 or frame[c].nunique() > 1]  # what all have says nothing
+    columns = [c for c in ("budget", "name", *sizes, "parameters", "memory_bytes", "predicted_damage", "folder", "note")
+               if c in found]
     what = "budgets" if "budget" in columns else "candidates"
     table = frame[columns].head(20).astype(object).fillna("")
     _print(data, as_json, [table.to_string(index=False), f"{len(frame):,} {what} in {path}"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from minipuzzle.core.published import published, published_names
 from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.registry import FAMILIES
 from minipuzzle.verbs.doctor import axes
 
 README = Path(__file__).parents[1] / "README.md"
@@ -24,13 +25,16 @@ def table() -> str:
         groups.setdefault((arch.model_type, kinds), []).append(name)
     rows = [HEAD, ("---",) * len(HEAD)]
     for (model_type, kinds), names in groups.items():
-        config = published(names[0])
-        arch = Architecture.from_config(config)
-        cut = [name for name, (_, why) in axes(arch, config).items() if not why]
-        labels = ["layers", *(axis.label for name, axis in arch.family.axes.items() if name in cut)]
+        cut = {axis for name in names for axis, (_, why) in axes_of(name).items() if not why}
+        labels = ["layers", *(axis.label for name, axis in FAMILIES[model_type].axes.items() if name in cut)]
         rows.append((f"`{model_type}`", kinds, ", ".join(f"`{name}`" for name in names), "yes",
                      *(("yes", ", ".join(labels), "transformers") if cut else ("not yet", "-", "-"))))
     return "\n".join("| " + " | ".join(row) + " |" if row[0] != "---" else "|" + "|".join(row) + "|" for row in rows)
+
+
+def axes_of(name: str) -> dict[str, tuple[str, str]]:
+    config = published(name)
+    return axes(Architecture.from_config(config), config)
 
 
 def current() -> str:

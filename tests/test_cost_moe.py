@@ -71,7 +71,10 @@ def hybrids(draw):
         "moe_shared_expert_intermediate_size": draw(st.integers(0, 30)),
         "moe_latent_size": draw(st.sampled_from([None, 1, 4, 7])), "n_shared_experts": draw(st.sampled_from([0, 1, 2])),
         "num_nextn_predict_layers": draw(st.sampled_from([0, 1, 2])),
-    } | {key: draw(st.booleans()) for key in ("use_bias", "mlp_bias", "attention_bias", "tie_word_embeddings")}
+        "n_group": (router_groups := draw(st.sampled_from([n for n in range(1, experts + 1) if experts % n == 0]))),
+        "topk_group": draw(st.integers(1, router_groups)),
+    } | {key: draw(st.booleans()) for key in ("use_bias", "mlp_bias", "attention_bias", "tie_word_embeddings",
+                                                "norm_topk_prob")}
     pattern = draw(st.text("M*-E", min_size=0, max_size=6)) + "E" + draw(st.text("M*-", max_size=2))
     spelling = draw(st.sampled_from(["pattern", 0, 1]))
     if spelling == "pattern":

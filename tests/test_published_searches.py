@@ -1,5 +1,5 @@
-"""The published results as tests: 56B -> 47B, 8B -> 4B, 12B -> 9B, from their recipes and the
-published scores."""
+"""The published results as tests: 56B -> 47B, 8B -> 4B, 12B -> 9B, 30B-A3B -> 22B-A3B, from their
+recipes and the published scores."""
 
 import dataclasses
 import itertools
@@ -174,3 +174,35 @@ def test_9b_candidates_fit_and_the_parent_does_not(found, hidden_size, ffn_size,
     if ffn_size == released.ffn_size:
         assert sorted(released.pattern) == sorted(c["architecture"]["pattern"])
         assert c["cost"]["parameters"] == cost(released, Workload()).parameters
+
+
+# MoE: 30B-A3B -> 22B-A3.0B, 120B-A12B -> 75B-A9B
+# --------------------------------------------------------------------------------------------
+
+
+def test_22b_is_found_and_priced_to_the_parameter(found, tmp_path):
+    """52 layers, hidden 2304, 104 experts, shared 3072: 22.28B / 3.00B parameters."""
+    released = Architecture.from_config(published("nemotron-3-nano-22b"))
+    document = find("nemotron-3-nano-22b", tmp_path, settings={
+        "space.drop_mamba": 0, "space.drop_moe": 0, "space.hidden_size": 2304, "space.num_experts": 104})
+    [(_, c)] = hits(document, set(), shared_ffn_size=3072, moe_ffn_size=1856, mamba_num_heads=64, mamba_head_dim=64)
+    assert Architecture.from_json(c["architecture"]) == released
+    assert (c["cost"]["parameters"], c["cost"]["active_parameters"]) == (22_276_865_600, 2_999_647_808)
+    assert c["cost"]["active_parameters"] <= limit(document, "active_params") == 3 * 10**9
+    space = found["nemotron-3-nano-22b"]["search"]["space"]
+    for axis in ("hidden_size", "num_experts", "moe_ffn_size", "shared_ffn_size", "experts_per_token", "mamba_num_heads",
+                 "mamba_head_dim"):
+        assert getattr(released, axis) in space[axis]
+    # the findings: head_dim 48 fails, an uncut hidden size is worse, 48 of 52 layers stay
+    assert min(space["mamba_head_dim"]) > 48
+    assert max(space["hidden_size"]) <= 2560
+    assert max(space["drop_mamba"]) + max(space["drop_moe"]) + max(space["drop_attention"]) <= 52 - 48
+
+
+def test_75b_is_within_both_of_its_budgets(found):
+    document = found["nemotron-3-super-75b"]
+    assert document["search"]["feasible"] > 1000
+    for c in document["candidates"][:100]:
+        assert c["cost"]["parameters"] <= limit(document, "params") == 75_300_000_000
+        assert c["cost"]["active_parameters"] <= limit(document, "active_params") == 9_300_000_000
+        assert c["architecture"]["experts_per_token"] <= c["architecture"]["num_experts"]

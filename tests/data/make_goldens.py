@@ -17,9 +17,12 @@ GOLDENS = HERE / "published_searches.json"
 # recipe: (parent, scores)
 SEARCHES = {"nemotron-h-47b": ("nemotron-h-56b", "nemotron_h_56b_fig9_layer_mse.csv"),
             "nemotron-h-4b": ("nemotron-h-8b", "nemotron_h_8b_fig4_layer_kld.csv"),
-            "nemotron-nano-9b-v2": ("nemotron-nano-12b-v2", None)}
+            "nemotron-nano-9b-v2": ("nemotron-nano-12b-v2", None),
+            "nemotron-3-nano-22b": ("nemotron-3-nano-30b-a3b", None),
+            "nemotron-3-super-75b": ("nemotron-3-super-120b-a12b", None)}
 COSTS = ("parameters", "weights_bytes", "kv_cache_bytes", "mamba_state_bytes", "memory_bytes")
 WIDTHS = ("hidden_size", "ffn_size", "mamba_num_heads", "mamba_head_dim")
+EXPERTS = ("num_experts", "experts_per_token", "moe_ffn_size", "shared_ffn_size", "moe_latent_size")
 
 
 def find(name, folder, **overrides):
@@ -44,6 +47,7 @@ def summary(document):
             "rows": [{"rank": rank, "dropped": dropped(document, every[rank]),
                       "damage": every[rank]["predicted"]["damage"]}
                      | {axis: every[rank]["architecture"][axis] for axis in WIDTHS}
+                     | {axis: n for axis in EXPERTS if (n := every[rank]["architecture"][axis])}
                      | {key: every[rank]["cost"][key] for key in COSTS} for rank in chosen]}
 
 

@@ -31,6 +31,7 @@ from minipuzzle.data.blocks import load_blocks, tokenize
 from minipuzzle.data.corpus import documents, is_held_out
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.mixers import attention, mamba2, rms_norm
+from minipuzzle.models.weights import open_model
 
 END = "<|endoftext|>"
 SEED, SEQUENCE_LENGTH, BATCH, STEPS = 0, 256, 12, 3000
@@ -66,17 +67,15 @@ def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def stacked_shapes() -> dict[str, tuple[int, ...]]:
-    """The weights by their names on disk, but all experts of a layer in one: `...experts.up_proj.weight` [E, F, D]."""
-    return {name.replace(".experts.0.", ".experts."): (EXPERTS, *shape) if ".experts.0." in name else tuple(shape)
-            for name, shape in ARCH.shapes().items() if ".experts." not in name or ".experts.0." in name}
+NUMBER = ".{num_experts}."  # in the names of weights that are one for all experts in memory
 
 
 def initial_weights() -> Weights:
     """Mamba-2 as its authors do: dt log-uniform in [0.001, 0.1], A uniform in [1, 16]."""
     gen = torch.Generator().manual_seed(SEED)
     out = {}
-    for name, shape in stacked_shapes().items():
+    for numbered, shape in ARCH.shapes().items():
+        name = numbered.replace(NUMBER, ".")
         leaf = name.split("mixer.")[-1]
         if leaf == "A_log":
             out[name] = torch.empty(shape).uniform_(1, 16, generator=gen).log()
@@ -248,18 +247,18 @@ def export(work: Path, folder: Path) -> None:
     for name, t in stored.items():
         for j, expert in enumerate(t) if ".experts." in name else ((None, t),):
             on_disk[name if j is None else name.replace(".experts.", f".experts.{j}.")] = expert.detach().contiguous()
-    assert {name: tuple(t.shape) for name, t in on_disk.items()} == ARCH.shapes()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(on_disk, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
+    open_model(folder)  # raises if a name or a shape is wrong
     about = json.loads((work / "tokenizer/tokenizer_config.json").read_text())
     about["tokenizer_class"] = "PreTrainedTokenizerFast"  # which transformers 4 and 5 both know
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1) + "\n")
     (folder / "tokenizer.json").write_text((work / "tokenizer/tokenizer.json").read_text())
-    size = held.bytes_per_token
+    size, parameters = held.bytes_per_token, sum(t.numel() for name, t in on_disk.items() if "correction_bias" not in name)
     (folder / "README.md").write_text(
         f"`python tests/data/train_moe.py`: {STEPS * BATCH * SEQUENCE_LENGTH / 1e6:.1f}M tokens of the Python standard "
-        f"library, {sum(t.numel() for t in on_disk.values()):,} parameters.\nHeld-out loss {loss:.3f} nats a token "
+        f"library, {parameters:,} parameters.\nHeld-out loss {loss:.3f} nats a token "
         f"(unigram entropy {unigram:.3f}), {loss / size:.3f} nats a byte (gzip -9: {gzipped:.3f}).\n")
     print((folder / "README.md").read_text())
 
