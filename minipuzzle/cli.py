@@ -684,9 +684,10 @@ def doctor(model: str | None, as_json: bool) -> None:
 
 @main.group()
 def recipes() -> None:
-    """List, show, copy and check recipes.
+    """List, show, explain, copy and check recipes.
 
     \b
+    minipuzzle recipes explain search.measure
     minipuzzle recipes show default
     minipuzzle recipes copy default mine.yaml
     """
@@ -742,6 +743,22 @@ def recipes_validate(names: tuple[str, ...], as_json: bool) -> None:
     every = names or tuple(f.name.removesuffix(".yaml") for f in shipped_recipes())
     valid = [name for name in every if Recipe.load(name)]
     _print(valid, as_json, [f"{name}: valid" for name in valid])
+
+
+@recipes.command("explain")
+@click.argument("key", required=False)
+@json_option
+def recipes_explain(key: str | None, as_json: bool) -> None:
+    """What the keys of a recipe mean. KEY is a section or a key; the default is one line for each.
+
+    \b
+    minipuzzle recipes explain
+    minipuzzle recipes explain distillation.tokens
+    """
+    from minipuzzle.recipes.explain import explain, lines
+
+    entries = explain(key)
+    _print(entries, as_json, lines(entries, whole=key is not None))
 
 
 @recipes.command("schema")

@@ -16,10 +16,12 @@ from click.testing import CliRunner, Result
 
 from minipuzzle import Recipe
 from minipuzzle.cli import main
+from minipuzzle.core.budget import BUDGET_KEYS
 from minipuzzle.core.errors import InputError, ResourceError
 from minipuzzle.families.registry import FAMILIES
 from minipuzzle.pipeline.forecast import check_memory, estimates
 from minipuzzle.pipeline.plan import make_plan
+from minipuzzle.recipes.explain import explain, page
 from minipuzzle.recipes.schema import SpaceSection, json_schema, recipe_text, shipped_recipes
 from minipuzzle.stages.order import STAGES
 from minipuzzle.stages.scoring import SCORE
@@ -292,8 +294,8 @@ def test_recipes_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_shipped_recipes_say_what_they_need() -> None:
-    """Each opens with the command that runs it, its hardware needs and its source, in 10 to 25
-    lines beside them."""
+    """Each opens with the command that runs it, its hardware needs and its source; then one key a
+    line, some with a comment."""
     files = shipped_recipes()
     assert len(files) >= 4
     for file in files:
@@ -301,7 +303,50 @@ def test_shipped_recipes_say_what_they_need() -> None:
         head = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
         for part in ("minipuzzle ", "# Needs: ", "# Source: "):
             assert part in head, file.name
-        assert 10 <= sum(not line.startswith("#") for line in lines) <= 25, file.name
+        written = [line for line in lines if line and not line.startswith("#")]
+        assert all(re.fullmatch(r"\w+:( \d)?(  # .+)?|  \w+: [^#{}]+(  # .+)?", line) for line in written), file.name
+        assert sum("  # " in line for line in written) >= 5, file.name
+
+
+def test_every_key_is_explained() -> None:
+    """Each key of the schema, and of a budget, with its own default."""
+    entries = {entry["key"]: entry for entry in explain(None)}
+    for section, values in Recipe().model_dump().items():
+        assert entries[section]["description"]
+        for key, default in values.items() if isinstance(values, dict) else ():
+            entry = entries[f"{section}.{key}"]
+            assert entry["default"] == default
+            assert len(entry["description"]) >= 20, key
+            assert entry["source"], key
+            assert entry["values"], key
+    assert {f"budget.{key}" for key in BUDGET_KEYS} <= set(entries)
+    numbers = ("samples", "tokens", "size", "drop_", "keep_ends", "context", "batch", "heads", "num_experts")
+    assert [key for key, entry in entries.items() if "." in key and any(part in key for part in numbers)
+            and not entry["unit"]] == []
+    assert "[low, high, step]" in entries["space"]["description"]
+    assert "eighth" in entries["space"]["description"]  # what is done without the third number
+
+
+def test_explain_on_the_command_line() -> None:
+    def invoke(*arguments: str) -> Result:
+        return CliRunner().invoke(main, ["recipes", "explain", *arguments])
+
+    listed = invoke().stdout.splitlines()
+    assert sum(line.startswith("  ") for line in listed) == sum("default" in e for e in explain(None))
+    assert max(map(len, listed)) <= 150
+    one = invoke("distillation.tokens").stdout
+    for part in ("distillation.tokens = 600000", "0 prunes only", "unit:   tokens", "section 3"):
+        assert part in one, part
+    section = json.loads(invoke("search", "--json").stdout)
+    assert [e["key"] for e in section] == ["search", *(f"search.{k}" for k in Recipe().search.model_dump())]
+    for wrong, meant in (("distillation.token", "distillation.tokens"), ("serch", "search"), ("finalist", "search.finalists")):
+        refused = invoke(wrong)
+        assert (refused.exit_code, f"did you mean {meant!r}" in refused.stderr) == (2, True), refused.stderr
+
+
+def test_the_page_on_recipes_is_current() -> None:
+    page_file = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
+    assert page_file.read_text(encoding="utf-8") == page(), "python -m minipuzzle.recipes.explain > docs/recipe.md"
 
 
 def test_the_space_has_the_keys_of_the_families_that_can_be_pruned() -> None:

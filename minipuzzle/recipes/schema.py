@@ -23,7 +23,15 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from minipuzzle.core.budget import BUDGET_KEYS, MOST_SERVED, Budget, Workload, parse_quantity, split_sweep
+from minipuzzle.core.budget import (
+    BUDGET_KEYS,
+    MOST_SERVED,
+    QUANTISED,
+    Budget,
+    Workload,
+    parse_quantity,
+    split_sweep,
+)
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import YAML_BYTES, parse_yaml, read_text
 from minipuzzle.core.ranges import parse_range
@@ -50,114 +58,214 @@ Range = list[int | str] | int | str | None
 Text = Annotated[str, BeforeValidator(str), PlainSerializer(str), _WRITTEN]
 
 
+_MINIPUZZLE = "Nemotron-H (arXiv:2504.03624), section 3"
+_GROUP_AWARE = "Group-Aware SSM Pruning (arXiv:2504.11409)"
+_MINITRON = "Minitron (arXiv:2407.14679)"
+_REAP = "REAP (arXiv:2510.13999)"
+_PUZZLE = "Puzzle (arXiv:2411.19146), section 4"
+_NANO_2 = "Nemotron Nano 2 (arXiv:2508.14444)"
+_OURS = "ours"
+_MODELOPT = "nvidia-modelopt"
+
+
+def _key(default: Any, about: str, unit: str = "", source: str = _OURS, **limits: Any) -> Any:
+    """A key of a recipe with its words: what it does, its unit, and where it comes from."""
+    return Field(default, description=about, json_schema_extra={"unit": unit, "source": source}, **limits)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class WorkloadSection(_Section):
-    """What is served; memory is counted for it."""
+    """What will be served. Memory (weights, KV cache and Mamba state) is counted for it."""
 
-    precision: Literal["bf16", "fp8", "nvfp4", "int4"] = "bf16"
-    kv_precision: Literal["bf16", "fp8", "nvfp4"] = "bf16"
-    state_precision: Literal["fp32", "bf16"] = "fp32"
-    keep_16bit: list[str] = []
-    context: Binary = Field(1024, ge=1, le=MOST_SERVED)
-    batch: int = Field(1, ge=1, le=MOST_SERVED)
+    precision: Literal["bf16", "fp8", "nvfp4", "int4"] = _key(
+        "bf16", "Precision that matrices are counted at. fp8, nvfp4 and int4 mean the model as it will "
+        "be quantised afterwards; the result stays in the parent's dtype.", "number format", _MINIPUZZLE)
+    kv_precision: Literal["bf16", "fp8", "nvfp4"] = _key(
+        "bf16", "Precision of the KV cache.", "number format", _MINIPUZZLE)
+    state_precision: Literal["fp32", "bf16"] = _key(
+        "fp32", "Precision of the Mamba state; engines keep it in float32 by default.", "number format")
+    keep_16bit: list[str] = _key(
+        [], "Matrices that stay at 16 bit whatever `precision` says: any of "
+        f"{', '.join(QUANTISED)}.", "kinds of weights")
+    context: Binary = _key(1024, "Length of the served context. k is 1024.", "tokens", _MINIPUZZLE,
+                           ge=1, le=MOST_SERVED)
+    batch: int = _key(1, "Sequences served at once.", "sequences", ge=1, le=MOST_SERVED)
 
     def build(self) -> Workload:
         return Workload(self.precision, self.kv_precision, self.state_precision, tuple(self.keep_16bit),
                         self.context, self.batch)
 
 
-class CalibrationSection(_Section):
-    """What the scores are measured on."""
+_DATA = ("stdlib (the source of Python's standard library), a text, JSONL or parquet file or folder, "
+         "hf:owner/name, or several with weights: a=0.7,b=0.3.")
 
-    data: str = Field("stdlib", min_length=1)
-    samples: int = Field(64, ge=2, le=_SAMPLES)
-    sequence_length: Binary = Field(256, ge=2, le=_LENGTH)
+
+class CalibrationSection(_Section):
+    """What layers and widths are scored on."""
+
+    data: str = _key("stdlib", f"Texts to score on: {_DATA}", min_length=1)
+    samples: int = _key(64, "Blocks of text to score on. The papers use 128 and 256.", "blocks",
+                        f"{_MINIPUZZLE}; {_GROUP_AWARE}, section 4", ge=2, le=_SAMPLES)
+    sequence_length: Binary = _key(256, "Length of a block, for scoring and for evaluation. k is 1024.",
+                                   "tokens", ge=2, le=_LENGTH)
 
 
 class ScoresSection(_Section):
-    layer_metric: Literal["mse", "nmse", "kl", "loss_delta", "cosine"] = "kl"
-    iterative: bool = False
-    racing: bool = False
-    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """How layers are scored: each is left out, and the rest is compared with the whole model."""
+
+    layer_metric: Literal["mse", "nmse", "kl", "loss_delta", "cosine"] = _key(
+        "kl", "What decides between layers. mse: of the LM head's input; nmse: the same divided by its "
+        "mean square; kl: of the logits; loss_delta: change of the loss; cosine: 1 - cosine of a "
+        "block's input and output. All are measured and written.", "nats (kl, loss_delta)",
+        f"mse: {_MINIPUZZLE}; kl: {_GROUP_AWARE}, section 4")
+    iterative: bool = _key(
+        False, "Remove the layer that costs least, then score the others again without it. Takes "
+        "several times as long; better where many layers go.", "", _NANO_2)
+    racing: bool = _key(
+        False, "Stop scoring layers whose place is already certain; excludes `iterative`.")
+    confidence: float = _key(0.95, "Confidence that `racing` leaves the right layers.",
+                             "probability", gt=0.5, lt=1)
 
 
 class SpaceSection(_Section):
-    """Ranges `[low, high]` or `[low, high, step]`; numbers, or parts of the parent such as
-    `0.5x`."""
+    """Which architectures the search may choose. A range is one number, `[low, high]` or
+    `[low, high, step]`; `0.5x` means that part of the parent's. Both ends always belong to it. Without
+    a step, numbers of layers go by 1 and widths by an eighth of the parent's. null keeps the parent's
+    value. All ranges combine, and at least one attention layer stays."""
 
-    drop_mamba: Range = [0, "0.5x"]
-    drop_ffn: Range = [0, "0.8x"]
-    drop_moe: Range = [0, "0.5x"]
-    drop_attention: Range = [0, "0.5x"]
-    hidden_size: Range = ["0.625x", "1x", "0.125x"]
-    ffn_size: Range = ["0.25x", "1x", "0.125x"]
-    num_experts: Range = ["0.5x", "1x", "0.25x"]
-    moe_ffn_size: Range = ["0.5x", "1x", "0.25x"]
-    shared_ffn_size: Range = ["0.5x", "1x", "0.25x"]
-    moe_latent_size: Range = ["1x", "1x"]
-    experts_per_token: Range = ["1x", "1x"]
-    mamba_num_heads: Range = ["0.5x", "1x", "0.25x"]
-    mamba_head_dim: Range = ["1x", "1x"]
+    drop_mamba: Range = _key([0, "0.5x"], "How many Mamba layers to drop.", "layers", _MINIPUZZLE)
+    drop_ffn: Range = _key([0, "0.8x"], "How many FFN layers to drop.", "layers", _MINIPUZZLE)
+    drop_moe: Range = _key([0, "0.5x"], "How many MoE layers to drop.", "layers")
+    drop_attention: Range = _key([0, "0.5x"], "How many attention layers to drop.", "layers", _MINIPUZZLE)
+    hidden_size: Range = _key(["0.625x", "1x", "0.125x"], "Channels of the residual stream.", "channels",
+                              f"{_MINITRON}, section 2.2")
+    ffn_size: Range = _key(["0.25x", "1x", "0.125x"], "Neurons of each FFN layer.", "neurons",
+                           f"{_MINITRON}, section 2.2")
+    num_experts: Range = _key(["0.5x", "1x", "0.25x"], "Routed experts of each MoE layer.", "experts", _REAP)
+    moe_ffn_size: Range = _key(["0.5x", "1x", "0.25x"], "Neurons of each routed expert.", "neurons")
+    shared_ffn_size: Range = _key(["0.5x", "1x", "0.25x"], "Neurons of the shared expert.", "neurons")
+    moe_latent_size: Range = _key(["1x", "1x"], "Channels that latent experts work in.", "channels")
+    experts_per_token: Range = _key(["1x", "1x"], "Experts that a token is routed to.", "experts")
+    mamba_num_heads: Range = _key(["0.5x", "1x", "0.25x"], "Heads of each Mamba layer; every group keeps "
+                                  "the same number.", "heads", f"{_GROUP_AWARE}, eq. 19-24")
+    mamba_head_dim: Range = _key(["1x", "1x"], "Channels of each Mamba head. Cutting them costs more "
+                                 "than cutting heads.", "channels", f"{_GROUP_AWARE}, eq. 19-24")
 
 
 class SearchSection(_Section):
-    strategy: Literal["grid", "milp"] = "grid"
-    damage: Literal["auto", "additive", "quadratic"] = "auto"
-    export: Literal["uniform", "per_layer"] = "uniform"
-    measure: int = Field(48, ge=1, le=100_000)
-    finalists: int = Field(4, ge=1, le=1000)
-    keep: int = Field(10_000, ge=1, le=1_000_000)
+    """How candidates are found and thinned out: all that fit, ranked by predicted damage; then
+    `measure` of them are cut and measured, and `finalists` of those distilled a little."""
+
+    strategy: Literal["grid", "milp"] = _key(
+        "grid", "grid: price and rank every architecture of the space. milp: an integer program, for "
+        "spaces too large for that and for FFN widths that differ from layer to layer.", "",
+        f"grid: {_MINIPUZZLE}; milp: {_PUZZLE}")
+    damage: Literal["auto", "additive", "quadratic"] = _key(
+        "auto", "How the damage of several layers is predicted. additive: the sum of their scores; "
+        "quadratic: with what pairs do together; auto: quadratic where that was measured.")
+    export: Literal["uniform", "per_layer"] = _key(
+        "uniform", "uniform: the same widths in every layer, which every engine serves. per_layer: FFN "
+        "widths differ; needs strategy milp.", "", f"per_layer: {_PUZZLE}")
+    measure: int = _key(
+        48, "How many of the best predicted candidates are cut and measured on held-out text, without "
+        "training; at most an eighth of them of one shape. The paper: 130 of about 400.", "candidates",
+        _MINIPUZZLE, ge=1, le=100_000)
+    finalists: int = _key(
+        4, "How many of the best measured ones are distilled for `distillation.tournament_tokens`; the "
+        "best after that wins. The paper: 3.", "candidates", _MINIPUZZLE, ge=1, le=1000)
+    keep: int = _key(
+        10_000, "At most this many candidates are written to candidates.csv and .json, best first; it "
+        "does not narrow what is searched.", "candidates", ge=1, le=1_000_000)
 
 
 class EvaluationSection(_Section):
-    """Held-out documents, about every 50th, never calibrated or trained on. `samples` blocks select
-    candidates and weights; as many of other documents are only for the report."""
+    """Held-out documents, about every 50th, never calibrated or trained on."""
 
-    data: str = Field("stdlib", min_length=1)
-    samples: int = Field(64, ge=2, le=_SAMPLES)
+    data: str = _key("stdlib", f"Texts to evaluate on: {_DATA}", min_length=1)
+    samples: int = _key(64, "Blocks that select candidates and weights; as many of other documents are "
+                        "only for the report.", "blocks", ge=2, le=_SAMPLES)
 
 
 class SurgerySection(_Section):
-    hidden: Literal["select", "rotate"] = "rotate"
-    refit: Literal["none", "ridge"] = "none"
+    """How weights are cut."""
+
+    hidden: Literal["select", "rotate"] = _key(
+        "rotate", "How the hidden size is cut. select: keep the best channels; rotate: first turn the "
+        "residual stream so that few directions carry most of it.", "",
+        f"select: {_MINITRON}; rotate: SliceGPT (arXiv:2401.15024)")
+    refit: Literal["none", "ridge"] = _key(
+        "none", "ridge: fit output matrices of finalists and winner to the parent by ridge regression "
+        "before training.")
 
 
 class DistillationSection(_Section):
-    """`tokens` includes the winner's share of the tournament; 0 prunes only."""
+    """How candidates learn from their parent: forward KL of the logits."""
 
-    data: str = Field("stdlib", min_length=1)
-    tournament_tokens: Decimal = Field(80_000, ge=0, le=_TOKENS)
-    tokens: Decimal = Field(600_000, ge=0, le=_TOKENS)
-    sequence_length: Binary = Field(256, ge=2, le=_LENGTH)
-    batch_tokens: Binary = Field(1024, ge=1, le=2**32)
-    learning_rate: float = Field(2.0e-3, gt=0, le=1)
-    temperature: float = Field(1.0, ge=1e-3, le=1e3)
-    lm_loss_weight: float = Field(0.0, ge=0, le=1e3)
-    hidden_loss_weight: float = Field(0.0, ge=0, le=1e3)
-    top_k: int = Field(0, ge=0, le=2**31)  # of the teacher's tokens; 0: all of them
-    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # of all passes; fp8: of training alone
-    activation_checkpointing: bool = False
+    data: str = _key("stdlib", f"Texts to train on: {_DATA}", min_length=1)
+    tournament_tokens: Decimal = _key(
+        80_000, "Training of each finalist before the best is chosen. Decimal k, M, B.", "tokens",
+        _MINIPUZZLE, ge=0, le=_TOKENS)
+    tokens: Decimal = _key(
+        600_000, "Training of the winner, including its share of the tournament; one cosine spans all. "
+        "0 prunes only. Decimal k, M, B.", "tokens", _MINIPUZZLE, ge=0, le=_TOKENS)
+    sequence_length: Binary = _key(256, "Length of a training sequence. k is 1024.", "tokens",
+                                   ge=2, le=_LENGTH)
+    batch_tokens: Binary = _key(1024, "Tokens of one optimiser step, over all processes. k is 1024. The "
+                                "paper: 768 sequences of 8k, 6M.", "tokens", _MINIPUZZLE, ge=1, le=2**32)
+    learning_rate: float = _key(
+        2.0e-3, "Peak of the cosine, after a warm-up of 5 % of the steps. For a large model about a "
+        "fifth of the peak of its pre-training.", "", "Minitron in practice (arXiv:2408.11796)",
+        gt=0, le=1)
+    temperature: float = _key(1.0, "Of both distributions; no factor of its square. 1 was best.", "",
+                              _MINITRON, ge=1e-3, le=1e3)
+    lm_loss_weight: float = _key(0.0, "Weight of the next-token loss beside the KL. The KL alone is best.",
+                                 "", f"{_MINITRON}, table 8", ge=0, le=1e3)
+    hidden_loss_weight: float = _key(
+        0.0, "Weight of 1 - cosine of the streams that enter the layers kept. For many dropped layers, "
+        "at the parent's hidden size.", "", _MINITRON, ge=0, le=1e3)
+    top_k: int = _key(0, "Learn only the parent's k most likely tokens and the mass of all others; "
+                      "0: the whole vocabulary.", "tokens", ge=0, le=2**31)
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = _key(
+        "auto", "Of all passes of a run. auto: bf16 on a GPU, fp32 on a CPU. fp8, for training alone: "
+        "E4M3 forward, E5M2 gradients, the first and last two layers bf16.", "number format",
+        "fp8: Nemotron-H (arXiv:2504.03624), section 2.3")
+    activation_checkpointing: bool = _key(
+        False, "Keep only each layer's input for the backward pass: less memory, more time.")
 
 
 class QuantizationSection(_Section):
-    """What the result is quantised to at the end, for engines; null: it is not. `keep_ends`: layers
-    at each end that stay at 16 bit, beside `workload.keep_16bit`. `distill`: tokens of
-    quantisation-aware distillation before."""
+    """What the result is quantised to at the end, for engines."""
 
-    precision: Literal["fp8", "int4", "nvfp4"] | None = None
-    kv_precision: Literal["bf16", "fp8"] = "bf16"
-    keep_ends: int = Field(0, ge=0, le=10**4)
-    distill: Decimal = Field(0, ge=0, le=_TOKENS)
+    precision: Literal["fp8", "int4", "nvfp4"] | None = _key(
+        None, "Precision of the matrices of RUN/quantized/; null: nothing is quantised.", "number format", _MODELOPT)
+    kv_precision: Literal["bf16", "fp8"] = _key("bf16", "Precision of the KV cache.", "number format", _MODELOPT)
+    keep_ends: int = _key(0, "Layers at each end that stay at 16 bit, beside `workload.keep_16bit`.",
+                          "layers", "Nemotron-H (arXiv:2504.03624), section 2.3", ge=0, le=10**4)
+    distill: Decimal = _key(0, "Training with rounded weights, against the model itself, before the "
+                            "export.", "tokens", ge=0, le=_TOKENS)
+
+
+# budget.KEY: what it bounds
+BUDGET_WORDS = {
+    "memory": "Weights, KV cache and Mamba state at the workload.",
+    "params": "All parameters, embeddings and LM head included.",
+    "active_params": "The parameters that one token uses: of MoE layers the routed experts only.",
+    "kv_cache": "The KV cache of the attention layers at the workload.",
+    "flops_per_token": "Arithmetic of one token of a forward pass.",
+}
 
 
 class Recipe(_Section):
     """Everything that decides the result, but for the model and the seed."""
 
-    recipe: Literal[1] = 1
-    budget: dict[str, Text] = Field({"memory": "0.5x"}, json_schema_extra={"propertyNames": {"enum": [*BUDGET_KEYS]}})
+    recipe: Literal[1] = _key(1, "Version of this schema; the first line of every recipe.")
+    budget: dict[str, Text] = Field(
+        {"memory": "0.5x"}, json_schema_extra={"propertyNames": {"enum": [*BUDGET_KEYS]}},
+        description="What the result may cost at most: one or several of these keys. `0.5x` is half of "
+                    "the parent's, at the same workload.")
     workload: WorkloadSection = WorkloadSection()
     calibration: CalibrationSection = CalibrationSection()
     scores: ScoresSection = ScoresSection()
