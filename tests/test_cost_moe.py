@@ -322,9 +322,9 @@ def test_fewer_experts_for_a_token_are_fewer_active_parameters():
 
 def test_moe_layers_are_searched_and_priced():
     """All axes; budgets on all and on active parameters, every price."""
-    parent, workload = arch_of(SMALL, moe_latent_size=8), Workload(precision="nvfp4", kv_precision="fp8", context=77)
+    parent, workload = arch_of(SMALL, moe_latent_size=16), Workload(precision="nvfp4", kv_precision="fp8", context=77)
     wanted = {"drop_moe": [0, 2], "num_experts": [2, 4, 2], "moe_ffn_size": [8, 24, 16], "shared_ffn_size": [0, 40, 40],
-              "moe_latent_size": [4, 8, 4], "experts_per_token": [1, 2], "hidden_size": [16, 32, 16]}
+              "moe_latent_size": [8, 16, 8], "experts_per_token": [1, 2], "hidden_size": [16, 32, 16]}
     with pytest.raises(InputError, match="shared_ffn_size: 0 is below the least, 1"):
         resolve_space(wanted, parent)
     space = resolve_space(wanted | {"shared_ffn_size": [20, 40, 20]}, parent)

@@ -119,6 +119,8 @@ class Mixer:
     buffers: tuple[str, ...] = ()  # weights that transformers does not count as parameters, and nothing trains
     settings: tuple[str, ...] = ()  # fields of the architecture, no axes, that no other mixer reads
     limits: tuple[tuple[str, str], ...] = ()  # dimensions of which the first is at most the second
+    # dimension -> what it must be a multiple of where it is cut
+    multiples: Mapping[str, int] = field(default_factory=dict)
     active: Mapping[str, str] = field(default_factory=dict)  # axis in a weight's name -> how many of it a token uses
     # costs of a layer, as dimensions
     widest: str = "0"  # numbers that are held for a token at the widest place
@@ -199,6 +201,11 @@ class Kind:
     def own_settings(self) -> frozenset[str]:
         """Fields of the architecture, no axes, that no other kind reads."""
         return frozenset(name for mixer in self.mixers.values() for name in mixer.settings)
+
+    def multiple_of(self, axis: str, sizes: Sizes) -> int:
+        """What this axis must be a multiple of where it is cut."""
+        return max((number for mixer in self.mixers.values() for dim, number in mixer.multiples.items()
+                    if _resolved(dim, self.settings(sizes)) == axis), default=1)
 
     def broken_limit(self, sizes: Sizes) -> str:
         """Which of its limits these sizes break, in words; "" if none."""

@@ -96,6 +96,7 @@ MOE = Mixer(
     # the router takes the best two of each group to choose groups
     limits=(("router_groups_used", "router_groups"), ("2 * router_groups", "num_experts"),
             ("experts_per_token * router_groups", "num_experts * router_groups_used")),
+    multiples={"moe_ffn_size": 8, _L: 8},  # of 16 bytes at 16 bit, or transformers' grouped product refuses
     active={"num_experts": "experts_per_token"},
     widest=f"experts_per_token * {_L} + experts_per_token * moe_ffn_size + shared_ffn_size",
 )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 from minipuzzle.families.architecture import Architecture
 
@@ -74,8 +75,11 @@ def grouped_product(x_SK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.
     """x w_e' [S, N] of rows sorted by expert; those of expert e end before `ends_E[e]`.
 
     PyTorch's grouped product knows no float64 and wants rows of a multiple of 16 bytes. Without it
-    the experts follow one another, and the shapes depend on the data. Not run yet on a GPU.
+    the experts follow one another. Not run yet on a GPU. On tensors without numbers, whose memory
+    and FLOPs alone are asked for, all rows go to one expert.
     """
+    if x_SK.is_meta or isinstance(x_SK, FakeTensor):
+        return x_SK @ weight_ENK[0].T
     product = getattr(F, "grouped_mm", None)
     aligned = all(side * x_SK.element_size() % 16 == 0 for side in weight_ENK.shape[1:])
     if product is not None and aligned and x_SK.dtype != torch.float64:

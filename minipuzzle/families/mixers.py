@@ -100,11 +100,11 @@ def moe(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | None
     x_nD = x_BTD.flatten(0, 1)
     chosen_nk, weights_nk = route(arch, x_nD, w["gate.weight"], w["gate.e_score_correction_bias"])
     latent = arch.moe_latent_size > 0
-    inside = F.linear(x_nD, w["fc1_latent_proj.weight"], w.get("fc1_latent_proj.bias")) if latent else x_nD
+    inside = linear(x_nD, w, "fc1_latent_proj") if latent else x_nD
     routed = apply_experts(inside, chosen_nk, weights_nk, w["experts.{num_experts}.up_proj.weight"],
                            w["experts.{num_experts}.down_proj.weight"])
     out = routed.out_nL.view(*x_BTD.shape[:2], -1)
-    inner = F.relu(F.linear(x_BTD, w["shared_experts.up_proj.weight"], w.get("shared_experts.up_proj.bias"))).square()
+    inner = F.relu(linear(x_BTD, w, "shared_experts.up_proj")).square()
     if probe is not None:
         probe("moe_experts", expert_sums(routed, arch.num_experts, x_BTD.shape[:2]))
         probe("moe_neurons", neuron_means(routed, arch.num_experts, x_BTD.shape[:2]))
@@ -112,5 +112,5 @@ def moe(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | None
         if latent:
             probe("moe_latent", out)
     if latent:
-        out = F.linear(out, w["fc2_latent_proj.weight"], w.get("fc2_latent_proj.bias"))
-    return out + F.linear(inner, w["shared_experts.down_proj.weight"], w.get("shared_experts.down_proj.bias"))
+        out = linear(out, w, "fc2_latent_proj")
+    return out + linear(inner, w, "shared_experts.down_proj")

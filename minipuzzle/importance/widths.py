@@ -90,3 +90,11 @@ def score_widths(source: Source, ids_NT: torch.Tensor,
         done += len(ids)
         progress(done)
     return width_scores(source.arch, [{n: t.numpy(force=True) for n, t in sums.items()}], len(ids_NT))
+
+
+def expert_load(source: Source, ids_NT: torch.Tensor) -> dict[int, list[float]]:
+    """Layer -> the share of the tokens that came to each expert; empty without experts."""
+    if not any(kind.routed for kind in map(source.arch.family.kinds.__getitem__, source.arch.pattern)):
+        return {}
+    return {layer: load.round(6).tolist() for loads in score_widths(source, ids_NT).load.values()
+            for layer, load in loads.items()}

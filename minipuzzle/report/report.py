@@ -199,6 +199,8 @@ class Report(Part):
     warnings: list[str] = []
     defaults: list[str] = []
     samples: Samples = Samples()
+    # of the parent, the pruned and the distilled model: layer -> the share of tokens of each expert
+    expert_load: dict[str, dict[str, list[float]]] = {}
     recipe: str | None = None
     versions: dict[str, str] = {}
     hashes: dict[str, str | None] = {}

@@ -87,7 +87,8 @@ def bounds_of(parent: Architecture) -> dict[str, Bounds]:
         if isinstance(whole, tuple):
             raise InputError(f"the parent's {axis.label} is {min(whole)} to {max(whole)}; the search needs a parent "
                               f"with the same {axis.label} in every layer")
-        divisor = sizes[axis.groups] if axis.groups else 1
+        multiple = max(family.kinds[kind].multiple_of(name, sizes) for kind in parent.pattern)
+        divisor = sizes[axis.groups] if axis.groups else 1 if whole % multiple else multiple
         out[name] = Bounds(name, whole, divisor * axis.per_group, whole, divisor, axis.groups,
                            divisor if axis.groups else axis.rounding(whole), is_drop=False)
     return out
@@ -115,7 +116,26 @@ def resolve_space(spec: Mapping[str, Sequence[int | str] | int | str | None], pa
               for name, axis in bounds.items()}
     for name in family.drops.keys() - bounds.keys():
         _points(Bounds(name, 0, 0, 0), spec.get(name))  # none to drop
+    _check_limits(parent, points, spec)
     return Space({n: points[n] for n in parent.drops}, {n: points[n] for n in parent.widths})
+
+
+def _check_limits(parent: Architecture, points: dict[str, tuple[int, ...]], spec: Mapping[str, Any]) -> None:
+    """Leave out what a router cannot choose from at the largest other sizes, if it was asked for
+    relative to the parent.
+
+    Raises:
+        InputError: it was asked for in numbers, or nothing is left.
+    """
+    largest = {**parent.sizes()} | {name: points[name][-1] for name in parent.widths}
+    for name in parent.widths:
+        broken = {value: text for value in points[name] for kind in set(parent.pattern)
+                  if (text := parent.family.kinds[kind].broken_limit({**largest, name: value}))}
+        absolute = any(not isinstance(entry, Fraction) for entry in parse_range(name, spec[name])) if broken else False
+        if absolute or len(broken) == len(points[name]):
+            value, text = next(iter(broken.items()))
+            raise InputError(f"space.{name}: {value} is too few: {text}")
+        points[name] = tuple(value for value in points[name] if value not in broken)
 
 
 def _points(axis: Bounds, value: Any) -> tuple[int, ...]:
@@ -132,8 +152,9 @@ def _points(axis: Bounds, value: Any) -> tuple[int, ...]:
     points = sorted({*range(low, high + 1, step), high})
     wrong = [point for point in points if point % axis.divisor]
     if wrong:
-        raise InputError(f"space.{axis.name} {value!r}: {wrong[0]} is not a multiple of {axis.groups} {axis.divisor}; "
-                          f"write ends and step as multiples of {axis.divisor}")
+        what = f"{axis.groups} {axis.divisor}" if axis.groups else f"{axis.divisor}, as a grouped product needs"
+        raise InputError(f"space.{axis.name} {value!r}: {wrong[0]} is not a multiple of {what}; "
+                         f"write ends and step as multiples of {axis.divisor}")
     return tuple(points)
 
 

@@ -31,6 +31,7 @@ from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.stages.candidates import chosen_one, read_tournament
 from minipuzzle.stages.mend import forget_unusable_training, steps_done
+from minipuzzle.stages.notes import expert_loads
 from minipuzzle.stages.results import make_report, model_card_files
 from minipuzzle.stages.student import (
     EVALUATIONS,
@@ -132,6 +133,7 @@ def export(given: Given) -> list[Path]:
             if isinstance(parent.source, Model):
                 samples["parent"] = parent.source
             result["samples"] = _samples(given, ids[0], samples)
+            result["expert_load"] = expert_loads(samples, candidate.kept_layers, ids)
             path.parent.mkdir(exist_ok=True)
             write_json(path, result)
             for name, text in model_card_files(make_report(given, result)).items():

@@ -34,7 +34,8 @@ from minipuzzle.report.report import Report
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.rank import rank_correlation
 from minipuzzle.stages.candidates import AGAIN, read_candidates, read_controls, read_tournament
-from minipuzzle.stages.scoring import the_race, zero_warning
+from minipuzzle.stages.notes import mtp_note, parent_notes, unreached_note
+from minipuzzle.stages.scoring import the_race
 from minipuzzle.stages.student import cutter_of, state_folder
 
 REPORT_CANDIDATES = 200
@@ -78,6 +79,7 @@ def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, 
         "warnings": alerts + _warnings(given, gap) + _prediction_notes(candidates, controls),
         "defaults": _defaults(recipe),
         "samples": found["samples"],
+        "expert_load": found.get("expert_load", {}),
     })
 
 
@@ -100,7 +102,8 @@ def distilled_report(given: Given, student: Architecture, kept_layers: Sequence[
         "paired": _paired(final) | {"pruned": _paired(pruned)},
         "distillation": {"tokens": trained.tokens, "seconds": trained.seconds},
         "alerts": alerts,
-        "warnings": alerts + held_out_notes(given) + training_notes(given.settings, given.parent.device),
+        "warnings": (alerts + list(filter(None, [mtp_note(student)])) + held_out_notes(given)
+                     + training_notes(given.settings, given.parent.device)),
     })
 
 
@@ -240,8 +243,9 @@ def _warnings(given: Given, gap: float) -> list[str]:
     out, recipe, folder = [], given.settings, given.parent.folder
     if gap <= 0:
         out.append("slicing did not raise the loss: the share recovered by distillation is not defined")
-    if warning := zero_warning(folder):
-        out.append(warning)
+    out += parent_notes(folder)
+    if note := unreached_note(WidthScores.read(given.file("scores/widths.safetensors"))):
+        out.append(note)
     if given.ranks.size > 1:
         out.append(f"{given.ranks.size} processes held the models in shards, and generated no sample")
     elif not given.parent.memory.resident:

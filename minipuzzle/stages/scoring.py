@@ -18,13 +18,13 @@ from minipuzzle.importance.layers import Scored, score_iteratively
 from minipuzzle.importance.layers import score as score_all
 from minipuzzle.importance.racing import Race
 from minipuzzle.models.passes import Pass
-from minipuzzle.models.weights import ModelFolder
 from minipuzzle.pipeline.plan import Estimate, Plan
 from minipuzzle.pipeline.stage import Given, Stage
 from minipuzzle.recipes.schema import Recipe, SpaceSection
 from minipuzzle.search.damage import predict
 from minipuzzle.search.space import Space, resolve_space
 from minipuzzle.search.together import design
+from minipuzzle.stages.notes import parent_notes, unreached_note
 from minipuzzle.surgery.rotate import find_rotation
 
 _DROPS = tuple(f"space.{name}" for name in SpaceSection.model_fields if name.startswith("drop_"))
@@ -50,11 +50,13 @@ def score_settings(recipe: Recipe) -> tuple[str, ...]:
 
 def score_layers_and_widths(given: Given) -> list[Path]:
     """One-shot, racing or iterative, as the recipe's `scores` says."""
-    if warning := zero_warning(given.parent.folder):
-        given.say(warning)
+    for note in parent_notes(given.parent.folder):
+        given.say(note)
     folder = given.folder / "scores"
     folder.mkdir(exist_ok=True)
     found = _score(given.settings, given.passes(given.calibration_ids()))
+    if note := unreached_note(found.widths):
+        given.say(note)
     if given.ranks.main:
         found.layers.write(folder / "layers.csv")
         found.widths.write(folder / "widths.safetensors")
@@ -62,19 +64,6 @@ def score_layers_and_widths(given: Given) -> list[Path]:
                                              "layer_forwards": found.forwards})
     return [folder / name for name in ("layers.csv", "interactions.safetensors", "samples.safetensors",
                                        "widths.safetensors", "scoring.json")]
-
-
-def zero_warning(folder: ModelFolder) -> str:
-    """Names the parent's matrices that are all zero; empty if there are none.
-
-    Raises:
-        CorruptArtifact: all are.
-    """
-    zero = folder.zero_matrices()
-    if not zero:
-        return ""
-    names = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
-    return f"all zero in the parent: {names}; check that its weights are complete"
 
 
 def _score(settings: Recipe, run: Pass) -> Scored:
