@@ -13,14 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import distributed
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from test_distill import STEP_TOKENS, student
 from test_prune import finished, quick_gate, recipe_for  # noqa: F401 (fixtures)
 
 from minipuzzle import prune
 from minipuzzle.core.errors import InputError
-from minipuzzle.models.ranks import PATIENCE, open_ranks
+from minipuzzle.distill import loop
+from minipuzzle.distill.trained import load_student
+from minipuzzle.models.ranks import PATIENCE, Ranks, open_ranks
 from minipuzzle.models.weights import ModelFolder
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.verbs.run import Run
@@ -154,3 +159,36 @@ def test_who_waits_waits_longer_than_a_collective(tmp_path: Path) -> None:
         assert ranks.gather(rank) == [0, 1]
 
     assert together(2, work) == [0, 0]
+
+
+@pytest.mark.parametrize("options", [{"sync_last": True}, {"shards": 2}, {"shards": 2, "sync_last": True, "precision": "bf16"}],
+                         ids=["gradients once a step", "two replicas of two shards", "all in bf16"])
+def test_how_four_processes_share_changes_nothing(options: dict[str, Any], tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses, gradients and weights are those of one process, in several passes a step; the state holds all once."""
+    monkeypatch.setitem(loop.PASS_TOKENS, "cpu", STEP_TOKENS // 8)
+    plain = {k: v for k, v in options.items() if k == "precision"} | {"batch_tokens": 2 * STEP_TOKENS}
+
+    def work(rank: int) -> None:
+        ranks = open_ranks(torch.device("cpu"))
+        found = distributed.train(tmp_path / "four", 4, options | plain, ranks)
+        if ranks.main:
+            save_file(found, tmp_path / "four.safetensors")
+        ranks.barrier()
+
+    one = distributed.train(tmp_path / "one", 4, plain, Ranks(torch.device("cpu")))
+    assert together(4, work) == [0] * 4
+    four = load_file(tmp_path / "four.safetensors")
+    losses = [[json.loads(line)["kl"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+              for name in ("one", "four")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4 if "precision" not in plain else 2e-3)
+    names = [name for name in one if name.startswith("grad.")]
+    assert len(names) > 40
+    for name in names:
+        assert (four[name] - one[name]).norm() <= (1e-3 if "precision" not in plain else 0.1) * one[name].norm() + 1e-6, name
+    pupil = student()
+    load_student(tmp_path / "four", pupil)
+    assert all(torch.equal(p.detach(), four[f"model.{n}"]) for n, p in pupil.parameters_by_name().items())
+    sizes = [f.stat().st_size for f in sorted((tmp_path / "four").glob("state-*/rank-*"))]
+    if "shards" in options:
+        assert max(sizes[2:]) < min(sizes[:2]) / 10

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +12,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from test_distill import SETTINGS, STEP_TOKENS, blocks, student, weights
 from test_prune import quick_gate, recipe_for  # noqa: F401 (a fixture)
-from tiny import ARCH, tiny_model, tokens, trained_like, write_folder
+from tiny import ARCH, FAMILY, tiny_model, tokens, trained_like, write_folder
 
 from minipuzzle import prune
+from minipuzzle.core.errors import ResourceError
+from minipuzzle.distill.loop import distill_model
+from minipuzzle.distill.optimizer import make_optimizer
 from minipuzzle.distill.precision import compute_dtype, resolve
 from minipuzzle.families import mixers
 from minipuzzle.models.logits import compare
+from minipuzzle.models.module import HybridLM
 from minipuzzle.models.walk import final_hidden
 from minipuzzle.models.weights import open_model
 from minipuzzle.stages import finishing
+from minipuzzle.stages import student as student_module
 
 Seen = set[tuple[torch.dtype, torch.dtype]]
 
@@ -39,8 +48,8 @@ def products(quick_gate: None, monkeypatch: pytest.MonkeyPatch) -> Seen:  # noqa
             return found
         return made
 
-    for name in ("sample_logits", "reload_gate"):
-        monkeypatch.setattr(finishing, name, unseen(getattr(finishing, name)))
+    for module, name in ((student_module, "sample_logits"), (finishing, "reload_gate")):
+        monkeypatch.setattr(module, name, unseen(getattr(module, name)))
     return seen
 
 
@@ -112,3 +121,39 @@ def test_attention_on_a_gpu_keeps_off_the_math_kernel(dtype: torch.dtype, monkey
     w = {n.removeprefix(before): t.to("meta", dtype) for n, t in trained_like(ARCH).items() if n.startswith(before)}
     mixers.attention(ARCH, w, torch.empty(1, 16, 32, dtype=dtype, device="meta"), None)
     assert calls == [(4, 4, False) if dtype == torch.float32 else (4, 2, True)]
+
+
+def test_eight_bit_moments_need_torchao_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    low = replace(SETTINGS, optimizer="adamw8bit")
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(ResourceError, match=r"needs torchao .*minipuzzle\[low-memory\]'"):
+        make_optimizer(list(student().parameters()), low, torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "torchao.optim", types.ModuleType("torchao.optim"))
+
+    def broken(*args: Any, **how: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ResourceError, match=r"a compiler .*No working C\+\+ compiler found\)") as error:
+        make_optimizer(list(student().parameters()), low, torch.device("cpu"))
+    assert error.value.exit_code == 6
+    assert "\n" not in str(error.value)
+
+
+def test_eight_bit_moments_go_on_exactly(tmp_path: Path) -> None:
+    pytest.importorskip("torchao.optim")
+    arch = replace(ARCH, hidden_size=256)
+    low = replace(SETTINGS, optimizer="adamw8bit", tokens=6 * STEP_TOKENS)
+
+    def run(name: str, *stops: int | None) -> dict[str, torch.Tensor]:
+        for stop in stops:
+            pupil = HybridLM(FAMILY, arch, tiny_model(arch).by_name())
+            distill_model(pupil, tiny_model(), blocks(), low, tmp_path / name, stop_at_tokens=stop)
+        return weights(pupil)
+
+    straight, stopped = run("straight", None), run("stopped", 3 * STEP_TOKENS, None)
+    assert all(torch.equal(straight[n], stopped[n]) for n in straight)
+    (file,) = (tmp_path / "stopped").glob("state-6/*.safetensors")
+    stored = load_file(file)
+    assert {t.dtype for n, t in stored.items() if ".codes." in n} == {torch.uint8}
+    assert sum(".scales." in n for n in stored) >= 8

@@ -35,10 +35,15 @@ from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
 
-SAVE_EVERY_S = 120.0
+SAVE_EVERY_S, SAVE_SHARE = 120.0, 20  # seconds between states; at least so many times what the last one took
 # Tokens of one forward and backward pass: a step adds up the gradients of as many as its batch
 # needs.
 PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+def pass_tokens(device: torch.device) -> int:
+    """Tokens of one forward and backward pass; a sequence longer than that is one."""
+    return PASS_TOKENS.get(device.type, PASS_TOKENS["cpu"])
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
     last = settings.steps(seq, stop_at_tokens)
     first = min(pupil.step for pupil in pupils)
     begin = saved_at = time.perf_counter()
+    took = 0.0
     for trainer in trainers:
         if trainer.pupil.step == 0:
             trainer.evaluate({})
@@ -111,13 +117,14 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
         for trainer in active:
             trainer.begin()
         layers = sorted({layer for t in active for layer in t.layers})
-        for part in batch.split(max(1, PASS_TOKENS.get(ranks.device.type, seq) // seq)):
+        parts = batch.split(max(1, pass_tokens(ranks.device) // seq))
+        for part in parts:
             target: Target | None = None
             streams: dict[int, torch.Tensor] = {}
             if source is not None:
                 target, streams = source.look(part.ids_BT, part.numbers, layers)
             for trainer in active:
-                trainer.backward(part, target, streams)
+                trainer.backward(part, target, streams, part is parts[-1])
             if isinstance(source, LiveTeacher):
                 source.release()
         tokens, speed = (step + 1) * size * seq, (step + 1 - first) * size * seq / (time.perf_counter() - begin)
@@ -141,11 +148,13 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
         except Interrupted as error:
             stop = error
         signum, save = _agree(ranks, stop.exit_code - 128 if stop else 0,
-                              step + 1 == last or time.perf_counter() - saved_at > SAVE_EVERY_S)
+                              step + 1 == last or time.perf_counter() - saved_at > max(SAVE_EVERY_S, SAVE_SHARE * took))
         if save or signum:
+            begun = time.perf_counter()
             for trainer in active:
                 trainer.save()
             saved_at = time.perf_counter()
+            took = saved_at - begun
         if signum:
             raise stop or Interrupted(signum)
     seconds = time.perf_counter() - begin

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from minipuzzle.models.logits import wide_product
 
 NO_LABEL = -1
+CHUNK_FLOATS = {"cpu": 2**19, "cuda": 2**28}  # of one chunk of logits
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def top_words(log_p_nV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
 def chunk_tokens(vocab_size: int, device: torch.device) -> int:
     """Tokens of a chunk: logits of about 2 MB on CPU, which stay in the cache, 1 GB elsewhere. At
     least 64, since the head and its gradient are read once a chunk."""
-    return max(64, (2**19 if device.type == "cpu" else 2**28) // vocab_size)
+    return max(64, CHUNK_FLOATS.get(device.type, CHUNK_FLOATS["cuda"]) // vocab_size)
 
 
 def loss_kernel(vocab_size: int, device: torch.device) -> str:
@@ -145,7 +146,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad * grad_hidden, grad * grad_head, None, None, None, None, None, None
+        return grad_hidden.mul_(grad), grad_head.mul_(grad), None, None, None, None, None, None
 
 
 def distillation_loss(hidden_nD: torch.Tensor, head_VD: torch.Tensor, target: Target | None,

@@ -6,11 +6,15 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+CHANGES_NOTHING = ("activation_checkpointing", "sync_last", "shards")
+
 
 @dataclass(frozen=True)
 class TrainSettings:
     """`tokens` is the whole budget and the length of the cosine; `batch_tokens` are the tokens of a
-    step."""
+    step. What changes no number: `activation_checkpointing` (None: where it is needed); `sync_last`:
+    gradients are added up over processes in the last pass of a step alone, each holding a whole one
+    until then; `shards`: processes that hold the weights between them, all if None."""
 
     tokens: int
     batch_tokens: int
@@ -21,7 +25,10 @@ class TrainSettings:
     hidden_loss_weight: float = 0.0
     top_k: int = 0
     precision: str = "fp32"
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | None = False
+    optimizer: str = "adamw"
+    sync_last: bool = False
+    shards: int | None = None
     warmup: float = 0.05
     final_rate: float = 0.02
     weight_decay: float = 0.0
@@ -45,4 +52,5 @@ class TrainSettings:
 
     def resumable(self) -> dict[str, Any]:
         """What must be the same when a run goes on: all that changes its numbers."""
-        return {k: v for k, v in asdict(self).items() if k != "activation_checkpointing"}
+        plain = {"optimizer": "adamw"}  # states of earlier versions do not say
+        return {k: v for k, v in asdict(self).items() if k not in CHANGES_NOTHING and plain.get(k) != v}

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from minipuzzle.models.module import HybridLM, Part
 from minipuzzle.models.ranks import Ranks
@@ -20,14 +20,18 @@ from minipuzzle.models.weights import ModelFolder, held
 
 
 def shard(model: HybridLM, ranks: Ranks, compute: torch.dtype | None = None,
-          mesh: DeviceMesh | None = None) -> None:
+          mesh: DeviceMesh | None = None, shards: int | None = None) -> None:
     """Split the weights over the processes, part by part. `compute`: the dtype to gather them in;
-    None: their own.
+    None: their own. `shards`: as many neighbours hold them between them, other groups of them the
+    same (HSDP): fewer cross from machine to machine.
 
     The embedding is let go of after its lookup, and its backward pass does not need it; the head
     stays from the loss to the backward pass, which follows at once. The next block is fetched while
     one computes.
     """
+    if mesh is None and shards and shards < ranks.size:
+        mesh = init_device_mesh(ranks.device.type, (ranks.size // shards, shards),
+                                mesh_dim_names=("replicate", "shard"))
     mesh = mesh or init_device_mesh(ranks.device.type, (ranks.size,))
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute and torch.float32)
     # what is not trained is small, and must not be rounded: every process keeps it whole
@@ -44,7 +48,7 @@ def shard(model: HybridLM, ranks: Ranks, compute: torch.dtype | None = None,
 
 
 def read_sharded(folder: ModelFolder, ranks: Ranks, dtype: torch.dtype | None = None,
-                 compute: torch.dtype | None = None) -> HybridLM:
+                 compute: torch.dtype | None = None, shards: int | None = None) -> HybridLM:
     """A model in shards, of which each process reads its own slices: it is whole nowhere.
 
     dtype: of the weights, where they are trained; None: a frozen model in its checkpoint's, `held`
@@ -60,7 +64,7 @@ def read_sharded(folder: ModelFolder, ranks: Ranks, dtype: torch.dtype | None = 
     model = HybridLM(arch.family, arch, like)
     if dtype is None:
         model.requires_grad_(False)
-    shard(model, ranks, None if dtype is None else compute)
+    shard(model, ranks, None if dtype is None else compute, shards=shards)
     model.to_empty(device=ranks.device)
     with ranks.together(), torch.no_grad():
         for name, parameter in model.parameters_by_name().items():
@@ -77,6 +81,12 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         return tensor.detach(), [0] * tensor.ndim
     (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
     return tensor.to_local().detach(), list(chunk.offsets)
+
+
+def first_replica(tensor: DTensor) -> bool:
+    """Whether no group of processes before this one's holds the same."""
+    return all(isinstance(p, Shard) or at == 0
+               for p, at in zip(tensor.placements, tensor.device_mesh.get_coordinate() or (), strict=True))
 
 
 def gathered_head(model: HybridLM) -> torch.Tensor:

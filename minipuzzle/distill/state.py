@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.files import flush_to_disk, open_tensors, read_sealed, reading, write_sealed
-from minipuzzle.distill.sharding import local_part
+from minipuzzle.distill.sharding import first_replica, local_part
 from minipuzzle.models.ranks import Ranks
 
 Tensors = dict[str, torch.Tensor]
@@ -139,7 +139,7 @@ def _write_part(folder: Path, tensors: Tensors, ranks: Ranks) -> dict[str, Any]:
     for name, tensor in tensors.items():
         local, offsets = local_part(tensor)
         entries[name] = {"dtype": _dtype(tensor), "shape": list(tensor.shape), "shards": []}
-        if local.numel() and (isinstance(tensor, DTensor) or ranks.main):
+        if local.numel() and (first_replica(tensor) if isinstance(tensor, DTensor) else ranks.main):
             own[name] = local.cpu().contiguous()
             entries[name]["shards"] = [{"file": file.name, "offsets": offsets, "shape": list(local.shape)}]
     save_file(own, file)

@@ -20,6 +20,7 @@ from minipuzzle.core.rundir import changes
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill import state
 from minipuzzle.distill.loss import NO_LABEL, Target, cosine_loss, distillation_loss, next_tokens
+from minipuzzle.distill.optimizer import make_optimizer, moments, set_rate
 from minipuzzle.distill.precision import compute_dtype, use_fp8
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import shard, whole
@@ -27,7 +28,6 @@ from minipuzzle.models.module import Block, HybridLM
 from minipuzzle.models.ranks import Ranks
 
 MAX_SKIPPED = 10  # steps with a non-finite loss or gradient before the run is given up
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 Row = dict[str, Any]
 
 
@@ -95,16 +95,15 @@ class Trainer:
         student = pupil.student
         for block in student.blocks:
             assert isinstance(block, Block)
-            block.recompute = settings.activation_checkpointing
+            block.recompute = bool(settings.activation_checkpointing)
         if settings.precision == "fp8":
             use_fp8(student, ranks.device)
         dtype = None if settings.precision == "fp32" else compute_dtype(settings.precision, ranks.device)
         student.compute_in(dtype)
         if ranks.size > 1 and not isinstance(student, FSDPModule):
-            shard(student, ranks, dtype)
+            shard(student, ranks, dtype, shards=settings.shards)
         self.parameters = student.parameters_by_name()
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.95),
-                                           weight_decay=settings.weight_decay)
+        self.optimizer = make_optimizer(self.parameters.values(), settings, ranks.device)
         pupil.folder.mkdir(parents=True, exist_ok=True)
         self.adam_steps = 0
         self._load()
@@ -119,9 +118,13 @@ class Trainer:
         self.sums = torch.zeros(3, dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def backward(self, part: Batch, target: Target | None, teacher_streams: dict[int, torch.Tensor]) -> None:
-        """Add the gradient of a part of the batch, and its sums of kl, lm and cosine terms."""
+    def backward(self, part: Batch, target: Target | None, teacher_streams: dict[int, torch.Tensor],
+                 last: bool = True) -> None:
+        """Add the gradient of a part of the batch, and its sums of kl, lm and cosine terms. `last`: of
+        the step."""
         s, student = self.settings, self.pupil.student
+        if isinstance(student, FSDPModule):
+            student.set_requires_gradient_sync(last or not s.sync_last)
         # sharded gradients are means over processes, and the counts are of the whole batch
         share = self.ranks.size
         streams = dict.fromkeys(range(len(self.layers)), part.ids_BT)
@@ -156,8 +159,7 @@ class Trainer:
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), s.clip)))
         weights = torch.tensor([s.kl_weight, s.lm_loss_weight, s.hidden_loss_weight], dtype=torch.float64)
         value, rate = float(self.sums @ weights), s.rate(pupil.step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         if math.isfinite(value) and math.isfinite(norm):
             self.optimizer.step()
             self.adam_steps += 1
@@ -202,10 +204,12 @@ class Trainer:
     def _weights(self) -> state.Tensors:
         return {f"model.{name}": p.detach() for name, p in self.parameters.items()}
 
-    def _moments(self) -> state.Tensors:
-        """Adam's moments, zero where there are none yet."""
-        return {f"{moment}.{name}": self.optimizer.state[p].get(moment, torch.zeros_like(p.detach()))
-                for moment in _MOMENTS for name, p in self.parameters.items()}
+    def _moments(self, keep: bool = False) -> state.Tensors:
+        """Adam's moments, zero where there are none yet; with `keep` the optimizer's own from here on."""
+        found: state.Tensors = {}
+        for name, p in self.parameters.items():
+            found |= moments(self.optimizer, name, p, keep)
+        return found
 
     def save(self) -> None:
         p = self.pupil
@@ -221,14 +225,12 @@ class Trainer:
         if different := changes(about["settings"], self.settings.resumable()):
             raise InputError(f"{path} was trained with other settings ({'; '.join(different)}); go on with those, or "
                               "delete it to train again from the start")
-        moments = self._moments()
-        state.load(path, self._weights() | moments, self.ranks)
+        state.load(path, self._weights() | self._moments(keep=about["adam_steps"] > 0), self.ranks)
         self.pupil.step, self.pupil.skipped, self.pupil.best = about["step"], about["skipped"], about["best"]
         self.pupil.looks = dict(about.get("looks", {}))  # a state of an earlier version has none
         self.adam_steps = about["adam_steps"]
         if self.adam_steps:
-            for name, p in self.parameters.items():
-                self.optimizer.state[p] = {m: moments[f"{m}.{name}"] for m in _MOMENTS}
+            for p in self.parameters.values():
                 self.optimizer.state[p]["step"] = torch.tensor(float(self.adam_steps))
 
 

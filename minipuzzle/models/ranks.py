@@ -29,6 +29,7 @@ class Ranks:
     device: torch.device
     rank: int = 0
     size: int = 1
+    local_size: int = 1  # processes on this machine
 
     @property
     def main(self) -> bool:
@@ -131,4 +132,4 @@ def open_ranks(device: torch.device) -> Ranks:
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return Ranks(device, dist.get_rank(), size)
+    return Ranks(device, dist.get_rank(), size, environment.number("LOCAL_WORLD_SIZE", size))

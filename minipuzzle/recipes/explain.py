@@ -98,8 +98,8 @@ def _facts(field: dict[str, Any], default: Any) -> Entry:
 def _values(field: dict[str, Any]) -> str:
     """What a key may be, of its JSON schema."""
     parts = field.get("anyOf", [field])
-    if field.get("type") == "boolean":
-        return "true, false"
+    if any(part.get("type") == "boolean" for part in parts):
+        return ", ".join(["true, false", *(str(part["const"]) for part in parts if "const" in part)])
     if choices := [choice for part in parts for choice in part.get("enum", [])]:
         return ", ".join([*choices, *("null" for part in parts if part.get("type") == "null")])
     if "const" in field:

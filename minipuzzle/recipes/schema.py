@@ -232,8 +232,12 @@ class DistillationSection(_Section):
         "auto", "Of all passes of a run. auto: bf16 on a GPU, fp32 on a CPU. fp8, for training alone: "
         "E4M3 forward, E5M2 gradients, the first and last two layers bf16.", "number format",
         "fp8: Nemotron-H (arXiv:2504.03624), section 2.3")
-    activation_checkpointing: bool = _key(
-        False, "Keep only each layer's input for the backward pass: less memory, more time.")
+    activation_checkpointing: bool | Literal["auto"] = _key(
+        "auto", "Keep only each layer's input for the backward pass: less memory, more time. auto: where "
+        "the insides of all layers would not fit.")
+    optimizer: Literal["adamw", "adamw8bit"] = _key(
+        "adamw", "adamw8bit: both moments in 2 bytes a weight in place of 8 (torchao, "
+        "minipuzzle[low-memory]; its step is compiled).")
 
 
 class QuantizationSection(_Section):

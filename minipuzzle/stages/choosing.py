@@ -96,11 +96,12 @@ def tournament(given: Given) -> list[Path]:
     Raises:
         Diverged: all of them did.
     """
-    d, parent, how = given.settings.distillation, given.parent, train_settings(given)
+    d, parent = given.settings.distillation, given.parent
     share = min(d.tournament_tokens, d.tokens)
-    steps = how.steps(d.sequence_length, share)
     every = read_candidates(given.files)
     finalists = every[: given.settings.search.finalists]
+    how = train_settings(given, [c.architecture for c in finalists])
+    steps = how.steps(d.sequence_length, share)
     if share == 0 or len(finalists) == 1:
         finalists = []
     found: Qualities = {}
@@ -115,10 +116,10 @@ def tournament(given: Given) -> list[Path]:
         # in lock-step: the teacher reads each batch once for all of them
         group, before = finalists[i : i + together], i / len(finalists)
         reference = given.reference(given.selection_ids())
-        pupils = [Pupil(student_of(given, c, given.key), state_folder(given, c, given.key), c.kept_layers,
+        pupils = [Pupil(student_of(given, c, given.key, how), state_folder(given, c, given.key), c.kept_layers,
                         partial(look, given, c, reference)) for c in group]
         with contextlib.suppress(Diverged):  # all of them: each says so
-            teacher = teacher or teacher_of(given)
+            teacher = teacher or teacher_of(given, how)
             distill_together(pupils, teacher, training_blocks(given), how, share, ranks=given.ranks,
                              progress=say_training(given, "best", before, len(group) / len(finalists) / share))
         found |= {c.name: {"loss": None} if p.diverged else look_at(p.folder, steps)

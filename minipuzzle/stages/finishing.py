@@ -61,14 +61,16 @@ def distill(given: Given) -> list[Path]:
             write_atomic(metrics, "")
         return [metrics]
     candidate, key = chosen_one(given.files, given.candidate), read_tournament(given.files)["key"]
-    student, folder, how = student_of(given, candidate, key), state_folder(given, candidate, key), train_settings(given)
+    how, folder = train_settings(given, [candidate.architecture]), state_folder(given, candidate, key)
+    student = student_of(given, candidate, key, how)
     if given.ranks.main:
         show_metrics(given.folder, folder)
     if given.ranks.size > 1:
         given.parent.leave_memory()
     reference = given.reference(given.selection_ids())
-    train = partial(distill_model, student, teacher_of(given), training_blocks(given), how, folder, ranks=given.ranks,
-                    evaluate=partial(look, given, candidate, reference), layers=candidate.kept_layers,
+    train = partial(distill_model, student, teacher_of(given, how), training_blocks(given), how, folder,
+                    ranks=given.ranks, layers=candidate.kept_layers,
+                    evaluate=partial(look, given, candidate, reference),
                     progress=say_training(given, candidate.name, 0, 1 / d.tokens))
     share = min(d.tournament_tokens, d.tokens)
     if candidate.after_distillation and steps_done(folder) < how.steps(d.sequence_length, share):
@@ -99,7 +101,8 @@ def export(given: Given) -> list[Path]:
     if ranks.size > 1:
         parent.leave_memory()
     reference = given.reference(ids)
-    student, dtypes = student_of(given, candidate, key), parent.folder.dtypes(candidate.kept_layers)
+    how = train_settings(given, [candidate.architecture])
+    student, dtypes = student_of(given, candidate, key, how), parent.folder.dtypes(candidate.kept_layers)
     result: dict[str, Any] = {
         "candidate": candidate.name, "parent": reference.quality(), "sliced": _sliced(given, candidate, reference),
         "pruned": measure_as_written(student, dtypes, parent.dtype, reference), "exported": None,

@@ -5,7 +5,7 @@ What the tournament, the distillation and the export have in common; all start f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,20 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from minipuzzle.data.blocks import Blocks
+from minipuzzle.distill.loop import pass_tokens
+from minipuzzle.distill.memory import fitted
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import local_part, read_sharded, reshard, whole
 from minipuzzle.distill.teacher import LiveTeacher
 from minipuzzle.distill.trained import say
 from minipuzzle.distill.trainer import Row
 from minipuzzle.evaluate.quality import Reference, measure
+from minipuzzle.families.architecture import Architecture
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import ModelFolder, held, open_model, write_model
+from minipuzzle.pipeline.machine import machine_memory
 from minipuzzle.pipeline.plan import Plan, refit_samples
 from minipuzzle.pipeline.stage import Given
 from minipuzzle.search.candidate import Candidate
@@ -84,11 +88,11 @@ def _refit(given: Given, candidate: Candidate, key: str) -> Path:
     return given.kept(given.run / "refit" / f"{candidate.name}-{key}.safetensors", make)
 
 
-def student_of(given: Given, candidate: Candidate, key: str) -> HybridLM:
+def student_of(given: Given, candidate: Candidate, key: str, how: TrainSettings) -> HybridLM:
     """The candidate, to be trained."""
     if given.ranks.size == 1:
         return to_train(pruned(given, candidate, key))
-    return read_sharded(cut_on_disk(given, candidate, key), given.ranks, torch.float32, given.parent.dtype)
+    return read_sharded(cut_on_disk(given, candidate, key), given.ranks, torch.float32, given.parent.dtype, how.shards)
 
 
 def cut_on_disk(given: Given, candidate: Candidate, key: str) -> ModelFolder:
@@ -104,13 +108,13 @@ def cut_on_disk(given: Given, candidate: Candidate, key: str) -> ModelFolder:
     return open_model(given.kept(given.run / "students" / f"{candidate.name}-{key}", make))
 
 
-def teacher_of(given: Given) -> Model | LiveTeacher:
+def teacher_of(given: Given, how: TrainSettings) -> Model | LiveTeacher:
     """The parent as it teaches. Of several processes each holds its shards, and no more of it from
     here on."""
     if given.ranks.size == 1:
         return given.parent.model
-    return LiveTeacher(read_sharded(given.parent.folder, given.ranks, compute=given.parent.dtype),
-                       given.settings.distillation.top_k)
+    return LiveTeacher(read_sharded(given.parent.folder, given.ranks, compute=given.parent.dtype,
+                                    shards=how.shards), how.top_k)
 
 
 def to_train(model: Model) -> HybridLM:
@@ -124,11 +128,15 @@ def state_folder(given: Given, candidate: Candidate, key: str) -> Path:
     return given.run / "distillation" / f"{candidate.name}-{key}"
 
 
-def train_settings(given: Given) -> TrainSettings:
-    d = given.settings.distillation
-    return TrainSettings(d.tokens, d.batch_tokens, d.learning_rate, d.temperature, lm_loss_weight=d.lm_loss_weight,
+def train_settings(given: Given, students: Sequence[Architecture] = ()) -> TrainSettings:
+    """Of these students, the memory of each process shared out."""
+    d, memory = given.settings.distillation, given.parent.memory.bytes
+    again = None if d.activation_checkpointing == "auto" else d.activation_checkpointing
+    made = TrainSettings(d.tokens, d.batch_tokens, d.learning_rate, d.temperature, lm_loss_weight=d.lm_loss_weight,
                          hidden_loss_weight=d.hidden_loss_weight, top_k=d.top_k, precision=given.precision,
-                         activation_checkpointing=d.activation_checkpointing, seed=given.seed)
+                         activation_checkpointing=again, optimizer=d.optimizer, seed=given.seed)
+    return fitted(made, given.parent.arch, students, given.ranks, max(pass_tokens(given.ranks.device),
+                  d.sequence_length), memory or machine_memory(given.ranks.device))
 
 
 def training_blocks(given: Given) -> Blocks:

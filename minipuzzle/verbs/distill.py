@@ -86,15 +86,16 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
     state = run.path / "distillation" / digest(what)
     try:
         _begin(runner, what, cache_teacher is not None, redo)
-        blocks, settings = training_blocks(given), train_settings(given)
+        blocks, settings = training_blocks(given), train_settings(given, [small.arch])
         selection_ids, final_ids = given.selection_ids(), given.final_ids()
         source: Model | LiveTeacher | CachedTeacher
         if ranks.size > 1:
             given.parent.leave_memory()
         compared = cache_teacher is None
-        source = teacher_of(given) if cache_teacher is None else _cached(runner, cache_teacher, blocks, settings)
+        source = (teacher_of(given, settings) if cache_teacher is None else
+                  _cached(runner, cache_teacher, blocks, settings))
         pupil = (HybridLM(small.family, small.arch, Model.load(small, ranks.device).by_name()) if ranks.size == 1 else
-                 read_sharded(small, ranks, torch.float32, world.dtype))
+                 read_sharded(small, ranks, torch.float32, world.dtype, settings.shards))
         dtypes = small.dtypes(tuple(range(small.arch.num_layers)))
 
         def quality(s: HybridLM, ids_NT: torch.Tensor, reference: Reference | None) -> dict[str, float]:
