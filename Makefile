@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Spinning OpenMP threads slow two processes at once down by up to 20x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install prune test browser test-browser test-extras lint docs gpu-wheels clean
+.PHONY: install prune test browser test-browser test-extras test-quantize test-engines lint docs gpu-wheels clean
 
 install: $(VENV)/.installed
 
@@ -40,6 +40,35 @@ test-extras:
 	$(EXTRAS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(EXTRAS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[eval,track,quantize,docs]'
 	HF_HUB_OFFLINE=1 $(EXTRAS)/bin/python benchmarks/extras.py
+
+# The checkpoints of `minipuzzle quantize`, by modelopt in an environment of its own; needs the network.
+# -> benchmarks/results/quantize.json
+QUANTIZE := build/quantize
+test-quantize:
+	$(PYTHON) -m venv --clear $(QUANTIZE)
+	$(QUANTIZE)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(QUANTIZE)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[quantize]'
+	HF_HUB_OFFLINE=1 $(QUANTIZE)/bin/python benchmarks/quantize.py
+
+# llama.cpp from the source distribution of llama-cpp-python: the library is compiled (minutes on one core), the
+# converter is in its source. Once, into the user's cache; needs the network, cmake and a C++ compiler.
+# -> benchmarks/results/engines.json
+LLAMA_VERSION := 0.3.36
+LLAMA := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minipuzzle/llama-cpp-python-$(LLAMA_VERSION)
+$(LLAMA)/.built:
+	mkdir -p $(LLAMA)/source
+	test -x $(LLAMA)/venv/bin/python || $(PYTHON) -m venv $(LLAMA)/venv
+	cd $(LLAMA) && venv/bin/python -m pip download -q --disable-pip-version-check --no-deps \
+	  --no-binary llama-cpp-python llama-cpp-python==$(LLAMA_VERSION)
+	tar xzf $(LLAMA)/llama_cpp_python-$(LLAMA_VERSION).tar.gz -C $(LLAMA)/source --strip-components 1
+	$(LLAMA)/venv/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0 transformers==4.57.6 \
+	  'numpy<3' 'sentencepiece<0.3' 'protobuf<5'
+	CMAKE_BUILD_PARALLEL_LEVEL=1 CMAKE_ARGS=-DLLAVA_BUILD=OFF nice $(LLAMA)/venv/bin/python -m pip install -q \
+	  --disable-pip-version-check $(LLAMA)/source
+	touch $@
+
+test-engines: install $(LLAMA)/.built
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/engines.py
 
 # The API reference, from the docstrings -> build/docs
 docs: install

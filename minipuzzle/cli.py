@@ -576,12 +576,13 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
 @click.option("--precision", type=click.Choice(["fp8", "int4", "nvfp4"]),
               help="Of the matrices. Default: the recipe's quantization.precision.")
 @click.option("--kv-precision", type=click.Choice(["bf16", "fp8"]), help="Of the KV cache.")
+@click.option("--gguf", type=click.Choice(["q8_0", "q4_k_m"]), help="Also, or only, a file for llama.cpp.")
 @click.option("--distill", metavar="TOKENS",
               help="First train the rounded weights against the model itself, on so many tokens.")
 @recipe_options("quantization", "workload", "calibration", "evaluation", "distillation")
 @run_options
-def quantize(model: str, precision: str | None, kv_precision: str | None, distill: str | None, recipe: Recipe,
-             output_dir: Path | None, as_json: bool, **options: Any) -> None:
+def quantize(model: str, precision: str | None, kv_precision: str | None, gguf: str | None, distill: str | None,
+             recipe: Recipe, output_dir: Path | None, as_json: bool, **options: Any) -> None:
     """Quantise MODEL, or the result of a run, by nvidia-modelopt -> OUTPUT_DIR/model/.
 
     The folder is the checkpoint that vLLM, SGLang and TensorRT-LLM load. Needs minipuzzle[quantize].
@@ -596,7 +597,7 @@ def quantize(model: str, precision: str | None, kv_precision: str | None, distil
     if output_dir is None:
         raise InputError("quantize needs an output folder: -o FOLDER")
     given = click.get_current_context().params
-    chosen = {"precision": precision, "kv_precision": kv_precision, "distill": distill}
+    chosen = {"precision": precision, "kv_precision": kv_precision, "gguf": gguf, "distill": distill}
     settings = _settings(given["settings"]) | {
         f"quantization.{key}": value for key, value in chosen.items() if value is not None}
     if (Path(model) / "run.json").is_file() and not _given("name"):
@@ -608,12 +609,18 @@ def quantize(model: str, precision: str | None, kv_precision: str | None, distil
 
 
 def _quantised(data: dict[str, Any]) -> list[str]:
-    before, after, size = data["before"], data["after"], data["size"]
-    return [f"quantised   {data['precision']}, loss {before['loss']:.4f} -> {after['loss']:.4f}, "
+    lines, before = [], data["before"]["loss"]
+    if file := data.get("gguf"):
+        lines = [f"gguf        {file['type']}, loss {before:.4f} -> {file['loss']:.4f} in llama.cpp, "
+                 f"{human_bytes(file['bytes'])}", f"            {file['path']}"]
+    if data["precision"] is None:
+        return lines
+    after, size = data["after"], data["size"]
+    return [f"quantised   {data['precision']}, loss {before:.4f} -> {after['loss']:.4f}, "
             f"KL {after['kl']:.5f}, the same next token in {after['agreement']:.1%}",
             f"weights     {human_bytes(size['written_bytes'])}, priced {human_bytes(size['priced_bytes'])}",
             *(f"            {amount:+,.0f} bytes: {label}" for label, amount in size["differences"].items()),
-            f"model       {data['path']}", *(f"note        {note}" for note in data["notes"])]
+            f"model       {data['path']}", *(f"note        {note}" for note in data["notes"]), *lines]
 
 
 @main.command()

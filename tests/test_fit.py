@@ -5,19 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minipuzzle.cli import main
-from minipuzzle.core.budget import Workload
+from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.core.devices import devices, find_device
+from minipuzzle.core.errors import Infeasible, InputError
 from minipuzzle.core.published import published
+from minipuzzle.core.scores import LayerScores
 from minipuzzle.engines.fit import fit
 from minipuzzle.engines.speed import foretell, largest_batch
 from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.cost import cost
 from minipuzzle.families.paging import paged
+from minipuzzle.search.grid import search_architectures
+from minipuzzle.search.milp import solve_architectures
+from minipuzzle.search.space import resolve_space
 
 MILLION = Workload("nvfp4", "fp8", "fp32", (), 10**6, 1)
 
@@ -74,6 +81,35 @@ def test_layers_of_one_kind_need_no_padding(layers, size, context):
     only_attention = paged(layers, 0, size, 0, context)
     assert int(only_attention.cache_bytes) == layers * size * 16 * -(-context // 16)
     assert int(paged(0, layers, 0, size, context).cache_bytes) == layers * size
+
+
+def test_memory_at_the_engine_is_what_fit_counts():
+    for name in ("nemotron-h-47b", "nemotron-h-8b", "nemotron-3-nano-30b-a3b"):
+        arch = arch_of(name)
+        for batch in (1, 3):
+            served = dataclasses.replace(MILLION, batch=batch, engine="vllm")
+            found, priced = fit(arch, served, find_device("h200")), cost(arch, served)
+            assert priced.memory_bytes == priced.weights_bytes + found["cache_bytes"]
+            assert priced.memory_bytes > cost(arch, dataclasses.replace(served, engine="ideal")).memory_bytes
+
+
+def test_the_search_prices_by_the_engine_where_fewer_layers_may_take_more():
+    """4 attention and 5 Mamba layers share groups of 5, 6 Mamba layers make two of 4."""
+    parent = Architecture("M*M*M*M*MM", vocab_size=97, hidden_size=32, ffn_size=0, mamba_num_heads=8, mamba_head_dim=8,
+                          n_groups=2, state_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    served = Workload(context=100_000, engine="vllm")
+    five, six = (cost(parent.keep(tuple(range(n))), served).memory_bytes for n in (9, 10))
+    assert five > six
+    space = resolve_space({"drop_mamba": [0, 1], "hidden_size": 32, "mamba_num_heads": 8, "mamba_head_dim": 8}, parent)
+    found = search_architectures(parent, space, Budget((("memory", six),), (("memory", "x"),)), served)
+    assert [(c.architecture.pattern.count("M"), c.cost.memory_bytes) for c in found.candidates] == [(6, six)]
+    with pytest.raises(Infeasible, match=r"memory .*: the smallest has"):
+        search_architectures(parent, space, Budget((("memory", six - 1),), (("memory", "x"),)), served)
+    scores = LayerScores(pd.DataFrame({"layer": range(10), "kind": list(parent.pattern), "mse": 1.0}))
+    with pytest.raises(InputError, match=r"use search.strategy grid, or engine ideal"):
+        solve_architectures(parent, space, Budget((("memory", six),), (("memory", "x"),)), served, scores)
+    with pytest.raises(InputError, match=r"a cache of .* cannot be counted; lower context or batch"):
+        cost(parent, dataclasses.replace(served, context=10**18))
 
 
 def test_removing_one_mamba_layer_may_only_turn_it_into_padding():

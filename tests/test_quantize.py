@@ -18,7 +18,7 @@ from tiny import ARCH, FAMILY, trained_like, write_folder
 from minipuzzle.cli import main
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.errors import CorruptArtifact, InputError, UnsupportedModel
-from minipuzzle.engines import formats
+from minipuzzle.engines import formats, gguf
 from minipuzzle.engines import quantize as engine
 from minipuzzle.evaluate.served import open_served
 from minipuzzle.families.cost import cost
@@ -357,7 +357,8 @@ def test_bad_input_is_one_line_and_nothing_is_lost(stand_in: None, source: Path,
     out, fp8 = tmp_path / "out", ("--precision", "fp8")
     for code, said, *args in (
             (2, "needs an output folder", model_folder, *fp8),
-            (2, "needs a precision: --precision fp8, int4 or nvfp4", model_folder, "-o", out),
+            (2, "needs a precision: --precision fp8, int4 or nvfp4; or --gguf", model_folder, "-o", out),
+            (2, "needs quantization.precision", model_folder, "--gguf", "q8_0", "--distill", "1k", "-o", out),
             (2, "is not empty and not a run", model_folder, *fp8, "-o", foreign, *settings_for(texts)),
             (2, "has no result yet", unfinished, *fp8, "-o", out, "--recipe", "default"),
             (2, "tokens", model_folder, *fp8, "-o", out, "--data", short),
@@ -384,3 +385,43 @@ def test_without_the_extra_one_line_names_it(source: Path, model_folder: Path, m
         assert (found.exit_code, found.stderr) == (6, "minipuzzle: quantisation needs nvidia-modelopt: pip install "
                                                       "'minipuzzle[quantize]'\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_gguf_without_llama_cpp_is_one_line(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = run(source, "--gguf", "q8_0", "-o", tmp_path / "out")
+    assert (found.exit_code, found.stderr.count("\n")) == (6, 1)
+    assert "'make test-engines' builds them" in found.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_gguf_is_measured_and_a_refusal_is_one_line(model_folder: Path, texts: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    tmp_path: Path) -> None:
+    """With a stand-in for llama.cpp's environment: what is passed to it, and what comes back."""
+    place = tmp_path / "minipuzzle" / f"llama-cpp-python-{gguf.VERSION}"
+    (place / "source" / "vendor" / "llama.cpp").mkdir(parents=True)
+    (place / "source" / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py").write_text("")
+    python = place / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("""#!/bin/sh
+shift 2
+case "$1" in
+*convert_hf_to_gguf*) cp "$3/config.json" "$4";;
+*llama_model_quantize*) test "$4" = 7 && cp "$2" "$3";;
+*) python3 -c 'import json,sys; rows=json.load(sys.stdin); print(json.dumps({"tokens": [[-2.5]*(len(r)-1) for r in rows]}))';;
+esac
+""")
+    python.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    out = tmp_path / "out"
+    found = run(model_folder, "--gguf", "q8_0", "-o", out, *settings_for(texts))
+    assert found.exit_code == 0, found.output
+    about = json.loads((out / "quantization.json").read_text())["gguf"]
+    assert about == {"path": str(out / "model-q8_0.gguf"), "type": "q8_0", "loss": 2.5,
+                     "bytes": (model_folder / "config.json").stat().st_size}
+    assert [p.name for p in out.glob("*gguf*")] == ["model-q8_0.gguf"]
+    python.write_text("#!/bin/sh\necho 'NotImplementedError: BPE pre-tokenizer was not recognized' >&2; exit 1\n")
+    refused = run(model_folder, "--gguf", "q8_0", "-o", tmp_path / "other", *settings_for(texts), "-q")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (3, 1)
+    assert "llama.cpp does not take" in refused.stderr
+    assert "BPE pre-tokenizer was not recognized" in refused.stderr

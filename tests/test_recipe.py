@@ -28,7 +28,7 @@ from minipuzzle.stages.scoring import SCORE
 
 CONTRACT = {
     "budget": {"memory"},
-    "workload": {"precision", "kv_precision", "state_precision", "keep_16bit", "context", "batch"},
+    "workload": {"precision", "kv_precision", "state_precision", "keep_16bit", "context", "batch", "engine"},
     "calibration": {"data", "samples", "sequence_length"},
     "scores": {"layer_metric", "iterative", "racing", "confidence"},
     "space": {"drop_mamba", "drop_ffn", "drop_attention", "hidden_size", "ffn_size", "mamba_num_heads", "mamba_head_dim"},
@@ -37,7 +37,7 @@ CONTRACT = {
     "surgery": {"hidden", "refit"},
     "distillation": {"data", "tournament_tokens", "tokens", "sequence_length", "batch_tokens", "learning_rate",
                      "temperature", "precision"},
-    "quantization": {"precision", "kv_precision", "distill", "keep_ends"},
+    "quantization": {"precision", "kv_precision", "distill", "keep_ends", "gguf"},
 }
 
 

@@ -106,7 +106,7 @@ def problems(draw):
     weights = st.sampled_from(["bf16", "fp8", "nvfp4", "int4"])
     workload = Workload(draw(weights), draw(precisions), draw(st.sampled_from(["fp32", "bf16"])),
                         tuple(draw(st.sets(st.sampled_from(["embedding", "lm_head", "ffn"])))),
-                        draw(st.integers(1, 99)), draw(st.integers(1, 3)))
+                        draw(st.integers(1, 99)), draw(st.integers(1, 3)), draw(st.sampled_from(["ideal", "vllm"])))
     scores = layer_scores(pattern, [float(draw(st.integers(0, 3))) for _ in pattern])
     space = resolve_space(spec, parent)
     return parent, space, workload, scores, width_curves(space, parent) if draw(st.booleans()) else None

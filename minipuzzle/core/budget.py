@@ -36,6 +36,7 @@ LONGEST, LARGEST = 64, 2**63 - 1  # characters of a size, and its value
 # INT4, of weights alone: 4 bits + a 16-bit scale for each 128.
 BITS = {"bf16": Fraction(16), "fp8": Fraction(8), "nvfp4": Fraction(9, 2), "int4": Fraction(33, 8)}
 KV_BITS = {name: bits for name, bits in BITS.items() if name != "int4"}
+ENGINES = ("ideal", "vllm")
 STATE_BITS = {"fp32": 32, "bf16": 16}
 MOST_SERVED = 10**18  # tokens of context, and sequences at once
 
@@ -72,10 +73,12 @@ class Workload:
     keep_16bit: tuple[str, ...] = ()
     context: int = 1024
     batch: int = 1
+    engine: str = "ideal"
 
     def __post_init__(self) -> None:
         for what, value, known in (("precision", self.precision, BITS), ("kv_precision", self.kv_precision, KV_BITS),
-                                   ("state_precision", self.state_precision, STATE_BITS)):
+                                   ("state_precision", self.state_precision, STATE_BITS),
+                                   ("engine", self.engine, ENGINES)):
             if value not in known:
                 raise InputError(f"{what} {value!r}: one of {', '.join(known)}")
         unknown = sorted(set(self.keep_16bit) - set(QUANTISED))

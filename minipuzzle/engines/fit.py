@@ -6,12 +6,9 @@ from typing import Any
 
 from minipuzzle.core.budget import Workload, human_bytes
 from minipuzzle.core.devices import Device
-from minipuzzle.core.errors import InputError
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost, sequence_bytes
-from minipuzzle.families.paging import UTILISATION, paged
-
-ENGINES = ("ideal", "vllm")
+from minipuzzle.families.cost import cost, pages_of
+from minipuzzle.families.paging import UTILISATION
 
 
 def fit(arch: Architecture, workload: Workload, device: Device, engine: str = "vllm"
@@ -28,13 +25,8 @@ def fit(arch: Architecture, workload: Workload, device: Device, engine: str = "v
     out: dict[str, Any] = {"device": device.name, "engine": engine, "workload": workload.to_json(),
                            "weights_bytes": priced.weights_bytes,
                            "ideal_cache_bytes": priced.kv_cache_bytes + priced.mamba_state_bytes}
-    if out["ideal_cache_bytes"] >= 2**62:  # pages are counted in int64
-        raise InputError(f"a cache of {human_bytes(out['ideal_cache_bytes'])} at context "
-                         f"{workload.context:,} and batch {workload.batch:,} cannot be counted; "
-                         "lower context or batch")
     if engine == "vllm":
-        layers, sizes = sequence_bytes(arch, workload)
-        pages = paged(*layers, *sizes, workload.context)
+        pages = pages_of(arch, workload)
         cache = int(pages.cache_bytes) * workload.batch
         available = int(device.memory_bytes * UTILISATION)
         out |= {name: int(getattr(pages, name)) for name in

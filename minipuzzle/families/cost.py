@@ -13,13 +13,18 @@ vLLM; transformers does not build it, and no total, byte or FLOP here has it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from minipuzzle.core.budget import BITS, STATE_BITS, Workload
+import numpy as np
+
+from minipuzzle.core.budget import BITS, STATE_BITS, Workload, human_bytes
+from minipuzzle.core.errors import InputError
 from minipuzzle.families import registry
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import HIDDEN, Family, Kind, Sizes
+from minipuzzle.families.paging import Pages, paged
 
 EIGHTHS = 64  # eighths of a bit in a byte
 PREFILL_CHUNK = 2048  # tokens of prompts that are computed at once: an engine's usual limit
@@ -29,7 +34,8 @@ PREFILL_CHUNK = 2048  # tokens of prompts that are computed at once: an engine's
 class Cost:
     """Costs at a workload. Bytes are rounded up to whole bytes once, at the end of each term.
 
-    `memory_bytes` is weights + KV cache + Mamba state; the workspace is apart.
+    `memory_bytes` is weights + KV cache + Mamba state, or for the engine vllm weights and the pages
+    of both; the workspace is apart.
     """
 
     parameters: int
@@ -126,7 +132,10 @@ def cost(arch: Architecture, workload: Workload) -> Cost:
     """
     all_, embedding = total(arch, workload), arch.vocab_size * arch.hidden_size
     weights, cache, state = _bytes(all_.weights, EIGHTHS), _bytes(all_.cache, EIGHTHS), _bytes(all_.state, 8)
-    return Cost(all_.parameters, all_.active, weights, cache, state, weights + cache + state,
+    held = cache + state
+    if workload.engine == "vllm":
+        held = int(pages_of(arch, workload).cache_bytes) * workload.batch
+    return Cost(all_.parameters, all_.active, weights, cache, state, weights + held,
                 2 * (all_.products + all_.attends * workload.context),
                 2 * (all_.products - embedding) + all_.attends * (workload.context + 1),
                 workspace_bytes(arch, workload))
@@ -147,20 +156,34 @@ def workspace_bytes(arch: Architecture, workload: Workload) -> int:
     return int(workload.batch * arch.vocab_size * 4 + tokens * (2 * arch.hidden_size + widest) * 2)
 
 
-def sequence_bytes(arch: Architecture, workload: Workload
-                   ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((layers with a KV cache, with a state), (bytes of a token's cache and of a sequence's state
-    in one of them, at most)): what families/paging.py asks for. The conv window is kept at 16 bit."""
-    token = state = cached = recurrent = 0
-    for kind, sizes, count in _layers(arch):
-        if kind.has_cache:
-            cached += count
-            amount = int(kind.amount("cache", sizes)) * eighths(workload.kv_precision)
-            token = max(token, _bytes(amount, EIGHTHS))
-        if kind.has_state:
-            recurrent += count
-            state = max(state, _bytes(of_layer(kind, sizes, workload).state, 8 * workload.batch))
-    return (cached, recurrent), (token, state)
+def page_sizes(kinds: Iterable[Kind], sizes: Sizes, workload: Workload) -> tuple[Any, Any]:
+    """Bytes of a token's KV cache, and of a sequence's state and conv window, in one layer: the
+    most of these kinds; int64 arrays where sizes are."""
+    token: Any = 0
+    state: Any = 0
+    for kind in kinds:
+        token = np.maximum(token, -(-kind.amount("cache", sizes) * eighths(workload.kv_precision) // EIGHTHS))
+        state = np.maximum(state, -(-of_layer(kind, sizes, workload).state // (8 * workload.batch)))
+    return token, state
+
+
+def pages_of(arch: Architecture, workload: Workload) -> Pages:
+    """The cache of one sequence as vLLM allocates it.
+
+    Raises:
+        InputError: beyond what int64 can count.
+    """
+    layers = list(_layers(arch))
+    ideal = total(arch, workload)
+    held = _bytes(ideal.cache, EIGHTHS) + _bytes(ideal.state, 8)
+    if held >= 2**60:
+        raise InputError(f"a cache of {human_bytes(held)} at context {workload.context:,} and batch "
+                         f"{workload.batch:,} cannot be counted; lower context or batch")
+    cached, recurrent = (sum(count for kind, _, count in layers if getattr(kind, has)) for has in
+                         ("has_cache", "has_state"))
+    sizes = [page_sizes([kind], own, workload) for kind, own, _ in layers]
+    token, state = (max(values) for values in zip(*sizes, strict=True))
+    return paged(cached, recurrent, token, state, workload.context)
 
 
 def layer_parameters(arch: Architecture, layer: int) -> int:

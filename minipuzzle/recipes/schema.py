@@ -93,10 +93,13 @@ class WorkloadSection(_Section):
     context: Binary = _key(1024, "Length of the served context. k is 1024.", "tokens", _MINIPUZZLE,
                            ge=1, le=MOST_SERVED)
     batch: int = _key(1, "Sequences served at once.", "sequences", ge=1, le=MOST_SERVED)
+    engine: Literal["ideal", "vllm"] = _key(
+        "ideal", "Whose allocation of the cache counts. ideal loses nothing; vllm has pages of one size for "
+        "Mamba and attention, so that fewer layers may take more.", "engine", "vLLM's source")
 
     def build(self) -> Workload:
         return Workload(self.precision, self.kv_precision, self.state_precision, tuple(self.keep_16bit),
-                        self.context, self.batch)
+                        self.context, self.batch, self.engine)
 
 
 _DATA = ("stdlib (the source of Python's standard library), a text, JSONL or parquet file or folder, "
@@ -250,6 +253,13 @@ class QuantizationSection(_Section):
                           "layers", "Nemotron-H (arXiv:2504.03624), section 2.3", ge=0, le=10**4)
     distill: Decimal = _key(0, "Training with rounded weights, against the model itself, before the "
                             "export.", "tokens", ge=0, le=_TOKENS)
+    gguf: Literal["q8_0", "q4_k_m"] | None = _key(
+        None, "Also a file for llama.cpp, of the weights at 16 bit quantised its way.", "number format", "llama.cpp")
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is anything to do."""
+        return self.precision is not None or self.gguf is not None
 
 
 # budget.KEY: what it bounds

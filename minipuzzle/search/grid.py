@@ -65,6 +65,8 @@ def search_architectures(parent: Architecture, space: Space, budget: Budget, wor
     check_range(parent, workload)
     predicted = predict(parent, space, scores, curves, metric, damage)
     best, feasible = _scan(parent, space, budget, workload, predicted, keep)
+    if not feasible:
+        refuse_infeasible(parent, space, budget, workload, searched=True)
     return SearchResult(_candidates(parent, space, budget, workload, predicted, best), space.num_points, feasible)
 
 

@@ -1,7 +1,8 @@
 """The error when nothing meets the budget: which limit binds, what the space can reach, what helps.
 
 Every cost grows with every count and every width, so the smallest architecture of the space has the
-least of all costs at once, and budgets that are each feasible alone are feasible together.
+least of all costs at once, and budgets that are each feasible alone are feasible together. Not so
+for vLLM's pages, of which fewer layers may take more: there the search looks at all first.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ def shape(parent: Architecture, counts: Sequence[int], widths: Sequence[int]) ->
     return dataclasses.replace(parent, pattern=pattern, **values)
 
 
-def refuse_infeasible(parent: Architecture, space: Space, budget: Budget, workload: Workload) -> None:
-    """Raises Infeasible if the smallest architecture of the space breaks the budget."""
+def refuse_infeasible(parent: Architecture, space: Space, budget: Budget, workload: Workload,
+                      searched: bool = False) -> None:
+    """Raises Infeasible if the smallest architecture of the space breaks the budget. `searched`:
+    nothing was found."""
+    if workload.engine != "ideal" and not searched:
+        return
     fewest = [len(parent.layers_of(unit)) - space.drops[name][-1] for name, unit in parent.drops.items()]
     smallest = shape(parent, fewest, [values[0] for values in space.widths.values()])
     if budget.exceeded(cost(smallest, workload).to_json()):

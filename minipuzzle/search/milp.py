@@ -75,6 +75,9 @@ def solve_architectures(parent: Architecture, space: Space, budget: Budget, work
             widths; costs beyond int64.
         CorruptArtifact: scores that are not finite.
     """
+    if workload.engine != "ideal":
+        raise InputError(f"search.strategy milp adds up layers, and the pages of workload.engine "
+                         f"{workload.engine} are no sum of theirs; use search.strategy grid, or engine ideal")
     if scores is None:
         raise InputError("search.strategy milp needs scores: give --scores, or use strategy grid")
     _, axis = per_layer_width(parent)

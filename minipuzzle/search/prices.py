@@ -1,13 +1,14 @@
 """The costs of families/cost.py over a whole grid at once, in int64.
 
 For given widths every cost is linear in the numbers of layers: base + sum over kinds of count x
-(cost of one). Bytes are counted in half bits, sixteen to a byte, so everything is an integer.
+(cost of one). Bytes are counted in eighths of a bit, so everything is an integer.
 Suffixes: K kinds of layers (or runs of layers) that can go, C combinations of their counts, W
 combinations of widths, P points.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +19,27 @@ import numpy as np
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.errors import InputError
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import EIGHTHS, Amounts, cost, of_layer, of_top
+from minipuzzle.families.cost import EIGHTHS, Amounts, cost, of_layer, of_top, page_sizes
+from minipuzzle.families.paging import paged
 
 IN_EIGHTHS = {"memory": EIGHTHS, "kv_cache": EIGHTHS}  # budgets priced in eighths of a bit
+
+
+@dataclass(frozen=True)
+class Paged:
+    """The cache as vLLM allocates it: no line, since all layers have pages of one size."""
+
+    attention_K: np.ndarray  # layers with a KV cache
+    recurrent_K: np.ndarray  # and with a state
+    token_W: np.ndarray  # bytes of each
+    state_W: np.ndarray
+    workload: Workload
+
+    def cache(self, counts: np.ndarray, at: Any = slice(None)) -> np.ndarray:
+        """Eighths of a bit; counts [..., K]."""
+        found = paged(counts @ self.attention_K, counts @ self.recurrent_K, self.token_W[at], self.state_W[at],
+                      self.workload.context).cache_bytes
+        return np.asarray(found * self.workload.batch * EIGHTHS)
 
 
 @dataclass(frozen=True)
@@ -31,6 +50,7 @@ class Line:
     base_W: np.ndarray
     each_KW: np.ndarray
     cache_K: np.ndarray  # eighths of a bit of a layer
+    pages: Paged | None = None  # in place of the cache
 
     def cache(self, counts_CK: np.ndarray) -> np.ndarray:
         """[C] eighths of a bit."""
@@ -42,13 +62,13 @@ class Line:
         value_CW: np.ndarray = self.base_W + self.cache(counts_CK)[:, None]
         for kind, each_W in enumerate(self.each_KW):
             value_CW += counts_CK[:, kind, None] * each_W
-        return value_CW
+        return value_CW if self.pages is None else value_CW + self.pages.cache(counts_CK[:, None])
 
     def points(self, counts_PK: np.ndarray, widths_P: np.ndarray) -> np.ndarray:
         """[P]: the prices of single points; `widths_P` are indices into W."""
         value_P: np.ndarray = (self.base_W[widths_P] + self.cache(counts_PK)
                                + (counts_PK.T * self.each_KW[:, widths_P]).sum(0))
-        return value_P
+        return value_P if self.pages is None else value_P + self.pages.cache(counts_PK, widths_P)
 
 
 def prices(parent: Architecture, workload: Workload, widths_W: Mapping[str, np.ndarray]) -> dict[str, Line]:
@@ -67,7 +87,15 @@ def prices(parent: Architecture, workload: Workload, widths_W: Mapping[str, np.n
     def decode(amounts: Amounts) -> Any:
         return 2 * (amounts.products + amounts.attends * workload.context)
 
-    return {"memory": line(top.weights, [unit.weights + 8 * unit.state for unit in units], caches=True),
+    memory = line(top.weights, [unit.weights + 8 * unit.state for unit in units], caches=True)
+    if workload.engine == "vllm":
+        inside = [[family.kinds[kind] for kind in unit] for unit in parent.drops.values()]
+        token, state = page_sizes({family.kinds[k] for k in parent.pattern}, sizes, workload)
+        cached, recurrent = (np.array([sum(getattr(kind, has) for kind in unit) for unit in inside])
+                             for has in ("has_cache", "has_state"))
+        memory = dataclasses.replace(line(top.weights, [unit.weights for unit in units]), pages=Paged(
+            cached, recurrent, token + none_W, state + none_W, workload))
+    return {"memory": memory,
             "params": line(top.parameters, [unit.parameters for unit in units]),
             "active_params": line(top.active, [unit.active for unit in units]),
             "flops_per_token": line(decode(top), [decode(unit) for unit in units]),
@@ -83,8 +111,9 @@ def fits(lines: Mapping[str, Line], limits: tuple[tuple[str, int], ...], counts_
 
 
 def check_range(parent: Architecture, workload: Workload) -> None:
-    """Raise InputError if a cost of the parent, the largest of every space, nears 2^63."""
-    most = max(cost(parent, workload).to_json().values())
+    """Raise InputError if a cost of the parent nears 2^63: the largest of every space, but for pages,
+    of which fewer layers may take some more."""
+    most = max(cost(parent, workload).to_json().values()) * (1 if workload.engine == "ideal" else 8)
     if most * 2 * EIGHTHS >= 2**63:
         raise InputError(f"a cost of {most:.3g} at context {workload.context} and batch {workload.batch} is above "
                           f"{2**63 // (2 * EIGHTHS):.3g}, the most the search can count; lower context or batch")

@@ -21,4 +21,4 @@ RESULT = (DISTILL.name, EXPORT.name, QUANTIZE.name)  # of one candidate: one cho
 
 def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     """Those of this recipe: the result is quantised where it says to what."""
-    return STAGES if recipe.quantization.precision is None else (*STAGES, QUANTIZE)
+    return (*STAGES, QUANTIZE) if recipe.quantization.asked else STAGES

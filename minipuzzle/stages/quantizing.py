@@ -1,6 +1,6 @@
 """Stage: a model as the quantised checkpoint that engines load.
 
-    quantize    a model folder -> FOLDER/model/, FOLDER/quantization.json
+    quantize    a model folder -> FOLDER/model/, FOLDER/*.gguf, FOLDER/quantization.json
 
 The verb `quantize` runs it alone; in `prune` it is the last stage, where the recipe asks for it,
 and its FOLDER is RESULT/quantized.
@@ -16,9 +16,10 @@ import torch
 
 from minipuzzle.core.budget import BITS
 from minipuzzle.core.errors import InputError
-from minipuzzle.core.files import replace_folder, restore_folder, write_json
+from minipuzzle.core.files import replace_folder, replacing, restore_folder, write_json
 from minipuzzle.distill.loop import distill_model
 from minipuzzle.distill.trained import load_best, say
+from minipuzzle.engines import gguf
 from minipuzzle.engines import quantize as engine
 from minipuzzle.engines.formats import round_weight
 from minipuzzle.evaluate.quality import Reference, measure
@@ -38,10 +39,19 @@ GATE_TOKENS = 320
 
 
 def check(quantization: Any, device: torch.device) -> None:
-    """Raise ResourceError if this installation or this device cannot quantise so."""
+    """What is missing here.
+
+    Raises:
+        InputError: training of weights that are not rounded.
+        ResourceError: this installation or this device cannot quantise so.
+    """
     if quantization.precision is not None:
         engine.check_installed()
         engine.check_device(quantization.precision, device)
+    elif quantization.distill:
+        raise InputError("quantization.distill needs quantization.precision: it trains weights rounded to that")
+    if quantization.gguf is not None:
+        gguf.check_built()
 
 
 def plan_for(given: Given, source: ModelFolder) -> engine.Plan:
@@ -52,14 +62,37 @@ def plan_for(given: Given, source: ModelFolder) -> engine.Plan:
 
 
 def quantise(given: Given, source: ModelFolder, folder: Path) -> list[Path]:
-    """Calibrate, train if asked for, write, read again, compare with what was in memory, measure."""
-    q, device, ids = given.settings.quantization, given.parent.device, given.final_ids()
-    plan = plan_for(given, source)
+    """What the recipe asks for -> FOLDER/quantization.json, which tells it."""
+    q, ids = given.settings.quantization, given.final_ids()
     folder.mkdir(parents=True, exist_ok=True)
+    reference = Reference(Model.load(source, given.parent.device), ids)
+    given.update(0.1, "measured at 16 bit")
+    about: dict[str, Any] = {"schema": 1, "model": source.path.name, "precision": q.precision, "tokens": ids.numel(),
+                             "before": reference.quality(), "notes": [], "command": given.command}
+    files = []
+    if q.precision is not None:
+        about |= checkpoint(given, source, folder, reference, about)
+        files += sorted(p for p in (folder / "model").rglob("*") if p.is_file())
+    if q.gguf is not None:
+        file = folder / f"model-{q.gguf}.gguf"
+        with replacing(file) as unfinished:
+            gguf.convert(source.path, unfinished, q.gguf)
+        given.update(0.9, f"{file.name} written")
+        losses = -torch.tensor(gguf.score(file, ids.tolist())["tokens"], dtype=torch.float64)
+        about["gguf"] = {"path": str(file), "type": q.gguf, "bytes": file.stat().st_size, "loss": float(losses.mean())}
+        files.append(file)
+    write_json(folder / "quantization.json", about)
+    return [folder / "quantization.json", *files]
+
+
+def checkpoint(given: Given, source: ModelFolder, folder: Path, reference: Reference,
+               known: dict[str, Any]) -> dict[str, Any]:
+    """Calibrate, train if asked for, write, read again, compare with what was in memory, measure ->
+    FOLDER/model/."""
+    q, device, ids = given.settings.quantization, given.parent.device, reference.ids
+    plan = plan_for(given, source)
     unchecked, final = folder / "model-unchecked", folder / "model"
     restore_folder(final)
-    reference = Reference(Model.load(source, device), ids)
-    given.update(0.1, "measured at 16 bit")
     trained = train(given, source, plan, folder) if q.distill else source
     stock = open_served(trained.path, str(device), torch.float32)
     engine.calibrate(stock, plan, given.calibration_ids(), source.dtype)
@@ -74,18 +107,15 @@ def quantise(given: Given, source: ModelFolder, folder: Path) -> list[Path]:
         after = measure(found.model, reference)
     workload = given.settings.workload.model_copy(
         update={"precision": q.precision, "kv_precision": q.kv_precision}).build()
-    about: dict[str, Any] = {
-        "schema": 1, "model": source.path.name, "path": str(final), "precision": q.precision,
-        "kv_precision": q.kv_precision, "quant_algo": algorithm["quantization"]["quant_algo"],
-        "bits": float(BITS[plan.precision]), "distilled_tokens": q.distill,
-        "before": reference.quality(), "after": after, "gate_difference": difference,
-        "size": engine.size_report(source.arch, plan, workload, found.weights_bytes),
-        "tokens": ids.numel(), "notes": plan.notes, "command": given.command}
+    about = known | {
+        "path": str(final), "kv_precision": q.kv_precision, "quant_algo": algorithm["quantization"]["quant_algo"],
+        "bits": float(BITS[plan.precision]), "distilled_tokens": q.distill, "after": after,
+        "gate_difference": difference, "notes": plan.notes,
+        "size": engine.size_report(source.arch, plan, workload, found.weights_bytes)}
     (unchecked / "README.md").write_text(quantised_card(about, licence_of(source.path)))
     write_json(unchecked / "minipuzzle.json", about)
-    write_json(folder / "quantization.json", about)
     replace_folder(unchecked, final)
-    return [folder / "quantization.json", *sorted(p for p in final.rglob("*") if p.is_file())]
+    return about
 
 
 def train(given: Given, source: ModelFolder, plan: engine.Plan, folder: Path) -> ModelFolder:

@@ -25,6 +25,7 @@ from minipuzzle.pipeline.stage import Runner, Stage
 from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.stages.order import RESULT, stages_of
+from minipuzzle.stages.quantizing import check as check_quantization
 from minipuzzle.verbs.folder import default_output
 from minipuzzle.verbs.source import bundled_model, config_of
 
@@ -47,6 +48,7 @@ def dry_run(model: str | None, recipe: Recipe, output_dir: Path | None = None, *
     where = torch.device("cuda") if card else machine.find_device(device)
     if card is None:
         check_precision(recipe.distillation.precision, where)
+        check_quantization(recipe.quantization, where)
         memory_bytes = machine.memory_to_use(memory_bytes, where)
     folder, arch = _find(model)
     plan = make_plan(arch, recipe, memory_bytes=cluster.usable(card) if card else memory_bytes,

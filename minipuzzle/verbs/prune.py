@@ -89,11 +89,7 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
 
 
 def _open_candidate(run: RunDir, name: str) -> RunDir:
-    """The candidate's folder.
-
-    Raises:
-        InputError: the run has no such candidate.
-    """
+    """The candidate's folder; InputError if the run has no such candidate."""
     manifest = run.manifest("search")
     if manifest is None or run.manifest("tournament") is None:
         raise InputError(f"{run.path} has no candidates yet; run it without --candidate first")
@@ -110,9 +106,7 @@ def prepare(model: str | Path | None, recipe: Recipe, device: str = "cpu",
     """Find the model, check its headers, and plan for the device; reads no weight.
 
     Raises:
-        InputError, UnsupportedModel, Infeasible, ...: what `prune` refuses before it opens its
-        folder.
-        ResourceError: no such device here.
+        MinipuzzleError: what `prune` refuses before it opens its folder.
     """
     where = find_device(device)
     check_precision(recipe.distillation.precision, where)
@@ -123,11 +117,7 @@ def prepare(model: str | Path | None, recipe: Recipe, device: str = "cpu",
 
 
 def check_machine(plan: Plan, path: Path, device: torch.device) -> None:
-    """Room for the run, on the disk of its folder and in memory.
-
-    Raises:
-        ResourceError: too little.
-    """
+    """Raise ResourceError without room for the run, on the disk of its folder or in memory."""
     stages = stages_of(plan.recipe)
     check_disk(plan, stages, path)
     check_memory(plan, stages, device)

@@ -32,8 +32,8 @@ def quantize(model: str | Path, recipe: Recipe, output_dir: Path, seed: int = 0,
         ResourceError: modelopt is not installed, or the device cannot compute so.
         UnsupportedModel: quantised already, or rows that the format cannot hold.
     """
-    if recipe.quantization.precision is None:
-        raise InputError("quantize needs a precision: --precision fp8, int4 or nvfp4")
+    if not recipe.quantization.asked:
+        raise InputError("quantize needs a precision: --precision fp8, int4 or nvfp4; or --gguf q8_0 or q4_k_m")
     if world_size() > 1:
         raise InputError("quantize runs in one process; start it without torchrun")
     where = find_device(device)
@@ -51,7 +51,8 @@ def quantize(model: str | Path, recipe: Recipe, output_dir: Path, seed: int = 0,
         with machine_errors(output_dir):
             world = World(folder, recipe, seed, where, output_dir / "tokens", command=command)
             runner = Runner((tokens, stage), recipe, world, run, Ranks(where), reporter or Reporter())
-            plan_for(runner.given(stage, lambda done, note: None), folder)  # what cannot be is known now
+            if recipe.quantization.precision is not None:  # what cannot be is known now
+                plan_for(runner.given(stage, lambda done, note: None), folder)
             runner.refuse_changes(redo, fresh="")
             runner.reporter.start({"tokenize": 5.0, "quantize": 30.0})
             runner.make(lambda: write_about(runner))

@@ -1,0 +1,89 @@
+"""The folders in llama.cpp: `make test-engines` builds it once and runs this.
+
+The bundled model, what a short prune makes of it, and the small model with experts are converted to
+GGUF. In float32 llama.cpp must say the same as we do: the log-probability of every next token to
+1e-3, and the perplexity to 1e-4 of itself. What q8_0 and q4_k_m cost is told beside it.
+-> benchmarks/results/engines.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minipuzzle import Recipe, prune
+from minipuzzle.core.errors import UnsupportedModel
+from minipuzzle.data.tokenizer import load_tokenizer
+from minipuzzle.engines import gguf
+from minipuzzle.evaluate.served import open_served
+from minipuzzle.models.walk import Model, final_hidden
+from minipuzzle.models.weights import open_model
+from minipuzzle.pipeline.machine import hardware, versions
+from minipuzzle.verbs.source import bundled_model
+
+ROOT = Path(__file__).parents[1]
+SAMPLES, TOKENS = 8, 256
+LIMIT = 1e-3
+SHORT = {"calibration.samples": 16, "evaluation.samples": 8, "search.measure": 4, "search.finalists": 1,
+         "distillation.tokens": "20k", "distillation.tournament_tokens": "10k"}
+
+
+def logits(folder: Path, ids_NT: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """Ours; of a model that is not walked yet, stock transformers', which are the same where both are."""
+    try:
+        model = Model.load(open_model(folder))
+        return final_hidden(model, ids_NT) @ model.head.T, "minipuzzle"
+    except UnsupportedModel:
+        with torch.no_grad():
+            return open_served(folder, "cpu", torch.float32)(ids_NT, use_cache=False).logits, "transformers"
+
+
+def compare(folder: Path, work: Path) -> dict[str, Any]:
+    text = "\n".join(p.read_text() for p in sorted((ROOT / "minipuzzle").rglob("*.py"))[:30])
+    ids = torch.tensor(load_tokenizer(folder)(text)["input_ids"][: SAMPLES * TOKENS]).reshape(SAMPLES, TOKENS)
+    found, by = logits(folder, ids)
+    every = torch.log_softmax(found.double(), -1)
+    ours = every[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    out: dict[str, Any] = {"tokens": ids.numel(), "compared_with": by, "perplexity": math.exp(-ours.mean())}
+    for kind in gguf.TYPES:
+        begin, file = time.perf_counter(), work / f"{kind}.gguf"
+        gguf.convert(folder, file, kind)
+        said = gguf.score(file, ids.tolist())
+        theirs, last = (torch.tensor(said[name], dtype=torch.float64) for name in ("tokens", "last"))
+        out[kind] = {"bytes": file.stat().st_size, "perplexity": math.exp(-theirs.mean()),
+                     "largest_difference": float((ours - theirs).abs().max()),
+                     "largest_difference_of_a_whole_row": float((every[:, -1] - last).abs().max()),
+                     "seconds": round(time.perf_counter() - begin, 1)}
+    exact = out["f32"]
+    assert exact["largest_difference"] < LIMIT, exact
+    assert exact["largest_difference_of_a_whole_row"] < LIMIT, exact
+    assert abs(exact["perplexity"] / out["perplexity"] - 1) < 1e-4, exact
+    return out
+
+
+def main() -> None:
+    found = {}
+    with tempfile.TemporaryDirectory() as place:
+        work = Path(place)
+        pruned = prune(None, Recipe().with_overrides(settings=SHORT), work / "run").model_path
+        folders = {"bundled": bundled_model(), "bundled, pruned to half": pruned,
+                   "with experts": ROOT / "tests/data/moe"}
+        for name, folder in folders.items():
+            found[name] = compare(Path(folder), work)
+            print(name, found[name], flush=True)
+    about = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(),
+             "versions": versions() | {"llama-cpp-python": gguf.VERSION}, "cache": "float32", "models": found}
+    path = ROOT / "benchmarks" / "results" / "engines.json"
+    path.write_text(json.dumps(about, indent=1) + "\n")
+    print(path, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
