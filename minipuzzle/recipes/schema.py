@@ -94,8 +94,8 @@ class WorkloadSection(_Section):
                            ge=1, le=MOST_SERVED)
     batch: int = _key(1, "Sequences served at once.", "sequences", ge=1, le=MOST_SERVED)
     engine: Literal["ideal", "vllm"] = _key(
-        "ideal", "Whose allocation of the cache counts. ideal loses nothing; vllm has pages of one size for "
-        "Mamba and attention, so that fewer layers may take more.", "engine", "vLLM's source")
+        "ideal", "How KV cache and state are counted: as they are, or in vLLM's pages. Pages have one size "
+        "for Mamba and attention, so that fewer layers may take more.", "engine", "vLLM's source")
 
     def build(self) -> Workload:
         return Workload(self.precision, self.kv_precision, self.state_precision, tuple(self.keep_16bit),
