@@ -62,10 +62,9 @@ def lines(entries: list[Entry], whole: bool) -> list[str]:
     for entry in entries:
         name, about = entry["key"], entry["description"]
         if "default" not in entry:
-            out += ["", *(textwrap.wrap(f"{name}: {about}", 100) if whole else [f"{name}: {_first(about)}"])]
+            out += ["", *(textwrap.wrap(f"{name}: {about}", 100) if whole else [_cut(f"{name}: {_first(about)}")])]
         elif not whole:
-            line = f"  {name:38} {_written(entry['default']):22} {_first(about)}"
-            out.append(line if len(line) <= 150 else f"{line[:147]}...")
+            out.append(_cut(f"  {name:38} {_written(entry['default']):22} {_first(about)}"))
         else:
             out += ["", f"{name} = {_written(entry['default'])}",
                     *textwrap.wrap(about, 100, initial_indent="  ", subsequent_indent="  "),
@@ -121,6 +120,10 @@ def _written(value: Any) -> str:
 def _first(text: str) -> str:
     """The first sentence."""
     return text.partition(". ")[0].rstrip(".") + "."
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= 150 else f"{line[:147]}..."
 
 
 if __name__ == "__main__":
