@@ -3,9 +3,12 @@ asked for, and the verb with a stand-in for it. benchmarks/quantize.py runs the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from tiny import ARCH, FAMILY, trained_like, write_folder
 
 from minipuzzle.cli import main
 from minipuzzle.core.budget import Workload
-from minipuzzle.core.errors import CorruptArtifact, InputError, UnsupportedModel
+from minipuzzle.core.errors import CorruptArtifact, InputError, ResourceError, UnsupportedModel
 from minipuzzle.engines import formats, gguf
 from minipuzzle.engines import quantize as engine
 from minipuzzle.evaluate.served import open_served
@@ -425,3 +428,53 @@ esac
     assert (refused.exit_code, refused.stderr.count("\n")) == (3, 1)
     assert "llama.cpp does not take" in refused.stderr
     assert "BPE pre-tokenizer was not recognized" in refused.stderr
+
+
+def test_the_converter_runs_no_code_of_the_folder_and_learns_the_split(model_folder: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                       tmp_path: Path) -> None:
+    """The real program, with transformers as it is here and a converter that trusts the folder, as llama.cpp's does."""
+    place = tmp_path / "minipuzzle" / f"llama-cpp-python-{gguf.VERSION}"
+    source = place / "source" / "vendor" / "llama.cpp"
+    (source / "conversion").mkdir(parents=True)
+    (source / "conversion" / "base.py").write_text(
+        "class TextModel:\n    def get_vocab_base_pre(self, tokenizer):\n        raise NotImplementedError('which?')\n")
+    (source / "convert_hf_to_gguf.py").write_text("""
+import sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from conversion.base import TextModel
+folder, _, out, _, kind = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+Path(out).write_text(TextModel().get_vocab_base_pre(tokenizer) + " " + kind)
+""")
+    python = place / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gguf.convert(model_folder, tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").read_text() == "gpt-2 f32"
+    evil = tmp_path / "evil"
+    shutil.copytree(model_folder, evil)
+    (evil / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
+    (evil / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    with contextlib.suppress(UnsupportedModel):
+        gguf.convert(evil, tmp_path / "evil.gguf")
+    assert not (tmp_path / "ran").exists()
+    split = json.loads((evil / "tokenizer.json").read_text())
+    split["pre_tokenizer"]["use_regex"] = False
+    (evil / "tokenizer.json").write_text(json.dumps(split))
+    (evil / "tokenizer_config.json").write_bytes((model_folder / "tokenizer_config.json").read_bytes())
+    with pytest.raises(UnsupportedModel, match=r"llama.cpp does not take .*NotImplementedError: which\?"):
+        gguf.convert(evil, tmp_path / "evil.gguf")
+
+
+def test_a_card_that_cannot_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    for precision in ("fp8", "nvfp4"):
+        with pytest.raises(ResourceError, match=rf"A100 cannot compute in {precision} \(compute capability 8.9 is needed\)"):
+            engine.check_device(precision, torch.device("cuda"))
+    engine.check_device("int4", torch.device("cuda"))
+    engine.check_device("fp8", torch.device("cpu"))

@@ -20,10 +20,16 @@ from minipuzzle.core.files import parse_json
 VERSION = "0.3.36"  # of llama-cpp-python
 TYPES = {"f32": 0, "q8_0": 7, "q4_k_m": 15}  # llama.h: enum llama_ftype
 
+# The converter would run the code of a folder's tokenizer; here nothing that is read runs code.
 # A byte-level BPE that somebody trained has a vocabulary that the converter cannot know by its
 # hash; where the split is GPT-2's, which tokenizer.json says, the name of it is given.
 _CONVERT = """
 import json, runpy, sys
+import transformers
+def plain(load):
+    return lambda *args, **named: load(*args, **named | {"trust_remote_code": False})
+for auto in (transformers.AutoTokenizer, transformers.AutoConfig):
+    auto.from_pretrained = plain(auto.from_pretrained)
 source, folder, out = sys.argv[1:]
 sys.path[:0] = [source + "/gguf-py", source]
 from conversion import base
