@@ -51,7 +51,8 @@ from minipuzzle.models.walk import Model
 
 GIB = 2**30
 ROWS = (("nemotron-h-8b", "nemotron-h-4b", 1, 1), ("nemotron-h-8b", "nemotron-h-4b", 2, 2),
-        ("nemotron-h-8b", "nemotron-h-4b", 8, 2), ("nemotron-h-56b", "nemotron-h-47b", 16, 1),
+        ("nemotron-h-8b", "nemotron-h-4b", 8, 2), ("nemotron-3-nano-30b-a3b", "nemotron-3-nano-22b", 8, 1),
+        ("nemotron-h-56b", "nemotron-h-47b", 16, 1),
         ("nemotron-h-56b", "nemotron-h-47b", 64, 1))
 aten, c10d = torch.ops.aten, torch.ops.c10d
 

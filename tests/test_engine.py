@@ -412,8 +412,8 @@ def test_two_processes_and_streaming_find_the_same(tmp_path: Path, monkeypatch: 
     alone = score_alone(tmp_path / "alone")
     opened: list[Path] = []
     stream = StreamedModel.open
-    monkeypatch.setattr(StreamedModel, "open", lambda folder, device: (opened.append(folder.path), stream(
-        folder, device))[1])
+    monkeypatch.setattr(StreamedModel, "open", lambda folder, *how: (opened.append(folder.path), stream(
+        folder, *how))[1])
     streamed = score_alone(tmp_path / "streamed", 2**26)
     assert opened == [bundled_model()]
     for other in (together, streamed):
@@ -424,6 +424,19 @@ def test_two_processes_and_streaming_find_the_same(tmp_path: Path, monkeypatch: 
         a, b = (LayerScores.read(p / "layers.csv").interactions["kl"] for p in (alone, other))
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
     assert not (tmp_path / "together" / "partial").exists()
+
+
+def test_a_streamed_weight_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often passes read it; a NaN is found in the first."""
+    from minipuzzle.models import weights as module
+
+    source = StreamedModel.open(open_model(write_folder(tmp_path / "model")), torch.device("cpu"))
+    checked: list[str] = []
+    real = module._finite
+    monkeypatch.setattr(module, "_finite", lambda file, stored, t: (checked.append(stored), real(file, stored, t))[1])
+    for _ in range(3):
+        assert len(list(source.stream(range(ARCH.num_layers)))) == ARCH.num_layers
+    assert len(checked) == len(set(checked)) == len(ARCH.shapes()) - 3  # but embedding, last norm and head
 
 
 def test_interactions_that_cannot_be_read(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from simulate_memory import SETTINGS, Counter, step  # noqa: E402
 LAYERS = 8  # of the real shapes: some of each kind
 MIB = 2**20
 GOLDEN = {1: 32245.3, 4: 15559.4, 64: 9785.1}  # MiB, by processes
+GOLDEN_MOE = 19511.0  # the same of 30B-A3B to 22B, 4 processes
 
 
 def shapes(name: str) -> Architecture:
@@ -69,18 +70,21 @@ def test_no_copy_of_the_weights_outlives_the_forward_pass(processes: int) -> Non
     assert (0 if processes == 1 else both) <= found.get("gathered weights", 0) <= most
 
 
-def test_the_peak_of_8b_to_4b() -> None:
+def test_the_peaks_of_8b_to_4b_and_of_30b_to_22b() -> None:
     """Eight layers of the real widths, a sequence of 2048 tokens; the whole is in benchmarks/results/memory.json."""
     found = {n: peak(n).peak()["total"] / MIB for n in (1, 4, 64)}
     assert found == pytest.approx(GOLDEN, rel=0.005)
     kept, made_again = (peak(4, recompute).moments["forward"]["activations"] for recompute in (False, True))
     assert kept > 5 * made_again
+    moe = step(*(shapes(f"nemotron-3-nano-{size}") for size in ("30b-a3b", "22b")), 4, 1, 2048, settings=SETTINGS)
+    assert moe.peak()["total"] / MIB == pytest.approx(GOLDEN_MOE, rel=0.005)
     rows = json.loads((BENCHMARKS / "results" / "memory.json").read_text())["rows"]
     done = {(row["teacher"], row["processes"]): row["peak_GiB"] for row in rows}
     assert {(big, processes) for big, _, processes, _ in simulate_memory.ROWS} == done.keys()
     # the cards that these pairs are meant for, with a tenth left
     assert done["nemotron-h-8b", 1] < 127
     assert done["nemotron-h-8b", 8] < 71
+    assert done["nemotron-3-nano-30b-a3b", 8] < 71
     assert done["nemotron-h-56b", 64] < 71
 
 
@@ -152,7 +156,7 @@ def test_what_is_foretold_is_what_is_simulated() -> None:
     from minipuzzle.models.ranks import Ranks
 
     rows = json.loads((BENCHMARKS / "results" / "memory.json").read_text())["rows"]
-    assert len(rows) == 5
+    assert len(rows) == 6
     for row in rows:
         big, small = (Architecture.from_config(published(row[name])) for name in ("teacher", "student"))
         ranks = Ranks(torch.device("cuda"), 0, row["processes"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -27,6 +27,7 @@ class StreamedModel:
     folder: ModelFolder
     device: torch.device
     dtype: torch.dtype = torch.float32
+    _checked: set[str] = field(default_factory=set)  # what was seen to be finite: once, not in every pass
 
     @classmethod
     def open(cls, folder: ModelFolder, device: torch.device, dtype: torch.dtype = torch.float32) -> StreamedModel:
@@ -74,7 +75,10 @@ class StreamedModel:
         return self.folder.mapped(self.family.head_name)[start:stop].to(self.device, self.dtype)
 
     def _read(self, name: str) -> torch.Tensor:
-        return self.folder.read(name, self.dtype, self.device)
+        new = name not in self._checked
+        tensor = self.folder.read(name, self.dtype, self.device, check=new)
+        self._checked.add(name)
+        return tensor
 
     def _layer(self, layer: int) -> Weights:
         prefix = self.family.layer_prefix(layer)

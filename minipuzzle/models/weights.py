@@ -51,16 +51,19 @@ class ModelFolder:
     def family(self) -> Family:
         return self.arch.family
 
-    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu",
+             check: bool = True) -> torch.Tensor:
         """One weight; without `dtype` in the one it is stored in. The parts of one that lies apart
         are put together where they are wanted, one after another.
 
         Raises:
-            CorruptArtifact: it can't be read, or holds NaN or infinity.
+            CorruptArtifact: it can't be read, or (with `check`) holds NaN or infinity.
         """
         whole: torch.Tensor | None = None
         for i, (file, stored) in enumerate(self.files[name]):
-            part = _finite(file, stored, _mapped(file, stored))
+            part = _mapped(file, stored)
+            if check:
+                _finite(file, stored, part)
             if self.family.rename(stored) == name:  # in one piece
                 return held(part, dtype or part.dtype, device)
             if whole is None:
