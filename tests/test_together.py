@@ -134,6 +134,20 @@ def test_a_table_that_lacks_a_row_is_damaged():
         predict(PARENT, SPACE, SCORES, curves, "mse")
 
 
+@pytest.mark.parametrize("drops", [((2,), (1,), (0,)), ((0, 2), (1,), (1,)), ((0,), (0,), (0,)), ((1, 2), (0, 1), (1,))])
+def test_ranges_that_begin_above_none_or_are_one_number(drops):
+    space = make_space(*drops, (32, 48), (96,), (4, 8), (16,))
+    plan, orders = design(PARENT, space), predict(PARENT, space, SCORES, None, "mse").orders
+    rows = [row | {"mse": sum(p.drops) + sum(alone(*w) for w in p.widths) + len(p.widths) * any(p.drops)}
+            for p, (row, _, _) in zip(plan.points, plan.targets(PARENT, orders), strict=True)]
+    singles = [{"axis": a, "width": w, "mse": alone(a, w)} for a, w in (("hidden_size", 32), ("mamba_num_heads", 4))]
+    curves = WidthCurves(pd.DataFrame(singles), pd.DataFrame(rows))
+    damage = predict(PARENT, space, SCORES, curves, "mse")
+    assert damage.together is not None
+    for at, counts in enumerate(itertools.product(*space.drops.values())):
+        assert damage.layers(space)[at] == pytest.approx(sum(counts))
+
+
 def test_written_and_read_it_is_the_same(tmp_path):
     curves, _ = curves_of(lambda drops, widths: sum(drops) + len(widths) + 1.0)
     curves.write(tmp_path / "width_curves.csv")

@@ -1,16 +1,9 @@
-"""What a run takes on GPUs that are not here: time, memory and disk for each stage, by formula.
+"""What a run takes on GPUs that are not here: time, memory and disk for each stage.
 
-Memory of training on N processes, P parent and S student parameters, sequences of T tokens
-(docs/distillation.md; within 10 % of what torch's memory tracker finds on fake tensors for the
-published pairs, tests/test_cluster.py; not compared with a GPU):
-
-    2P/N  teacher, bf16         4S/N + 4S/N + 8S/N  weights, gradient and moments, float32
-    + 2 bytes x (embeddings and heads of both, and the largest block of both): gathered whole
-    + 2 bytes x T x hidden x layers of the student: its stream, with activation checkpointing
-    + 5 logit chunks of 1 GiB, and 5 bytes for each element of the student's head: the loss
-
-Time: FLOPs over those of the cards at EFFICIENCY of their dense bf16 peak. A roofline of each
-operation gives 0.3 (8B -> 4B) to 0.45 (56B -> 47B) without any communication.
+Memory of training is distill/memory.py's forecast, with what would be decided there (activation
+checkpointing, shards). Time: FLOPs over those of the cards at EFFICIENCY of their dense bf16 peak; a
+roofline of each operation gives 0.3 (8B -> 4B) to 0.45 (56B -> 47B) without any communication.
+Nothing of this was compared with a GPU.
 """
 
 from __future__ import annotations
@@ -19,17 +12,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.devices import Device
-from minipuzzle.families.cost import layer_parameters
+from minipuzzle.distill.loop import pass_tokens
+from minipuzzle.distill.memory import SPARE, fitted, forecast
+from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.models.passes import STREAM_BYTES
+from minipuzzle.models.ranks import Ranks
 from minipuzzle.pipeline.plan import Plan
 from minipuzzle.pipeline.stage import Stage
 
 EFFICIENCY = 0.3
-MARGIN = 0.1  # of a card, for the context, collectives and fragmentation: an assumption
 PER_HOST = 8  # GPUs of a machine
-LOSS_BYTES = 5 * 2**30
 MOST_GPUS = 4096
 
 
@@ -54,23 +50,24 @@ def needs(plan: Plan, stages: Iterable[Stage], device: Device, gpus: int) -> lis
     for stage in stages:
         own = stage.estimate(plan)
         if own.trains:
-            gpu, host = training_bytes(plan, gpus), _host_bytes(plan, gpus)
+            gpu, host = training_bytes(plan, device, gpus), _host_bytes(plan, gpus)
         else:
             gpu, host = (_pass_bytes(plan, device) if own.flops else 0), plan.layers_bytes
         out.append(Need(stage.name, own.flops / speed + own.seconds, gpu, host, own.disk_bytes))
     return out
 
 
-def training_bytes(plan: Plan, gpus: int) -> int:
-    """At the peak of a training step, on each GPU, one sequence at a time."""
-    parent, student = plan.parent_cost.parameters, plan.largest.parameters
-    arch, hidden = plan.parent, plan.largest_arch.hidden_size
-    tables = 2 * arch.vocab_size * (arch.hidden_size + hidden)
-    block = 2 * max(layer_parameters(arch, i) for i in range(arch.num_layers))
-    streams = plan.recipe.distillation.sequence_length * hidden * plan.largest_arch.num_layers
-    sharded = 2 * parent + 16 * student
-    return (sharded // gpus + 2 * (tables + block + streams)
-            + LOSS_BYTES + 5 * arch.vocab_size * hidden)
+def training_bytes(plan: Plan, device: Device, gpus: int, optimizer: str = "") -> int:
+    """At the peak of a training step, on each GPU."""
+    d = plan.recipe.distillation
+    ranks = Ranks(torch.device("cuda"), 0, gpus, min(gpus, PER_HOST))
+    again = None if d.activation_checkpointing == "auto" else d.activation_checkpointing
+    settings = TrainSettings(d.tokens, d.batch_tokens, d.learning_rate, optimizer=optimizer or d.optimizer,
+                             precision="bf16" if d.precision == "auto" else d.precision,
+                             activation_checkpointing=again)
+    tokens = max(pass_tokens(ranks.device), d.sequence_length)
+    made = fitted(settings, plan.parent, [plan.largest_arch], ranks, tokens, device.memory_bytes)
+    return forecast(plan.parent, plan.largest_arch, made, ranks, tokens)
 
 
 def _host_bytes(plan: Plan, gpus: int) -> int:
@@ -88,7 +85,7 @@ def _pass_bytes(plan: Plan, device: Device) -> int:
 
 def usable(device: Device) -> int:
     """What a run may take of a card."""
-    return int(device.memory_bytes * (1 - MARGIN))
+    return int(device.memory_bytes * SPARE)
 
 
 def refusal(plan: Plan, stages: Sequence[Stage], device: Device, gpus: int) -> str:
@@ -97,7 +94,10 @@ def refusal(plan: Plan, stages: Sequence[Stage], device: Device, gpus: int) -> s
     if worst.gpu_bytes <= usable(device):
         return ""
     said = (f"{worst.name} needs about {human_bytes(worst.gpu_bytes)} on each of {gpus} {device.label}, "
-            f"which has {human_bytes(usable(device))} to use ({MARGIN:.0%} kept free)")
+            f"which has {human_bytes(usable(device))} to use ({1 - SPARE:.0%} kept free)")
+    if 0 < training_bytes(plan, device, gpus, "adamw8bit") <= usable(device) < worst.gpu_bytes and (
+            plan.recipe.distillation.tokens and _pass_bytes(plan, device) <= usable(device)):
+        return f"{said}; it fits with distillation.optimizer=adamw8bit"
     more = next((n for n in (2**i for i in range(13)) if gpus < n <= MOST_GPUS
                  and max(need.gpu_bytes for need in needs(plan, stages, device, n)) <= usable(device)),
                 None)

@@ -161,14 +161,15 @@ def read_together(parent: Architecture, curves: WidthCurves, metric: str,
     measured = _measured(parent, curves, metric, orders)
     if not measured:
         return None
-    levels = tuple(tuple(sorted({0, *(p.drops[i] for p in measured if not p.widths)}))
-                   for i in range(len(orders)))
+    sets = [p.drops for p in measured if not p.widths]
+    levels = tuple(tuple(sorted({drops[i] for drops in sets} or {0})) for i in range(len(orders)))
     none = tuple(0 for _ in levels)
     try:
         found_C = np.array([0.0 if drops == none else measured[Point(drops)]
                             for drops in itertools.product(*levels)])
         base_C = sums(Space(dict(zip(parent.drops, levels, strict=True)), {}))
-        if not ((base_C[1:] > 0) & (found_C[1:] > 0)).all():
+        cut_C = np.array([drops != none for drops in itertools.product(*levels)])
+        if not ((base_C > 0) & (found_C > 0))[cut_C].all():
             return None
         ratio = np.divide(found_C, base_C, where=base_C > 0, out=np.ones_like(base_C))
         parts: dict[str, dict[Point, float]] = {}
