@@ -339,7 +339,7 @@ def test_a_run_tells_the_refitted_numbers(finished: Run, model_folder: Path) -> 
     assert measure(rounded(Cutter(parent, scores).cut(target, kept)), reference)["loss"] == pytest.approx(
         result["loss_sliced"], rel=1e-6)
     assert [fit["ridge"] for fit in result["refit"]] == [fit.ridge for fit in fits]
-    assert any(f"surgery.refit took {needed} samples" in line for line in finished.report["warnings"])
+    assert any(f"surgery.refit used {needed} samples" in line for line in finished.report["warnings"])
     # the hidden axis is scored, and told, by the energies of directions
     (half,) = (w for w in finished.report["scores"]["widths"] if w["axis"] == "hidden_size" and w["width"] == 16)
     assert half["median"] == pytest.approx(rotation.energies[:, :16].sum() / rotation.energies.sum(), abs=1e-4)
