@@ -2,7 +2,8 @@
 
     from minipuzzle import Recipe, Run, prune
     run = prune("path/or/hub-id", Recipe.load("default"), output_dir="runs/mine")
-    run.candidates, run.model_path, run.report_path, run.plot_tradeoff()
+    run.candidates, run.layers, run.model_path, run.report_path, run.plot_tradeoff()
+    run.evaluate(), run.load_model(), run.search("memory=0.6x"), run.prune("c0012"), run.compare("runs/other")
     Run.open("runs/mine")
 
 Names are resolved when they are first used (PEP 562): importing minipuzzle does not import torch.
@@ -18,15 +19,13 @@ from minipuzzle._version import __version__
 if TYPE_CHECKING:
     from minipuzzle.core.budget import Budget
     from minipuzzle.core.scores import LayerScores, WidthScores
-    from minipuzzle.distill.loop import distill_model
     from minipuzzle.families.architecture import Architecture
-    from minipuzzle.importance.layers import score_layers
-    from minipuzzle.importance.widths import score_widths
     from minipuzzle.recipes.schema import Recipe
     from minipuzzle.search.candidate import Candidate
-    from minipuzzle.search.grid import search_architectures
+    from minipuzzle.verbs.notebook import distill_model, score_layers, score_widths
     from minipuzzle.verbs.prune import prune
     from minipuzzle.verbs.run import Run
+    from minipuzzle.verbs.search import search_architectures
 
 _HOMES = {
     "Architecture": "families.architecture",
@@ -36,11 +35,11 @@ _HOMES = {
     "Recipe": "recipes.schema",
     "Run": "verbs.run",
     "WidthScores": "core.scores",
-    "distill_model": "distill.loop",
+    "distill_model": "verbs.notebook",
     "prune": "verbs.prune",
-    "score_layers": "importance.layers",
-    "score_widths": "importance.widths",
-    "search_architectures": "search.grid",
+    "score_layers": "verbs.notebook",
+    "score_widths": "verbs.notebook",
+    "search_architectures": "verbs.search",
 }
 
 __all__ = [
@@ -64,3 +63,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'minipuzzle' has no attribute {name!r}")
     return getattr(import_module(f"minipuzzle.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from minipuzzle._version import __version__
 from minipuzzle.core import environment, interrupt
-from minipuzzle.core.budget import MOST_SERVED, human_bytes, human_count, parse_quantity
+from minipuzzle.core.budget import MOST_SERVED, human_bytes, parse_quantity
 from minipuzzle.core.errors import CorruptArtifact, InputError, MinipuzzleError
 from minipuzzle.core.files import CANDIDATES_BYTES, machine_errors, our_error, parse_yaml, read_json, reading
 
@@ -300,6 +300,8 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     minipuzzle prune nemotron-h-8b --recipe nemotron-h-4b --dry-run --gpu h100 --gpus 8
     torchrun --nproc-per-node 8 -m minipuzzle prune my-model --device cuda
     """
+    from minipuzzle.report.facts import headline
+    from minipuzzle.report.report import Report
     from minipuzzle.verbs import prune as verb
     from minipuzzle.verbs.folder import reopen
 
@@ -323,8 +325,7 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     parent, result, paired = (run.report[name] for name in ("parent", "result", "paired"))
     recovered = "" if result["recovery"] is None else f" ({result['recovery']:.0%} of the gap recovered)"
     _print(run.report, as_json, [
-        f"parameters  {human_count(parent['parameters'])} -> {human_count(result['parameters'])}",
-        f"memory      {human_bytes(parent['memory_bytes'])} -> {human_bytes(result['memory_bytes'])}",
+        headline(Report.read(run.report)),
         f"loss        {parent['loss']:.3f} parent, {result['loss_sliced']:.3f} sliced, "
         f"{result['loss_distilled']:.3f} {'distilled' if run.report['distillation']['tokens'] else 'not trained'}"
         f"{recovered}",

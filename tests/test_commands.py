@@ -29,7 +29,7 @@ from minipuzzle.verbs.source import bundled_model
 RECORDED = Path(__file__).parent / "data" / "commands.txt"
 # what the parts of a help must have; every verb also has an example (test_imports.py)
 JSON_VERBS = {"prune", "inspect", "fit", "devices", "score", "search", "evaluate", "distill", "quantize", "report", "doctor", "recipes ls", "recipes show",
-              "recipes copy", "recipes validate"}  # a schema is JSON as it is
+              "recipes copy", "recipes explain", "recipes validate"}  # a schema is JSON as it is
 
 
 def commands(group: click.Group, before: str = "") -> dict[str, click.Command]:

@@ -15,12 +15,13 @@ import yaml
 from report_data import PARENT, RECIPE, build
 
 from minipuzzle.core import files
+from minipuzzle.core.budget import human_bytes, human_count
 from minipuzzle.report import facts, html
 from minipuzzle.report.card import model_card
 from minipuzzle.report.html import render_html, write_report
 from minipuzzle.report.plots import GRID_ROWS, METRIC_WORDS, pareto
 from minipuzzle.report.report import Report, clean
-from minipuzzle.stages.results import licence_of
+from minipuzzle.stages.results import licence_of, toss_up_note
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 NASTY = "<script>alert('$x_1$ & \"y\"')</script>"
@@ -114,6 +115,26 @@ def test_size_of_a_long_run_of_a_deep_model() -> None:
 
 def test_same_report_same_bytes(report: dict[str, Any], page: str) -> None:
     assert render_html(copy.deepcopy(report)) == page
+
+
+def test_one_line_says_it(report: dict[str, Any], page: str) -> None:
+    result = report["result"]
+    line = facts.headline(Report.read(report))
+    assert line == (f"2.35M -> {human_count(result['parameters'])} parameters, 5.16 MiB -> "
+                    f"{human_bytes(result['memory_bytes'])}, loss 1.842 -> 1.994")
+    assert f"**{line}**" in model_card(report)
+    head = re.search(r'<p class="verdict">(.*)</p>', page)
+    assert head is not None
+    assert head[1].replace("→", "->").replace("\N{NO-BREAK SPACE}", " ") == line
+    assert facts.headline(Report.read({"parent": {"loss": 1.0}})) == ""
+
+
+def test_a_toss_up_is_said_in_plain_words() -> None:
+    scoring = {"samples": 64, "confidence": 0.95, "toss_ups": [
+        {"kind": "M", "drop": 3, "goes": 18, "stays": 20}, {"kind": "-", "drop": 1, "goes": 3, "stays": 5}]}
+    assert toss_up_note(scoring, False) == (
+        "too few samples (64) to choose between layers 18 and 20 or 3 and 5 at 95% confidence; raise calibration.samples")
+    assert "in the one-shot order;" in toss_up_note(scoring, True)
 
 
 def test_verdict_and_removed(report: dict[str, Any]) -> None:

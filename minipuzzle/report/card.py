@@ -29,7 +29,8 @@ def model_card(data: Mapping[str, Any] | Report) -> str:
     """Markdown with YAML front matter; what the report does not know is left out."""
     report = Report.read(data)
     name = _plain(report.model or "a hybrid model")
-    parts = [_front_matter(report), f"# {name}, made smaller", _alerts(report), facts.verdict(report),
+    parts = [_front_matter(report), f"# {name}, made smaller", _alerts(report),
+             f"**{headline}**" if (headline := facts.headline(report)) else "", facts.verdict(report),
              facts.choice(report), facts.recovery(report), _architecture(report), "## Numbers", _numbers(report),
              "## Load it", _fence(_LOAD, "python"), _KEYS, _ENGINES,
              _fence("vllm serve path/to/this/folder", "sh"), "## How it was made", _made(report), _licence(report)]

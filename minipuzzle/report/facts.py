@@ -155,6 +155,17 @@ def workload_text(report: Report) -> str:
     return f"{load.precision}, context {load.context:,}, batch {load.batch}"
 
 
+def headline(report: Report) -> str:
+    """One line: 2.35M -> 1.154M parameters, 5.16 MiB -> 2.56 MiB, loss 1.632 -> 1.790; '' where none of
+    it is known."""
+    parent, result = report.parent, report.result
+    found = (("", parent.parameters, result.parameters, count, " parameters"),
+             ("", parent.memory_bytes, result.memory_bytes, size, ""),
+             ("loss ", parent.loss, result.loss_distilled, number, ""))
+    return ", ".join(f"{before}{form(old)} -> {form(new)}{after}" for before, old, new, form, after in found
+                     if old is not None and new is not None)
+
+
 def verdict(report: Report) -> str:
     """One sentence: size and memory before and after, what was removed, and the loss on the way."""
     parent, result = report.parent, report.result

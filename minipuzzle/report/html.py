@@ -82,11 +82,26 @@ def render_html(data: Mapping[str, Any] | Report) -> str:
     samples = [(label, text) for key, label in SAMPLES if (text := getattr(report.samples, key)) is not None
                and (key != "distilled" or report.trained)]
     return environment().get_template("report.html").render(
-        report=report, sections=sections, verdict=unbroken(facts.verdict(report)),
+        report=report, sections=sections, headline=headline(report),
+        verdict=unbroken(facts.verdict(report)),
         choice=facts.choice(report), recovery=unbroken(facts.recovery(report)), strip=facts.strip(report),
         kinds=facts.legend(report), tiles=facts.key_figures(report), samples=samples,
         headings=facts.headings(report), rows=facts.candidate_rows(report), total=len(report.candidates),
         facts=_provenance(report), unbroken=unbroken)
+
+
+def render_head(data: Mapping[str, Any] | Report) -> str:
+    """The head of the page for a notebook: headline, layers, numbers, the trade-off; no style of its own."""
+    report = Report.read(data)
+    name, _, figures = FIGURES[0]
+    return environment().get_template("head.html").render(
+        headline=headline(report), verdict=unbroken(facts.verdict(report)), strip=facts.strip(report),
+        tiles=facts.key_figures(report), figures=figures_of(report, name, figures), unbroken=unbroken)
+
+
+def headline(report: Report) -> str:
+    """facts.headline, as it is printed."""
+    return unbroken(facts.headline(report)).replace("->", "\N{RIGHTWARDS ARROW}")
 
 
 def figures_of(data: Any, heading: str, figures: Iterable[tuple[Draw, str]]) -> list[dict[str, Any]]:

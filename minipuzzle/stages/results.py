@@ -260,11 +260,7 @@ def _warnings(given: Given, gap: float) -> list[str]:
     if scoring["samples"] < scoring["available"]:
         out.append(f"scores.racing: {scoring['samples']} of {scoring['available']} samples were enough")
     if scoring["toss_ups"]:
-        cuts = ", ".join(f"{t['drop']} of {t['kind']} (layer {t['goes']} or {t['stays']})" for t in scoring["toss_ups"])
-        # the search follows the iterative order, which has no such test
-        which = "the one-shot order of layers" if recipe.scores.iterative else "which layers go"
-        out.append(f"at {scoring['confidence']:.0%} confidence, noise decides {which} when this many of a kind are "
-                   f"dropped: {cuts}; raise calibration.samples")
+        out.append(toss_up_note(scoring, recipe.scores.iterative))
     refits = recipe.surgery.refit == "ridge"
     if refits and (samples := refit_samples(recipe, given.parent.arch)) > asked:
         out.append(f"surgery.refit used {len(given.calibration_ids(samples))} samples, more than calibration.samples "
@@ -277,6 +273,15 @@ def _warnings(given: Given, gap: float) -> list[str]:
         out.append(f"memory is counted for {recipe.workload.precision}; the folder stays in {folder.dtype} and must be "
                    "quantised to reach it")
     return out
+
+
+def toss_up_note(scoring: dict[str, Any], iterative: bool) -> str:
+    """Between which layers the samples do not decide. The search follows the iterative order, which has no
+    such test."""
+    pairs = " or ".join(f"{t['goes']} and {t['stays']}" for t in scoring["toss_ups"])
+    return (f"too few samples ({scoring['samples']}) to choose between layers {pairs} at "
+            f"{scoring['confidence']:.0%} confidence{' in the one-shot order' if iterative else ''}; raise "
+            "calibration.samples")
 
 
 def _prediction_notes(candidates: list[Candidate], controls: list[Candidate]) -> list[str]:

@@ -19,7 +19,7 @@ from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.pipeline.forecast import check_disk, check_memory, estimates
 from minipuzzle.pipeline.machine import find_device, memory_to_use
 from minipuzzle.pipeline.plan import Plan, budget_of, make_plan
-from minipuzzle.pipeline.progress import Reporter
+from minipuzzle.pipeline.progress import Reporter, Terminal
 from minipuzzle.pipeline.stage import Runner
 from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
@@ -31,14 +31,15 @@ from minipuzzle.stages.quantizing import check as check_quantization
 from minipuzzle.stages.results import make_report
 from minipuzzle.verbs.folder import default_output, open_run, reopen, write_about
 from minipuzzle.verbs.run import Run
-from minipuzzle.verbs.source import bundled_model, find_model
+from minipuzzle.verbs.source import bundled_model, find_model, recipe_of
 
 
-def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_dir: str | Path | None = None, *,
-          seed: int = 0, device: str = "cpu", redo: bool = False, fresh: bool = False, candidate: str | None = None,
-          reporter: Reporter | None = None, command: str = "", memory_bytes: int | None = None) -> Run:
+def prune(model: str | Path | None = None, recipe: Recipe | str | Path | None = None,
+          output_dir: str | Path | None = None, *, seed: int = 0, device: str = "cpu", redo: bool = False,
+          fresh: bool = False, candidate: str | None = None, reporter: Reporter | None = None, command: str = "",
+          memory_bytes: int | None = None) -> Run:
     """Make a model smaller: the whole pipeline. Left out: the bundled model, the default recipe,
-    their own folder.
+    their own folder. `reporter`: who hears of progress; left out, the terminal or notebook.
 
     `candidate`: of a run that has come to its candidates (`output_dir`, or `model` alone) distil
     this one too. It goes to RUN/candidates/NAME/ and the run's own result stays; the Run that comes
@@ -53,7 +54,7 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
             raise InputError("--fresh deletes the run that --candidate goes on with; leave one out")
         if output_dir is None:
             model, recipe, output_dir, seed = reopen(model, [])
-    recipe = recipe or Recipe()
+    recipe = recipe_of(recipe)
     folder, plan, where = prepare(model, recipe, device, memory_bytes)
     path = Path(output_dir) if output_dir else default_output(folder, recipe, seed)
     check_machine(plan, path, where)
@@ -67,7 +68,7 @@ def prune(model: str | Path | None = None, recipe: Recipe | None = None, output_
             with ranks.together():
                 result = run if candidate is None else _open_candidate(run, candidate)
             stages = stages_of(recipe)
-            runner = Runner(stages, recipe, world, run, ranks, (reporter if ranks.main else None) or Reporter(),
+            runner = Runner(stages, recipe, world, run, ranks, (reporter or Terminal()) if ranks.main else Reporter(),
                             dict.fromkeys(RESULT, result))
             runner.redo = redo
             with ranks.together():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,11 @@ from matplotlib.figure import Figure
 
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading
-from minipuzzle.report import curves, plots
+from minipuzzle.core.rundir import read_about
+from minipuzzle.core.scores import LayerScores
+from minipuzzle.report import curves, facts, plots
+from minipuzzle.report.compare import comparison
+from minipuzzle.report.html import render_head
 from minipuzzle.report.report import Report
 from minipuzzle.report.svg import Draw, styled
 
@@ -44,6 +48,8 @@ class Run:
         Raises:
             InputError: it is not a finished one.
         """
+        if not isinstance(path, str | Path):
+            raise InputError(f"a run is a folder, not {type(path).__name__}")
         path = Path(path)
         hint = "'minipuzzle prune' finishes it"
         if not (path / "report.json").is_file():
@@ -64,6 +70,64 @@ class Run:
     plot_distillation = _figure(curves.distillation)
     plot_memory = _figure(curves.memory)
     plot_stages = _figure(curves.stages)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}): {facts.headline(Report.read(self.report))}"
+
+    def _repr_html_(self) -> str:
+        return render_head(self.report)
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """The layer scores, a row per layer of the parent, and whether the result `kept` it."""
+        kept = self.report["result"].get("kept_layers") or []
+        table = LayerScores.read(self._whole / "scores" / "layers.csv").table
+        return table.assign(kept=table["layer"].isin(kept))
+
+    def load_model(self, **options: Any) -> Any:
+        """The result in transformers, by `AutoModelForCausalLM.from_pretrained(model_path, **options)`."""
+        from transformers import AutoModelForCausalLM
+
+        about = {"dtype": "auto", "local_files_only": True, "trust_remote_code": False} | options
+        return AutoModelForCausalLM.from_pretrained(str(self.model_path), **about)
+
+    def evaluate(self, data: str | None = None, teacher: str | Path | None = None, device: str = "cpu",
+                 ) -> dict[str, Any]:
+        """`minipuzzle evaluate` of the result against its parent (or another teacher), by the run's recipe;
+        `data` in place of its own."""
+        from minipuzzle.verbs.evaluate import evaluate
+        from minipuzzle.verbs.search import run_recipe
+
+        recipe = run_recipe(self._whole, {}, {}).with_overrides(data=data)
+        return evaluate(self.model_path, teacher or str(read_about(self._whole)["model"]), recipe, device)
+
+    def compare(self, *others: Run | str | Path) -> pd.DataFrame:
+        """A row per run: sizes, losses, recovery, time."""
+        runs = [self, *(other if isinstance(other, Run) else Run.open(other) for other in others)]
+        if len({run.path.resolve() for run in runs}) < len(runs):
+            raise InputError("compare: a run is named twice")
+        return pd.DataFrame(comparison({str(run.path): run.report for run in runs})["runs"]).set_index("name")
+
+    def search(self, budget: str | Mapping[str, str] | None = None, **settings: Any) -> pd.DataFrame:
+        """`minipuzzle search RUN`: its scores under another budget, into RUN/searches/. `settings`: keys of
+        the recipe's section space. A table of candidates, best first; of a sweep ("memory=0.5x,0.6x") of
+        budgets."""
+        from minipuzzle.verbs.search import budget_texts, research, run_recipe
+
+        recipe = run_recipe(self._whole, budget_texts(budget), {f"space.{k}": v for k, v in settings.items()})
+        return research(recipe, self._whole, None, None, None)[2]
+
+    def prune(self, candidate: str, **options: Any) -> Run:
+        """`prune RUN --candidate NAME`: also distil that candidate, into RUN/candidates/NAME/. `options`
+        as of `minipuzzle.prune`."""
+        from minipuzzle.verbs.prune import prune
+
+        return prune(self._whole, candidate=candidate, **options)
+
+    @property
+    def _whole(self) -> Path:
+        """The run's folder, of a candidate's result too."""
+        return self.path if (self.path / "run.json").is_file() else self.path.parent.parent
 
     @property
     def model_path(self) -> Path:

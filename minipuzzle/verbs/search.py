@@ -31,6 +31,7 @@ from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate, to_frame
 from minipuzzle.search.space import Space, resolve_space
 from minipuzzle.stages.candidates import candidates_document, find_candidates
+from minipuzzle.verbs.source import config_of, recipe_of
 
 MARKER = "search.json"  # a folder that has it is ours
 
@@ -96,6 +97,46 @@ def research(recipe: Recipe, run: Path | None, config: Path | None, scores: Path
     write = _write_one if len(answers) == 1 else _write_sweep
     data, frame = write(folder, question, answers)
     return folder, data | {"path": str(folder)}, frame
+
+
+def search_architectures(model: str | Path | Architecture, scores: str | Path | LayerScores | None = None,
+                         budget: str | Mapping[str, str] | None = None, *,
+                         recipe: Recipe | str | Path | None = None, **space: Any) -> list[Candidate]:
+    """The candidates within a budget, best predicted first; nothing is written. `model`: a folder, a
+    config.json, a published name, "bundled", a run (whose scores and recipe are taken), or an
+    architecture. `scores`: a run, its scores folder, a CSV, or LayerScores; without them the largest come
+    first. `budget`: "memory=0.5x" or {"memory": "0.5x"}. `space`: keys of that section of the recipe.
+
+    Raises:
+        InputError: no such model, scores or key; something of another type.
+        Infeasible: no architecture meets the budget.
+    """
+    settings = {f"space.{key}": value for key, value in space.items()}
+    run = Path(model) if isinstance(model, str | Path) and (Path(model) / "run.json").is_file() else None
+    if run is not None:
+        parent, scores = parent_of_run(run)[1], run if scores is None else scores
+    else:
+        parent = model if isinstance(model, Architecture) else Architecture.from_config(config_of(model))
+    chosen = (run_recipe(run, budget_texts(budget), settings) if run is not None and recipe is None else
+              recipe_of(recipe).with_overrides(budget=budget_texts(budget), settings=settings))
+    if not isinstance(scores, str | Path | LayerScores | None):
+        raise InputError(f"scores are a run, a scores folder, a CSV or LayerScores, not {type(scores).__name__}")
+    layers, curves = ((scores, None) if isinstance(scores, LayerScores) else
+                      read_scores(None if scores is None else Path(scores)))
+    workload = chosen.workload.build()
+    return find_candidates(chosen, parent, resolve_space(chosen.space.model_dump(), parent),
+                           Budget.parse(chosen.budget, cost(parent, workload).to_json()), workload, layers, curves)[0]
+
+
+def budget_texts(budget: str | Mapping[str, str] | None) -> dict[str, str]:
+    """ "memory=0.5x", or a mapping, as a mapping; none where left out. Raises InputError for anything
+    else."""
+    if budget is None or isinstance(budget, Mapping):
+        return {key: str(value) for key, value in (budget or {}).items()}
+    key, _, value = budget.partition("=") if isinstance(budget, str) else ("", "", "")
+    if not key or not value:
+        raise InputError(f"budget {budget!r}: write 'memory=0.5x' or {{'memory': '0.5x'}}")
+    return {key.strip(): value.strip()}
 
 
 # what is asked

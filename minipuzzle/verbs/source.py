@@ -12,6 +12,7 @@ from typing import Any
 
 from minipuzzle.core.errors import InputError, MinipuzzleError
 from minipuzzle.core.published import find_config, read_config
+from minipuzzle.recipes.schema import Recipe
 
 BUNDLED = "bundled"  # a name of the model that comes with the package
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -22,12 +23,23 @@ def bundled_model() -> Path:
     return Path(str(resources.files("minipuzzle") / "bundled" / "model"))
 
 
-def result_of(model: str) -> str:
+def recipe_of(recipe: Recipe | str | Path | None) -> Recipe:
+    """A recipe as it is, by name or file; left out, the default. Raises InputError for anything
+    else."""
+    if isinstance(recipe, str | Path):
+        return Recipe.load(recipe)
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise InputError(f"a recipe is a Recipe, a name or a file, not {type(recipe).__name__}")
+    return recipe or Recipe()
+
+
+def result_of(model: str | Path) -> str:
     """Of a run its result, RUN/model; anything else as it is.
 
     Raises:
-        InputError: a run that has none yet.
+        InputError: a run that has none yet; not a path or a name.
     """
+    model = _text(model)
     if not os.path.isfile(os.path.join(model, "run.json")):
         return model
     found = os.path.join(model, "model")
@@ -36,13 +48,20 @@ def result_of(model: str) -> str:
     return found
 
 
+def _text(model: str | Path) -> str:
+    """A path or name as text. Raises InputError for other types."""
+    if not isinstance(model, str | os.PathLike):
+        raise InputError(f"a model is a folder, a run, a Hub id or 'bundled', not {type(model).__name__}")
+    return os.fspath(model)
+
+
 def find_model(model: str | Path) -> Path:
     """A folder as it is; "bundled"; a Hub id (owner/name) downloaded to the Hub's own cache.
 
     Raises:
         InputError: none of them.
     """
-    path = Path(model)
+    path = Path(_text(model))
     if os.path.isdir(path):
         return path
     if str(model) == BUNDLED and not os.path.lexists(path):
@@ -56,13 +75,14 @@ def find_model(model: str | Path) -> Path:
             "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]))
 
 
-def config_of(model: str) -> dict[str, Any]:
+def config_of(model: str | Path) -> dict[str, Any]:
     """The configuration of a folder, a config.json, a published name, "bundled", or a Hub id, of
     which nothing else is fetched.
 
     Raises:
         InputError: none of them.
     """
+    model = _text(model)
     if model == BUNDLED and not os.path.lexists(model):
         return read_config(bundled_model())
     if os.path.lexists(model) or not HUB_ID.fullmatch(model):
