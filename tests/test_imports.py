@@ -31,8 +31,8 @@ ALLOWED = {
     "pipeline": {"core", "families", "models", "data", "search", "evaluate", "surgery", "distill", "recipes"},
     "stages": {"core", "families", "models", "data", "search", "report", "importance", "evaluate", "surgery", "distill",
                "engines", "recipes", "pipeline"},
-    "verbs": {"core", "families", "models", "data", "search", "report", "evaluate", "surgery", "distill", "engines",
-              "recipes", "pipeline", "stages"},
+    "verbs": {"core", "families", "models", "data", "search", "report", "importance", "evaluate", "surgery", "distill",
+              "engines", "recipes", "pipeline", "stages"},
     "cli": {"core", "families", "engines", "recipes", "report", "pipeline", "stages", "verbs"},
     "_version": set(),
 }

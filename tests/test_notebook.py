@@ -63,6 +63,7 @@ def test_a_run_is_measured_loaded_and_compared(run: Run) -> None:
         run.compare(run)
 
 
+@pytest.mark.usefixtures("without_gate_and_page")
 def test_a_run_goes_on(run: Run) -> None:
     looser = run.search("memory=0.8x")
     assert looser["memory_bytes"].max() > run.candidates["memory_bytes"].max()
@@ -94,7 +95,9 @@ def test_scores_and_searches_from_plain_values(model_folder: Path, texts: Path, 
                                 ffn_size="0.5x", hidden_size="0.75x", mamba_num_heads="1x")
 
 
-def test_distillation_from_plain_values(run: Run, model_folder: Path, texts: Path, tmp_path: Path) -> None:
+def test_distillation_from_plain_values(run: Run, model_folder: Path, texts: Path, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minipuzzle.verbs.distill.reload_gate", lambda *given: 0.0)  # tested elsewhere
     made = distill_model(run.path, model_folder, texts, output_dir=tmp_path / "out", tokens=128, sequence_length=32,
                          batch_tokens=64, recipe=_small(run, tmp_path))
     assert made["tokens"] == 128
@@ -126,6 +129,7 @@ def test_wrong_values_are_said_in_a_line(call: Any, said: str) -> None:
         call()
 
 
+@pytest.mark.usefixtures("without_gate_and_page")
 @pytest.mark.parametrize(("name", "values"), [
     ("quickstart.py", "MODEL, RECIPE, RUN = {model!r}, {recipe!r}, {run!r}"),
     ("own_scores.py", "MODEL, DATA, SAMPLES, LENGTH = {model!r}, {data!r}, 4, 32")])
