@@ -19,10 +19,8 @@ from typing import Any
 import torch
 
 from minipuzzle import Recipe, prune
-from minipuzzle.core.errors import UnsupportedModel
 from minipuzzle.data.tokenizer import load_tokenizer
 from minipuzzle.engines import gguf
-from minipuzzle.evaluate.served import open_served
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline.machine import hardware, versions
@@ -35,23 +33,13 @@ SHORT = {"calibration.samples": 16, "evaluation.samples": 8, "search.measure": 4
          "distillation.tokens": "20k", "distillation.tournament_tokens": "10k"}
 
 
-def logits(folder: Path, ids_NT: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """Ours; of a model that is not walked yet, stock transformers', which are the same where both are."""
-    try:
-        model = Model.load(open_model(folder))
-        return final_hidden(model, ids_NT) @ model.head.T, "minipuzzle"
-    except UnsupportedModel:
-        with torch.no_grad():
-            return open_served(folder, "cpu", torch.float32)(ids_NT, use_cache=False).logits, "transformers"
-
-
 def compare(folder: Path, work: Path) -> dict[str, Any]:
     text = "\n".join(p.read_text() for p in sorted((ROOT / "minipuzzle").rglob("*.py"))[:30])
     ids = torch.tensor(load_tokenizer(folder)(text)["input_ids"][: SAMPLES * TOKENS]).reshape(SAMPLES, TOKENS)
-    found, by = logits(folder, ids)
-    every = torch.log_softmax(found.double(), -1)
+    model = Model.load(open_model(folder))
+    every = torch.log_softmax((final_hidden(model, ids) @ model.head.T).double(), -1)
     ours = every[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    out: dict[str, Any] = {"tokens": ids.numel(), "compared_with": by, "perplexity": math.exp(-ours.mean())}
+    out: dict[str, Any] = {"tokens": ids.numel(), "perplexity": math.exp(-ours.mean())}
     for kind in gguf.TYPES:
         begin, file = time.perf_counter(), work / f"{kind}.gguf"
         gguf.convert(folder, file, kind)

@@ -24,7 +24,10 @@ from minipuzzle.core.errors import CorruptArtifact, InputError, ResourceError, U
 from minipuzzle.engines import formats, gguf
 from minipuzzle.engines import quantize as engine
 from minipuzzle.evaluate.served import open_served
+from minipuzzle.families import mixers
+from minipuzzle.families.base import is_stacked, numbered
 from minipuzzle.families.cost import cost
+from minipuzzle.families.experts import route
 from minipuzzle.models.module import Block
 from minipuzzle.models.weights import open_model, write_model
 
@@ -159,12 +162,14 @@ def write_quantised(out: Path, source: Path, plan: engine.Plan) -> None:
     folder = open_model(source)
     tensors: dict[str, torch.Tensor] = {}
     for name in folder.files:
-        weight = folder.read(name)
-        if name in plan.weights:
-            parts = packed(weight.float(), plan.precision, plan.group)
-            tensors |= {name.removesuffix("weight") + part: tensor for part, tensor in parts.items()}
-        else:
-            tensors[name] = weight
+        whole = folder.read(name)
+        names = numbered(name, len(whole))
+        for part, weight in zip(names, whole if is_stacked(name) else [whole], strict=True):
+            if part in plan.weights:
+                parts = packed(weight.float(), plan.precision, plan.group)
+                tensors |= {part.removesuffix("weight") + beside: tensor for beside, tensor in parts.items()}
+            else:
+                tensors[part] = weight
     config = folder.config | {"quantization_config": {"quant_method": "modelopt"}}
     write_model(out, config, tensors.items(), folder.path)
 
@@ -206,13 +211,40 @@ def test_activations_are_rounded_while_asked_for_and_the_cache_too(source: Path,
     found = engine.open_quantised(tmp_path / "out")
     weight = found.model.layers[3]["mixer.k_proj.weight"]
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
-    parts = found.parts[id(weight)]
+    parts = found.parts[weight.data_ptr()]
     parts["k_scale"] = torch.tensor(0.01)
     with found.rounding():
         y = torch.nn.functional.linear(x, weight)
     coarse = (x * 64).clamp(-448, 448).to(torch.float8_e4m3fn).float() / 64
     assert torch.equal(y, (coarse @ weight.T / 0.01).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.01)
     assert not torch.equal(torch.nn.functional.linear(x, weight), y)
+
+
+def test_what_goes_into_experts_is_rounded_too(tmp_path: Path) -> None:
+    """Against a loop over tokens and their experts."""
+    source = Path(__file__).parent / "data" / "moe"
+    arch = open_model(source).arch
+    write_quantised(tmp_path / "out", source, engine.make_plan(arch, "fp8"))
+    found = engine.open_quantised(tmp_path / "out")
+    size = engine.size_report(arch, engine.make_plan(arch, "fp8"), Workload("fp8"), found.weights_bytes)
+    assert size["priced_bytes"] == cost(arch, Workload("fp8")).weights_bytes
+    layer = arch.pattern.index("E")
+    w = {name.removeprefix("mixer."): weight for name, weight in found.model.layers[layer].items()}
+    x = torch.randn(6, arch.hidden_size, generator=torch.Generator().manual_seed(3))
+    chosen, weights = route(arch, x, w["gate.weight"], w["gate.e_score_correction_bias"])
+    coarse = lambda t: (t * 64).clamp(-448, 448).to(torch.float8_e4m3fn).float() / 64  # noqa: E731
+    wanted = []
+    for token, experts, shares in zip(coarse(x), chosen, weights, strict=True):
+        y = w["shared_experts.down_proj.weight"] @ coarse((w["shared_experts.up_proj.weight"] @ token).relu() ** 2)
+        for expert, share in zip(experts, shares, strict=True):
+            inner = (w["experts.{num_experts}.up_proj.weight"][expert] @ token).relu() ** 2
+            y = y + share * (w["experts.{num_experts}.down_proj.weight"][expert] @ coarse(inner))
+        wanted.append(y)
+    with found.rounding():
+        ours = mixers.moe(arch, w, x[None], None)[0]
+    assert torch.allclose(ours, torch.stack(wanted), rtol=1e-4, atol=1e-4 * float(ours.abs().max()))
+    plain = mixers.moe(arch, w, x[None], None)[0]
+    assert (plain - ours).norm() > 1e-3 * ours.norm()
 
 
 def stock_of(folder: Path, tmp_path: Path) -> Any:

@@ -24,6 +24,8 @@ BLOCK, GROUP = 16, 128  # columns that share a scale: NVFP4's, INT4's where rows
 FP8_MAX, FP4_MAX = 448.0, 6.0
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1 without its sign
 _FP4_BETWEEN = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+_PRODUCTS = {F.linear, torch.Tensor.__matmul__, torch.Tensor.matmul,
+             getattr(torch, "_grouped_mm", F.linear)}  # which F.grouped_mm calls
 COMPANIONS = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale", "v_scale")
 
 
@@ -79,7 +81,9 @@ def round_int4(x: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def round_weight(weight: torch.Tensor, precision: str, group: int) -> torch.Tensor:
-    """A weight as it will be quantised, without what calibration adds."""
+    """A weight, or experts one by one, as they will be quantised, without what calibration adds."""
+    if weight.ndim == 3:
+        return torch.stack([round_weight(expert, precision, group) for expert in weight])
     if precision == "int4":
         return round_int4(weight, group)
     largest = weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
@@ -92,7 +96,9 @@ class Rounding(TorchFunctionMode):
     """While entered, products with some weights are as an engine computes them: what comes in is
     rounded, and so is what the projections to keys and values give, which is what the cache holds.
 
-    `parts`: id of a dequantised weight -> what lay beside it.
+    `parts`: where a dequantised weight lies in memory (`data_ptr`) -> what lay beside it. The experts
+    of a layer lie one after another and have one scale for what comes in, so that where the first
+    lies stands for all in a grouped product.
     """
 
     def __init__(self, parts: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
@@ -101,9 +107,9 @@ class Rounding(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
-        if func is not F.linear or id(args[1]) not in self.parts:
+        if func not in _PRODUCTS or args[1].data_ptr() not in self.parts:
             return func(*args, **given)
-        parts = self.parts[id(args[1])]
+        parts = self.parts[args[1].data_ptr()]
         x = args[0]
         if "input_scale" in parts:
             x = (round_nvfp4 if "weight_scale_2" in parts else round_fp8)(x, parts["input_scale"])

@@ -170,28 +170,27 @@ def calibrate(stock: Any, plan: Plan, ids_NT: torch.Tensor, dtype: torch.dtype) 
         mtq.quantize(stock, _settings(plan), lambda model: [model(ids[None], use_cache=False) for ids in ids_NT])
         # engines join the matrices that read the same input: one scale, and AWQ's goes into the norm
         requantize_resmooth_fused_llm_layers(stock)
-        if plan.precision == "fp8":
-            _fold(stock)
-        if plan.precision == "int4":
-            for name, module in stock.named_modules():
-                if "weight_quantizer" in name and getattr(module, "amax", None) is not None:
-                    module.amax = (module.amax.float() / 7).to(dtype).float() * 7  # a 16-bit scale
-            for name, weight in stock.named_parameters():
-                if name.endswith("norm.weight"):
-                    weight.copy_(weight.to(dtype))
+        for weight, quantiser in _weights(stock):
+            if plan.precision == "fp8":
+                # modelopt's simulation and its export divide in different ways, and of two codes equally
+                # near they may choose different ones
+                weight.copy_(quantiser(weight))
+            if plan.precision == "int4":
+                quantiser.amax = (quantiser.amax.float() / 7).to(dtype).float() * 7  # a 16-bit scale
+        for name, weight in stock.named_parameters():
+            if plan.precision == "int4" and name.endswith("norm.weight"):
+                weight.copy_(weight.to(dtype))
 
 
-def _fold(stock: Any) -> None:
-    """Weights become what they are rounded to. modelopt's simulation and its export divide in
-    different ways, and of two codes equally near they may choose different ones."""
+def _weights(stock: Any) -> Iterator[tuple[torch.Tensor, Any]]:
+    """(a quantised matrix, its quantiser), each expert's too."""
     for module in stock.modules():
         if getattr(getattr(module, "weight_quantizer", None), "is_enabled", False):
-            module.weight.copy_(module.weight_quantizer(module.weight))
+            yield module.weight, module.weight_quantizer
         for name, _ in list(module.named_children()):
-            if name.endswith("_weight_quantizers"):  # of a layer's experts
+            if name.endswith("_weight_quantizers"):
                 experts = getattr(module, name.removesuffix("_weight_quantizers"))
-                for weight, quantiser in zip(experts, getattr(module, name), strict=True):
-                    weight.copy_(quantiser(weight))
+                yield from (pair for pair in zip(experts, getattr(module, name), strict=True) if pair[1].is_enabled)
 
 
 Stream = list[tuple[torch.Tensor, torch.Tensor]]  # what enters each layer and what leaves it
@@ -204,30 +203,27 @@ def simulate(stock: Any, plan: Plan, ids_BT: torch.Tensor) -> tuple[torch.Tensor
     modelopt simulates NVFP4 on a GPU alone; on a CPU its weights go through the code that packs
     them, and back.
     """
-    weights: dict[Any, torch.Tensor] = {}
+    packed: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
     stream: Stream = []
     with _quiet(), contextlib.ExitStack() as hooks:
         if plan.precision == "nvfp4" and not plan.inputs:
             from modelopt.torch.quantization.qtensor import NVFP4QTensor as Packed
 
-            for module in stock.modules():
-                quantiser = getattr(module, "weight_quantizer", None)
-                if quantiser is None or not quantiser.is_enabled:
-                    continue
-                weights[module] = module.weight.data
+            packed = [(weight, weight.clone(), quantiser) for weight, quantiser in _weights(stock)]
+            for weight, before, quantiser in packed:
                 all_ = Packed.get_weights_scaling_factor_2_from_quantizer(quantiser)
-                packed, scale, all_ = Packed.quantize(module.weight.clone(), formats.BLOCK, None, all_)
-                module.weight.data = packed.dequantize(torch.float32, scale=scale, double_scale=all_,
-                                                       block_sizes={-1: formats.BLOCK})
+                codes, scale, all_ = Packed.quantize(before.clone(), formats.BLOCK, None, all_)
+                weight.copy_(codes.dequantize(torch.float32, scale=scale, double_scale=all_,
+                                              block_sizes={-1: formats.BLOCK}))
                 quantiser.disable()
         for layer in stock.base_model.layers:
             hooks.enter_context(layer.register_forward_hook(
                 lambda _, given, named, out: stream.append((given[0] if given else named["hidden_states"], out)),
                 with_kwargs=True))
         logits: torch.Tensor = stock(ids_BT, use_cache=False).logits
-        for module, weight in weights.items():
-            module.weight.data = weight
-            module.weight_quantizer.enable()
+        for weight, before, quantiser in packed:
+            weight.copy_(before)
+            quantiser.enable()
     return logits, stream
 
 
@@ -255,7 +251,8 @@ def _tensors(exported: Path, plan: Plan, folder: ModelFolder) -> Iterator[tuple[
     AWQ changed too, the rest as it was."""
     places = {name: file for file in sorted(exported.glob("*.safetensors")) for name in _names(file)}
     small = small_dtype(folder)
-    dtypes = folder.dtypes(tuple(range(folder.arch.num_layers)))
+    dtypes = {part: dtype for name, dtype in folder.dtypes(tuple(range(folder.arch.num_layers))).items()
+              for part in numbered(name, folder.arch.shapes()[name][0])}
     for name, shape in folder.arch.shapes_on_disk().items():
         base = name.removesuffix("weight")
         if name not in plan.weights:
@@ -314,25 +311,27 @@ def open_quantised(path: Path, device: torch.device | str = "cpu") -> Quantised:
     for file in sorted(path.glob("*.safetensors")):
         with open_tensors(file) as shard:
             tensors |= {name: shard.get_tensor(name).to(device) for name in shard.keys()}  # noqa: SIM118
-    shapes, named, parts = arch.shapes_on_disk(), dict[str, torch.Tensor](), dict[int, dict[str, torch.Tensor]]()
     sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
-    for name, shape in shapes.items():
+    beside: dict[str, dict[str, torch.Tensor]] = {}
+    for name, shape in arch.shapes_on_disk().items():
         base = name.removesuffix("weight")
-        beside = {part: tensors.pop(base + part) for part in formats.COMPANIONS if base + part in tensors}
+        beside[name] = {part: tensors.pop(base + part) for part in formats.COMPANIONS if base + part in tensors}
         if name not in tensors:
             raise CorruptArtifact(f"{path} lacks {name}")
-        stored = tensors.pop(name)
-        weight = formats.dequantise(stored, beside) if "weight_scale" in beside else stored.float()
-        if tuple(weight.shape) != shape:
-            raise CorruptArtifact(f"{path}: {name} is {list(weight.shape)}, config.json says {list(shape)}")
-        named[name] = weight
-        if beside:
-            parts[id(weight)] = beside
-    if tensors:
-        raise CorruptArtifact(f"{path} has unknown weights, first {sorted(tensors)[0]}")
-    stacked = ((name, torch.stack([named[part] for part in numbered(name, shape[0])]) if is_stacked(name) else
-                named[name]) for name, shape in arch.shapes().items())
-    return Quantised(Model.build(arch.family, arch, stacked), parts, sizes)
+        stored = tensors[name]
+        tensors[name] = formats.dequantise(stored, beside[name]) if "weight_scale" in beside[name] else stored.float()
+        if tuple(tensors[name].shape) != shape:
+            raise CorruptArtifact(f"{path}: {name} is {list(tensors[name].shape)}, config.json says {list(shape)}")
+    if unknown := sorted(set(tensors) - set(beside)):
+        raise CorruptArtifact(f"{path} has unknown weights, first {unknown[0]}")
+    named, parts = {}, {}
+    for name, shape in arch.shapes().items():
+        names = numbered(name, shape[0])
+        named[name] = torch.stack([tensors.pop(n) for n in names]) if is_stacked(name) else tensors.pop(name)
+        for n, weight in zip(names, named[name] if is_stacked(name) else [named[name]], strict=True):
+            if beside[n]:
+                parts[weight.data_ptr()] = beside[n]
+    return Quantised(Model.build(arch.family, arch, named.items()), parts, sizes)
 
 
 @torch.no_grad()

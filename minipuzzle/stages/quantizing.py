@@ -24,6 +24,7 @@ from minipuzzle.engines import quantize as engine
 from minipuzzle.engines.formats import round_weight
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.evaluate.served import open_served
+from minipuzzle.families.base import numbered
 from minipuzzle.models.module import Block, HybridLM
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import ModelFolder, open_model, write_model
@@ -133,7 +134,9 @@ def train(given: Given, source: ModelFolder, plan: engine.Plan, folder: Path) ->
     student = to_train(Model.load(source, device))
 
     def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:
-        return round_weight(weight.detach().float(), plan.precision, plan.group) if name in plan.weights else weight
+        if numbered(name, 1)[0] not in plan.weights:
+            return weight
+        return round_weight(weight.detach().float(), plan.precision, plan.group)
 
     for layer, block in enumerate(student.blocks):
         def through(name: str, weight: torch.Tensor, prefix: str = source.family.layer_prefix(layer)) -> torch.Tensor:
