@@ -52,6 +52,7 @@ from minipuzzle.pipeline.progress import Reporter, Update
 from minipuzzle.pipeline.stage import Runner, Stage
 from minipuzzle.pipeline.world import World
 from minipuzzle.stages import finishing
+from minipuzzle.stages import student as student_stage
 from minipuzzle.stages.order import NAMES as STAGES
 from minipuzzle.stages.order import STAGES as STAGE_LIST
 from minipuzzle.surgery import gate
@@ -791,7 +792,8 @@ def test_all_finalists_diverge(copy: Path, finished: Run, model_folder: Path, re
 def test_the_gate_closes(unexported: Path, model_folder: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that transformers reads differently is not handed out, and says so with exit code
     5."""
-    monkeypatch.setattr(gate, "final_hidden", lambda model, ids: final_hidden(model, ids) * 1.001)
+    sample = gate.sample_logits
+    monkeypatch.setattr(gate, "sample_logits", lambda *what: sample(*what) * 1.001)
     with pytest.raises(CorruptArtifact, match="other logits in transformers") as error:
         prune(model_folder, recipe_for(texts), unexported)
     assert error.value.exit_code == 5
@@ -803,17 +805,17 @@ def test_untrained_weights_do_not_pass_the_gate(unexported: Path, model_folder: 
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers and this engine agree on the folder, but it is not what was trained."""
     untrained: dict[str, torch.Tensor] = {}
-    load, write = finishing.load_best, finishing.write_model
+    load, write = finishing.load_best, student_stage.write_model
 
-    def remember(state: Path, student: HybridLM) -> Any:
+    def remember(state: Path, student: HybridLM, ranks: Ranks) -> Any:
         untrained.update({name: p.detach().clone() for name, p in student.parameters_by_name().items()})
-        return load(state, student)
+        return load(state, student, ranks)
 
     def write_the_other(folder: Path, config: dict[str, Any], tensors: Any, parent: Path) -> None:
         write(folder, config, ((name, untrained[name].to(t.dtype)) for name, t in tensors), parent)
 
     monkeypatch.setattr(finishing, "load_best", remember)
-    monkeypatch.setattr(finishing, "write_model", write_the_other)
+    monkeypatch.setattr(student_stage, "write_model", write_the_other)
     with pytest.raises(CorruptArtifact, match="other logits in transformers than the student in memory"):
         prune(model_folder, recipe_for(texts), unexported)
     assert not (unexported / "model").exists()
