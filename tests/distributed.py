@@ -53,7 +53,7 @@ def kill_in_state(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         real(path, data)
 
-    state.write_sealed, loop.SAVE_EVERY_S = killed, 0.0
+    state.write_sealed, loop.SAVE_EVERY_S, loop.SAVE_SHARE = killed, 0.0, 0
 
 
 def main() -> None:

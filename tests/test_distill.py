@@ -145,6 +145,7 @@ def test_killed_between_two_states(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert_same(train(tmp_path / "parts"), whole)
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)  # a state after every step changes nothing either
+    monkeypatch.setattr(loop, "SAVE_SHARE", 0)
     assert_same(train(tmp_path / "often"), whole)
 
 

@@ -50,7 +50,7 @@ def half(tensors, path):
     if len(calls) == 3:
         os.truncate(path, path.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
-state.save_file, loop.SAVE_EVERY_S = half, 0.0
+state.save_file, loop.SAVE_EVERY_S, loop.SAVE_SHARE = half, 0.0, 0
 train(Path(sys.argv[1]))
 """
 
