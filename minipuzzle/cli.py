@@ -521,6 +521,7 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
     minipuzzle evaluate runs/mine/model --latency --set workload.context=4k
     minipuzzle evaluate runs/mine/model --tasks hellaswag,mmlu --limit 200
     """
+    from minipuzzle.pipeline.progress import Terminal
     from minipuzzle.verbs.evaluate import evaluate as evaluate_folder
     from minipuzzle.verbs.source import result_of
 
@@ -532,7 +533,8 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks is not None and not names:
         raise InputError("--tasks names no task; write for example --tasks mmlu,gsm8k")
-    data = evaluate_folder(result_of(model), teacher and result_of(teacher), recipe, device, latency, names, limit)
+    data = evaluate_folder(result_of(model), teacher and result_of(teacher), recipe, device, latency, names, limit,
+                           Terminal())
     paired = {f"{'' if k.startswith('loss') else 'paired_'}{k}": v for k, v in (data.get("paired") or {}).items()}
     tested = ((data.get("tasks") or {}).get("results") or {}).items()
     scores = {f"{name} {metric.removesuffix(',none')}": value for name, found in tested

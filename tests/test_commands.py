@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from safetensors.torch import load_file, save_file
 
 from minipuzzle.cli import main
 from minipuzzle.pipeline import progress
-from minipuzzle.pipeline.progress import Terminal
+from minipuzzle.pipeline.progress import Reporter, Terminal, Update
+from minipuzzle.recipes.schema import Recipe
+from minipuzzle.verbs.evaluate import evaluate
 from minipuzzle.verbs.source import bundled_model
 
 RECORDED = Path(__file__).parent / "data" / "commands.txt"
@@ -105,6 +109,32 @@ def test_wrong_usage_is_one_line(arguments: list[str], text: str) -> None:
 SMALL = ("--set", "calibration.sequence_length=32", "--set", "calibration.samples=4", "--set", "evaluation.samples=4")
 
 
+class Heard(Reporter):
+    """(stage, done, of) whenever one is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[str, float, float]] = []
+
+    @contextmanager
+    def _show(self, name: str, total: float) -> Iterator[Update]:
+        yield lambda done, text: self.told.append((name, done, total))
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_evaluate_says_how_far_it_is(model_folder: Path, texts: Path, teacher: bool) -> None:
+    recipe = Recipe().with_overrides(data=str(texts), settings={"evaluation.samples": 6, "calibration.sequence_length": 32})
+    heard = Heard()
+    evaluate(model_folder, model_folder if teacher else None, recipe, reporter=heard)
+    assert list(heard.seconds) == ["tokenize", "measure"]
+    told = [(done, total) for name, done, total in heard.told if name == "measure"]
+    assert told[-1] == (12, 12)  # 6 blocks, each through the model and then through the head
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert 6 in [done for done, _ in told]
+    said = invoke("evaluate", model_folder, "--data", texts, *SMALL).stderr
+    assert [line.split(": ")[0] for line in said.splitlines()] == ["[1/2] tokenize", "[2/2] measure"]
+
+
 def test_evaluate(model_folder: Path, texts: Path) -> None:
     request = ("evaluate", model_folder, "--data", texts, *SMALL)
     data = json.loads(invoke(*request, "--teacher", model_folder, "--json").stdout)
@@ -147,12 +177,14 @@ def test_numbers_of_any_size(model_folder: Path, texts: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_evaluate_keeps_nothing_and_stops_at_once(model_folder: Path, texts: Path, signum: int, code: int) -> None:
-    """The signal comes while the model is measured, where nobody reports progress."""
+    """The signal comes while the model is measured."""
     script = ("import os, sys\nfrom minipuzzle.evaluate import quality\nfrom minipuzzle.cli import main\n"
               f"quality.walk = lambda *a: os.kill(os.getpid(), {int(signum)}) or 1 / 0\nmain(sys.argv[1:])")
     done = subprocess.run([sys.executable, "-c", script, "evaluate", str(model_folder), "--data", str(texts), *SMALL],
                           capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", "minipuzzle: interrupted\n")
+    tokens, *said = done.stderr.splitlines()
+    assert tokens.startswith("[1/2] tokenize: done in")
+    assert (done.returncode, done.stdout, said) == (code, "", ["minipuzzle: interrupted"])
 
 
 def test_one_of_several_processes_does_not_take_python_down(monkeypatch: pytest.MonkeyPatch) -> None:

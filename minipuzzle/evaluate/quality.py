@@ -40,19 +40,24 @@ class Reference:
     memory for the streams of a parent that is read from disk, by default what is fastest.
 
     Several `ranks` share the blocks, equally many each, since a model in shards is read by all at
-    once: what comes again does not count.
+    once: what comes again does not count. `progress` hears the blocks done: once through for the
+    reference, from there on for each model.
     """
 
     def __init__(self, source: Source, ids_NT: torch.Tensor, stream_bytes: int | None = None,
-                 ranks: Ranks | None = None) -> None:
+                 ranks: Ranks | None = None, progress: Callable[[int], None] = lambda done: None) -> None:
+        self.progress = progress
         self.ranks, self.arch, self.count = ranks or Ranks(source.device), source.arch, len(ids_NT)
         size = self.ranks.size
         own = range(self.ranks.rank, -(-self.count // size) * size, size)
         self.ids = ids_NT.to(source.device)[[i % self.count for i in own]]
         self.head = source.head_rows(0, source.arch.vocab_size)
         whole, run = Whole(source), Pass(source, self.ids, memory_bytes=stream_bytes)
-        self.hidden = torch.cat([walk(whole, [whole.variant()], ids)[0].cpu()
-                                 for ids in torch.split(self.ids, run.size(1))])
+        parts: list[torch.Tensor] = []
+        for ids in torch.split(self.ids, run.size(1)):
+            parts.append(walk(whole, [whole.variant()], ids)[0].cpu())
+            progress(sum(map(len, parts)))
+        self.hidden = torch.cat(parts)
 
     def quality(self) -> dict[str, float]:
         """The parent's own, as `measure` gives it."""
@@ -82,6 +87,7 @@ class Reference:
 
             parts.append(look(done, ids, use))
             done += len(ids)
+            self.progress(len(self.ids) + done)
         values = np.concatenate(parts, -1)
         if self.ranks.size > 1:
             every = self.ranks.gather(values)

@@ -27,14 +27,16 @@ from minipuzzle.verbs.source import find_model
 
 
 def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, device: str = "cpu",
-             speed: bool = False, task_names: Sequence[str] = (), limit: int | None = None) -> dict[str, Any]:
+             speed: bool = False, task_names: Sequence[str] = (), limit: int | None = None,
+             reporter: Reporter | None = None) -> dict[str, Any]:
     """Held-out loss (nats per token and per byte), perplexity, accuracy; against a teacher KL,
     agreement, and the paired difference of the losses. On the final part of the held-out blocks,
     the one that `prune` reports.
 
     With `speed` also latency, at the recipe's context and batch; with `task_names` also lm-eval's
-    results.
+    results. `reporter` hears of progress.
     """
+    reporter = reporter or Reporter()
     if world_size() > 1:
         raise InputError("evaluate runs in one process; start it without torchrun")
     if task_names:
@@ -49,14 +51,15 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
     with tempfile.TemporaryDirectory() as scratch:
         world = World(folder, recipe, 0, ranks.device, Path(scratch) / "tokens")
         tokens = tokenize_stage(("evaluation",))
-        Runner([tokens], recipe, world, RunDir(Path(scratch), hold=False), ranks, Reporter()).make()
+        reporter.start({"tokenize": 5.0, "measure": 30.0} | ({"latency": 30.0} if speed else {})
+                       | ({"tasks": 300.0} if task_names else {}))
+        Runner([tokens], recipe, world, RunDir(Path(scratch), hold=False), ranks, reporter).make()
         final_NT = world.held_out_ids(*data)[1]
-        if teacher is None:
-            reference = world.parent.reference(final_NT, ranks)
-            found = reference.quality()
-        else:
-            reference = Reference(Model.load(other, ranks.device, world.dtype), final_NT)
-            found = measure(world.parent.model, reference)
+        source = world.parent.source if teacher is None else Model.load(other, ranks.device, world.dtype)
+        with reporter.stage("measure", 2 * len(final_NT)) as update:
+            reference = Reference(source, final_NT, world.parent.memory.stream_bytes if teacher is None else None,
+                                  ranks, lambda done: update(done, ""))
+            found = reference.quality() if teacher is None else measure(world.parent.model, reference)
         check_finite(found, folder.path, world.parent.model, final_NT)
         bytes_per_token = world.blocks("evaluation", "held_out", data[1]).bytes_per_token
     out: dict[str, Any] = {"model": str(folder.path), "teacher": str(other.path) if teacher is not None else None,
@@ -68,9 +71,11 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
                          "stderr": out.pop("loss_minus_parent_stderr", None)}
     out |= {"loss_per_byte": found["loss"] / bytes_per_token, "perplexity": _perplexity(found["loss"])}
     if speed:
-        out["latency"] = latency(folder.path, device, recipe.workload.context, recipe.workload.batch)
+        with reporter.stage("latency", 1):
+            out["latency"] = latency(folder.path, device, recipe.workload.context, recipe.workload.batch)
     if task_names:
-        out["tasks"] = tasks(folder.path, list(task_names), device, limit)
+        with reporter.stage("tasks", 1):
+            out["tasks"] = tasks(folder.path, list(task_names), device, limit)
     return out
 
 

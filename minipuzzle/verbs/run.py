@@ -95,11 +95,13 @@ class Run:
                  ) -> dict[str, Any]:
         """`minipuzzle evaluate` of the result against its parent (or another teacher), by the run's recipe;
         `data` in place of its own."""
+        from minipuzzle.pipeline.progress import Terminal
         from minipuzzle.verbs.evaluate import evaluate
         from minipuzzle.verbs.search import run_recipe
 
         recipe = run_recipe(self._whole, {}, {}).with_overrides(data=data)
-        return evaluate(self.model_path, teacher or str(read_about(self._whole)["model"]), recipe, device)
+        return evaluate(self.model_path, teacher or str(read_about(self._whole)["model"]), recipe, device,
+                        reporter=Terminal())
 
     def compare(self, *others: Run | str | Path) -> pd.DataFrame:
         """A row per run: sizes, losses, recovery, time."""
