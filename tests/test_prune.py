@@ -678,7 +678,7 @@ def test_fresh_begins_again(copy: Path, finished: Run, model_folder: Path, texts
     # pruned only: what was written is what was cut
     assert run.report["result"]["loss_distilled"] == pytest.approx(run.report["result"]["loss_pruned"], rel=1e-6)
     assert run.report["distillation"]["tokens"] == 0
-    assert any("surgery.refit=ridge mends" in warning for warning in run.report["warnings"])
+    assert any("surgery.refit=ridge recovers" in warning for warning in run.report["warnings"])
     assert sum(c["measured"] is not None for c in json.loads((copy / "candidates.json").read_text())["candidates"]) == 2
 
 
@@ -1163,5 +1163,5 @@ def test_json_is_the_only_thing_on_stdout(copy: Path, model_folder: Path, recipe
     assert report == json.loads((copy / "report.json").read_text())
     assert [row.split(":")[0].split()[-1] for row in result.stderr.splitlines() if "done earlier" in row] == list(STAGES)
     result = invoke("prune", model_folder, "--recipe", recipe_file, "-o", copy)
-    for word in ("parameters", "memory", "loss", str(copy / "model"), str(copy / "report.html")):
+    for word in ("parameters", " -> ", "loss", str(copy / "model"), str(copy / "report.html")):
         assert word in result.stdout

@@ -84,12 +84,13 @@ class Run:
         table = LayerScores.read(self._whole / "scores" / "layers.csv").table
         return table.assign(kept=table["layer"].isin(kept))
 
-    def load_model(self, **options: Any) -> Any:
-        """The result in transformers, by `AutoModelForCausalLM.from_pretrained(model_path, **options)`."""
+    def load_model(self, dtype: Any = "auto", **options: Any) -> Any:
+        """The result in transformers: `AutoModelForCausalLM.from_pretrained(model_path, **options)`,
+        which runs no code of the folder."""
         from transformers import AutoModelForCausalLM
 
-        about = {"dtype": "auto", "local_files_only": True, "trust_remote_code": False} | options
-        return AutoModelForCausalLM.from_pretrained(str(self.model_path), **about)
+        return AutoModelForCausalLM.from_pretrained(str(self.model_path), dtype=dtype, local_files_only=True,
+                                                    trust_remote_code=False, **options)
 
     def evaluate(self, data: str | None = None, teacher: str | Path | None = None, device: str = "cpu",
                  ) -> dict[str, Any]:
