@@ -74,7 +74,7 @@ def prune_together(count: int, kill: tuple[int, str] | None, *args: Any) -> list
                 return real(self, name, total)
 
             Reporter._show = show  # type: ignore[method-assign]
-        prune(*args)
+        prune(*args, reporter=Reporter())
 
     return together(count, work)
 
