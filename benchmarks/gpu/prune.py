@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
 TINY: dict[str, Any] = {
     "budget": {"memory": "0.8x"},
     "calibration": {"data": str(ROOT / "docs"), "samples": 2, "sequence_length": 64},
-    "evaluation": {"data": str(ROOT / "docs"), "samples": 2},
+    "evaluation": {"data": str(ROOT / "docs"), "samples": 8},
     "space": {
         "drop_mamba": [0, 2],
         "drop_ffn": [0, 2],
@@ -50,6 +50,7 @@ TINY: dict[str, Any] = {
         "tokens": "3k",
         "sequence_length": 64,
         "batch_tokens": 256,
+        "learning_rate": 3.0e-4,
     },
 }
 # Two devices add up in another order, and the kernels multiply in TF32: largest relative difference
