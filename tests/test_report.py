@@ -358,3 +358,14 @@ def test_the_licence_is_inherited(files: dict[str, str], expected: dict[str, str
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert licence_of(tmp_path) == expected
+
+
+def test_loads_of_experts_and_kl_by_kind_are_told() -> None:
+    loads = {"parent": {"1": [0.5, 0.25, 0.25, 0.0], "4": [0.25] * 4}, "pruned": {"1": [0.75, 0.25]}}
+    data = {"schema": 1, "expert_load": loads, "scores": {"layers": [
+        {"layer": 0, "kind": "M", "kl": 0.25}, {"layer": 1, "kind": "E", "kl": 1.0}, {"layer": 4, "kind": "E", "kl": 2.0}]}}
+    page = render_html(data)
+    assert "Mamba 0.250, MoE 1.500 nats" in page
+    rows = re.findall(r"<tr><td>(\d)</td><td>(.*?)</td><td>(.*?)</td></tr>", page)
+    assert rows == [("1", "2.00 (1 unused)", "1.50"), ("4", "1.00", "-")]
+    assert "Where the router sends tokens" not in render_html({"schema": 1})

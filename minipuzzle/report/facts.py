@@ -275,3 +275,32 @@ def key_figures(report: Report) -> list[dict[str, str]]:
         + (f"; same next token {percent(same)}" if same is not None else ""))
     add("time", report.seconds, duration, report.hardware or "")
     return tiles
+
+
+# experts and kinds of layers
+# ---------------------------------------------------------------------------------------------
+
+
+def kl_by_kind(report: Report) -> str:
+    """What leaving out one layer of each kind costs on average; empty where it was not scored."""
+    found: dict[str, list[float]] = {}
+    for row in report.scores.layers:
+        if row.get("kl") is not None and row.get("kind") in KINDS:
+            found.setdefault(row["kind"], []).append(float(row["kl"]))
+    told = ", ".join(f"{KINDS[kind].label} {sum(values) / len(values):.3f}" for kind, values in found.items())
+    return f"KL of leaving out one layer, mean by kind: {told} nats." if told else ""
+
+
+def expert_rows(report: Report) -> list[dict[str, Any]]:
+    """For each layer with experts: the busiest expert's load over an even share, and experts that
+    no token reached, before and after."""
+    def cell(loads: list[float] | None) -> str:
+        if not loads or not sum(loads):
+            return ABSENT
+        unused = sum(load == 0 for load in loads)
+        return f"{max(loads) * len(loads) / sum(loads):.2f}" + (f" ({unused} unused)" if unused else "")
+
+    models = [name for name in ("parent", "pruned", "distilled") if report.expert_load.get(name)]
+    layers = sorted({layer for name in models for layer in report.expert_load[name]}, key=int)
+    return [{"layer": layer, **{name: cell(report.expert_load[name].get(layer)) for name in models}}
+            for layer in layers]

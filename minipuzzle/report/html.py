@@ -86,6 +86,7 @@ def render_html(data: Mapping[str, Any] | Report) -> str:
         verdict=unbroken(facts.verdict(report)),
         choice=facts.choice(report), recovery=unbroken(facts.recovery(report)), strip=facts.strip(report),
         kinds=facts.legend(report), tiles=facts.key_figures(report), samples=samples,
+        experts=facts.expert_rows(report),
         headings=facts.headings(report), rows=facts.candidate_rows(report), total=len(report.candidates),
         facts=_provenance(report), unbroken=unbroken)
 
@@ -132,6 +133,8 @@ def _note(report: Report, section: str) -> str:
         return f"{found}; {facts.number(search.measured, ',')} of them were measured."
     if section == "prediction":
         return facts.prediction(report)
+    if section == "layers":
+        return facts.kl_by_kind(report)
     if section == "distillation" and training.tokens is not None:
         speed = training.tokens_per_second
         return (f"{facts.count(training.tokens)} tokens in {facts.duration(training.seconds)}"
