@@ -188,7 +188,8 @@ def test_how_four_processes_share_changes_nothing(options: dict[str, Any], tmp_p
         assert (four[name] - one[name]).norm() <= (1e-3 if "precision" not in plain else 0.1) * one[name].norm() + 1e-6, name
     pupil = student()
     load_student(tmp_path / "four", pupil)
-    assert all(torch.equal(p.detach(), four[f"model.{n}"]) for n, p in pupil.parameters_by_name().items())
+    apart = {n: float((p.detach() - four[f"model.{n}"]).abs().max()) for n, p in pupil.parameters_by_name().items()}
+    assert {n: difference for n, difference in apart.items() if difference} == {}
     sizes = [f.stat().st_size for f in sorted((tmp_path / "four").glob("state-*/rank-*"))]
     if "shards" in options:
         assert max(sizes[2:]) < min(sizes[:2]) / 10

@@ -146,6 +146,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
         grad_hidden, grad_head = ctx.saved_tensors
+        # in place, since the head's is large; torch refuses to go back through the loss again
         return grad_hidden.mul_(grad), grad_head.mul_(grad), None, None, None, None, None, None
 
 
