@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minipuzzle import Recipe, prune
 from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.scores import WidthScores
+from minipuzzle.families.cost import parameters_by_kind
 from minipuzzle.families.experts import grouped_product
 from minipuzzle.families.selection import select
 from minipuzzle.importance.widths import expert_load, score_widths
@@ -38,12 +40,32 @@ SMALL = {"search.measure": 4, "search.finalists": 1, "calibration.samples": 8, "
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model with one MTP depth beside it (`*E`), as checkpoints are published."""
+    folder = tmp_path_factory.mktemp("parent") / "moe"
+    shutil.copytree(TRAINED, folder)
+    weights = load_file(TRAINED / "model.safetensors")
+    hidden = weights["backbone.norm_f.weight"]
+    depth = {f"mtp.layers.{to}.{name.removeprefix(f'backbone.layers.{source}.')}": weight.clone()
+             for to, source in ((0, 3), (1, 1)) for name, weight in weights.items()
+             if name.startswith(f"backbone.layers.{source}.")}
+    depth |= {f"mtp.layers.0.{name}.weight": hidden.clone() for name in ("enorm", "hnorm")}
+    depth |= {"mtp.layers.1.final_layernorm.weight": hidden.clone(),
+              "mtp.layers.0.eh_proj.weight": torch.ones(len(hidden), 2 * len(hidden), dtype=hidden.dtype)}
+    save_file(weights | depth, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     texts = tmp_path_factory.mktemp("texts")
     for file in sorted(Path(os.__file__).parent.glob("*.py")):  # what it was trained on, a part
         (texts / f"{file.stem}.txt").write_bytes(file.read_bytes())
     recipe = Recipe.load("default", data=str(texts), budget={"memory": "0.8x", "active_params": "0.85x"}, settings=SMALL)
-    return prune(TRAINED, recipe, output_dir=tmp_path_factory.mktemp("moe") / "run")
+    return prune(parent, recipe, output_dir=tmp_path_factory.mktemp("moe") / "run")
 
 
 def test_a_trained_hybrid_is_pruned_under_two_budgets_and_opens_in_transformers(run: Any) -> None:
@@ -69,6 +91,22 @@ def test_a_trained_hybrid_is_pruned_under_two_budgets_and_opens_in_transformers(
         assert sum(load) == pytest.approx(arch.experts_per_token, abs=1e-3)
     assert loads["pruned"] != loads["distilled"]
 
+
+
+def test_mtp_layers_are_counted_left_out_and_told(run: Any, parent: Path) -> None:
+    """Their parameters are those of the file; the result has no trace of them; report and card say it."""
+    weights = {name: weight for name, weight in load_file(parent / "model.safetensors").items()
+               if not name.endswith("e_score_correction_bias")}  # a buffer, no parameter
+    apart = sum(weight.numel() for name, weight in weights.items() if name.startswith("mtp."))
+    counts = parameters_by_kind(open_model(parent).arch)
+    assert (counts["mtp"], counts["total"]) == (apart, sum(map(torch.numel, weights.values())) - apart)
+    note = f"multi-token prediction (*E, {apart:,} parameters) is left out"
+    assert any(warning.startswith(note) for warning in json.loads((run.path / "report.json").read_text())["warnings"])
+    assert note in (run.model_path / "README.md").read_text().replace("\\", "")
+    config = json.loads((run.model_path / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+    assert not [key for key in config if key.startswith("mtp_")]
+    assert not [name for name in load_file(run.model_path / "model.safetensors") if name.startswith("mtp.")]
 
 
 def test_experts_lie_apart_on_disk_or_in_one_piece(tmp_path: Path) -> None:
