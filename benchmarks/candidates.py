@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from minipuzzle.core.budget import Budget
+from minipuzzle.costs.cost import cost
 from minipuzzle.data.blocks import load_blocks, tokenize
 from minipuzzle.evaluate.quality import measure_variants
-from minipuzzle.families.cost import cost
 from minipuzzle.importance.curves import measure_curves
 from minipuzzle.importance.layers import score
 from minipuzzle.models.passes import Pass

@@ -34,13 +34,13 @@ from transformers import AutoTokenizer
 
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.scores import LayerScores
+from minipuzzle.costs.cost import cost
 from minipuzzle.data.blocks import load_blocks, tokenize
 from minipuzzle.distill.loop import TrainSettings, distill_model, distill_together
 from minipuzzle.distill.trained import read_metrics
 from minipuzzle.distill.trainer import Pupil
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
 from minipuzzle.importance.layers import score_layers
 from minipuzzle.importance.widths import score_widths
 from minipuzzle.models.forward import block, embed

@@ -2,7 +2,7 @@
 benchmarks/results/search.json
 
 Each case runs in a process of its own. The loop is what a search without arrays does:
-itertools.product over the same points, each priced by families/cost.py and compared with the
+itertools.product over the same points, each priced by costs/cost.py and compared with the
 budget; on the 8B it stops after some points, and the rest is extrapolated. Where the loop is
 complete it must find what the grid finds.
 """
@@ -24,8 +24,8 @@ import pandas as pd
 from minipuzzle.core.budget import Budget
 from minipuzzle.core.published import published
 from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.costs.cost import cost
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.damage import drop_order
 from minipuzzle.search.grid import search_architectures

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from minipuzzle.core.published import find_config
+from minipuzzle.costs.cost import layer_parameters
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import layer_parameters
 from minipuzzle.importance.layers import score
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.stream import StreamedModel

@@ -372,8 +372,8 @@ def inspect(model: str, workload: Workload, as_json: bool) -> None:
     minipuzzle inspect my-model
     minipuzzle inspect nemotron-h-56b --precision nvfp4 --kv-precision nvfp4 --context 1M
     """
+    from minipuzzle.costs.cost import inspect as inspect_architecture
     from minipuzzle.families.architecture import Architecture
-    from minipuzzle.families.cost import inspect as inspect_architecture
     from minipuzzle.verbs.source import config_of, result_of
 
     arch = Architecture.from_config(config_of(result_of(model)))

@@ -19,13 +19,13 @@ import torch
 from tiny import relative, tokens
 
 from minipuzzle.core.budget import Workload
+from minipuzzle.costs.cost import cost
 from minipuzzle.families import registry
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Family
-from minipuzzle.families.cost import cost
-from minipuzzle.families.selection import select
 from minipuzzle.importance.widths import score_widths
 from minipuzzle.models.module import HybridLM
+from minipuzzle.models.selection import select
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.search.space import bounds_of

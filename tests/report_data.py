@@ -8,8 +8,8 @@ import numpy as np
 
 from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.core.scores import WidthScores
+from minipuzzle.costs.cost import cost
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.stages.results import width_shares
 

@@ -21,14 +21,14 @@ from torch import nn
 
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.errors import InputError
+from minipuzzle.costs.cost import cost
 from minipuzzle.families import registry
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
-from minipuzzle.families.selection import select
 from minipuzzle.importance.layers import score, score_iteratively, score_layers
 from minipuzzle.importance.racing import Race
 from minipuzzle.importance.widths import score_widths
 from minipuzzle.models.passes import Pass
+from minipuzzle.models.selection import select
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
 from minipuzzle.search.milp import solve_architectures

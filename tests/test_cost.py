@@ -19,8 +19,8 @@ from tiny import ARCH, PARENT_CONFIG, config_of
 from minipuzzle.core.budget import Budget, Workload, human_bytes, human_count, parse_quantity
 from minipuzzle.core.errors import CorruptArtifact, InputError, UnsupportedModel
 from minipuzzle.core.published import read_config
+from minipuzzle.costs.cost import cost, inspect, parameters_by_kind
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost, inspect, parameters_by_kind
 from minipuzzle.models.weights import open_model
 from minipuzzle.verbs.source import bundled_model
 

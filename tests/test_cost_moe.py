@@ -23,13 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from minipuzzle.cli import main
 from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.core.errors import InputError, UnsupportedModel
-from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import (
+from minipuzzle.costs.cost import (
     Cost,
     cost,
     parameters_by_kind,
     workspace_bytes,
 )
+from minipuzzle.families.architecture import Architecture
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.space import resolve_space
 

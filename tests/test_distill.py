@@ -24,8 +24,8 @@ from minipuzzle.distill.loss import distillation_loss, kl_loss
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.trained import load_best, load_student, read_metrics
 from minipuzzle.distill.trainer import MAX_SKIPPED
-from minipuzzle.families.selection import Selection
 from minipuzzle.models.module import HybridLM
+from minipuzzle.models.selection import Selection
 from minipuzzle.models.walk import final_hidden
 
 SEQ, BATCH, STEPS = 16, 4, 20

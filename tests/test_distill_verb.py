@@ -22,9 +22,9 @@ from tiny import tokens
 from minipuzzle.core.errors import InputError
 from minipuzzle.distill.track import open_tracker
 from minipuzzle.distill.trained import read_metrics
-from minipuzzle.families.selection import Selection
 from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.ranks import Ranks
+from minipuzzle.models.selection import Selection
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model, write_model
 from minipuzzle.pipeline.progress import Reporter

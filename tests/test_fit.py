@@ -17,11 +17,11 @@ from minipuzzle.core.devices import devices, find_device
 from minipuzzle.core.errors import Infeasible, InputError
 from minipuzzle.core.published import published
 from minipuzzle.core.scores import LayerScores
+from minipuzzle.costs.cost import cost
+from minipuzzle.costs.paging import paged
 from minipuzzle.engines.fit import fit
 from minipuzzle.engines.speed import foretell, largest_batch
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
-from minipuzzle.families.paging import paged
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.milp import solve_architectures
 from minipuzzle.search.space import resolve_space

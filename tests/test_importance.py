@@ -18,12 +18,12 @@ from tiny import ARCH, relative, tiny_model, tokens, trained_like
 from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.scores import COLUMNS, LayerScores, WidthScores
 from minipuzzle.evaluate.quality import Reference, measure
-from minipuzzle.families.selection import Selection, choose, select, top
 from minipuzzle.importance.curves import measure_curves
 from minipuzzle.importance.layers import score, score_layers, standard_error
 from minipuzzle.importance.widths import score_widths
 from minipuzzle.models.forward import block
 from minipuzzle.models.passes import Pass
+from minipuzzle.models.selection import Selection, choose, select, top
 from minipuzzle.models.walk import Model, Whole, final_hidden, walk
 from minipuzzle.models.weights import open_model
 from minipuzzle.surgery.cut import Cutter

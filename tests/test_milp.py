@@ -16,8 +16,8 @@ from tiny import WIDTH_AXES
 from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload
 from minipuzzle.core.errors import Infeasible, InputError
 from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.costs.cost import cost
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.milp import num_architectures, solve_architectures
 from minipuzzle.search.space import resolve_space

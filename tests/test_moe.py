@@ -21,11 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minipuzzle import Recipe, prune
 from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.scores import WidthScores
-from minipuzzle.families.cost import parameters_by_kind
+from minipuzzle.costs.cost import parameters_by_kind
 from minipuzzle.families.experts import grouped_product
-from minipuzzle.families.selection import select
 from minipuzzle.importance.widths import expert_load, score_widths
 from minipuzzle.models.module import HybridLM
+from minipuzzle.models.selection import select
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
 from minipuzzle.search.space import resolve_space

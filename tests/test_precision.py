@@ -17,8 +17,8 @@ from tiny import ARCH, FAMILY, tiny_model
 from minipuzzle.core.errors import InputError
 from minipuzzle.distill import precision
 from minipuzzle.distill.precision import Products, check_precision, fp8_note, quantise, use_fp8
-from minipuzzle.families.selection import Selection
 from minipuzzle.models.module import HybridLM
+from minipuzzle.models.selection import Selection
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHORT = replace(SETTINGS, tokens=4 * STEP_TOKENS)

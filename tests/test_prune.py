@@ -34,6 +34,7 @@ from minipuzzle.core.errors import CorruptArtifact, InputError, ResourceError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.core.rundir import RunDir
 from minipuzzle.core.scores import WidthScores
+from minipuzzle.costs.cost import cost
 from minipuzzle.data.blocks import load_blocks
 from minipuzzle.data.held_out import two_parts
 from minipuzzle.distill.settings import TrainSettings
@@ -41,7 +42,6 @@ from minipuzzle.distill.trainer import MAX_SKIPPED, Trainer
 from minipuzzle.evaluate.quality import Reference, measure
 from minipuzzle.families import mixers
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
 from minipuzzle.models.logits import compare
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.passes import Pass

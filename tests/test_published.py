@@ -22,8 +22,8 @@ from minipuzzle.cli import main
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.published import find_config, published, published_names, published_source
+from minipuzzle.costs.cost import inspect, parameters_by_kind
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import inspect, parameters_by_kind
 
 TOTALS = {
     "nemotron-h-4b": 4_489_223_040,

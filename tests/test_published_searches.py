@@ -12,8 +12,8 @@ from data.make_goldens import GOLDENS, SEARCHES, dropped, find, summary
 
 from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.core.published import published
+from minipuzzle.costs.cost import cost
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.space import resolve_space
 

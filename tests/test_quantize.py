@@ -21,12 +21,12 @@ from tiny import ARCH, FAMILY, trained_like, write_folder
 from minipuzzle.cli import main
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.errors import CorruptArtifact, InputError, ResourceError, UnsupportedModel
+from minipuzzle.costs.cost import cost
 from minipuzzle.engines import formats, gguf
 from minipuzzle.engines import quantize as engine
 from minipuzzle.evaluate.served import open_served
 from minipuzzle.families import mixers
 from minipuzzle.families.base import is_stacked, numbered
-from minipuzzle.families.cost import cost
 from minipuzzle.families.experts import route
 from minipuzzle.models.module import Block
 from minipuzzle.models.weights import open_model, write_model

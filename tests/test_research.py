@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from minipuzzle.cli import main
 from minipuzzle.core.budget import Budget, Workload
+from minipuzzle.costs.cost import cost
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.stages.candidates import candidates_document

@@ -18,8 +18,8 @@ from tiny import WIDTH_AXES, make_space
 from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload
 from minipuzzle.core.errors import CorruptArtifact, Infeasible, InputError
 from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.costs.cost import cost
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
 from minipuzzle.search import grid
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.damage import drop_order

@@ -36,10 +36,10 @@ from tiny import (
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.errors import CorruptArtifact, InputError, UnsupportedModel
 from minipuzzle.core.scores import WidthScores
+from minipuzzle.costs.cost import cost
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
-from minipuzzle.families.selection import Selection, select
 from minipuzzle.models.module import HybridLM
+from minipuzzle.models.selection import Selection, select
 from minipuzzle.models.slicing import slice_model
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model, write_model

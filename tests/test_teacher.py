@@ -33,10 +33,10 @@ from minipuzzle.distill.loop import distill_model, distill_together
 from minipuzzle.distill.loss import distillation_loss
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher, cache_teacher
 from minipuzzle.distill.trainer import Pupil
-from minipuzzle.families.selection import Selection
 from minipuzzle.models.forward import block
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
+from minipuzzle.models.selection import Selection
 from minipuzzle.models.walk import final_hidden
 
 ALONE = Ranks(torch.device("cpu"))

@@ -15,8 +15,8 @@ from tiny import make_space
 from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.costs.cost import cost
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
 from minipuzzle.search.damage import predict
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.together import design

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import is_stacked, numbered
 from minipuzzle.families.registry import family_of
-from minipuzzle.families.selection import Selection
+from minipuzzle.models.selection import Selection
 from minipuzzle.models.walk import Model
 from minipuzzle.search.space import Space
 

@@ -17,7 +17,7 @@ from doctor import transformers_kernels
 from train import shape_of
 
 from minipuzzle.core.budget import Workload
-from minipuzzle.families.cost import cost
+from minipuzzle.costs.cost import cost
 
 if TYPE_CHECKING:
     from check import Run

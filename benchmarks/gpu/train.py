@@ -24,6 +24,7 @@ from common import memory, now, out_of_memory, peak_flops, reset_memory, seconds
 
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.published import published
+from minipuzzle.costs.cost import cost, parameters_by_kind
 from minipuzzle.distill.loop import PASS_TOKENS
 from minipuzzle.distill.loss import loss_kernel, next_tokens
 from minipuzzle.distill.precision import compute_dtype
@@ -31,7 +32,6 @@ from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.teacher import LiveTeacher
 from minipuzzle.distill.trainer import Batch, Pupil, Trainer
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost, parameters_by_kind
 from minipuzzle.families.registry import family_of
 from minipuzzle.families.ssd import kernel, ssd
 from minipuzzle.models.module import HybridLM

@@ -6,17 +6,17 @@ from typing import Any
 
 from minipuzzle.core.budget import Workload, human_bytes
 from minipuzzle.core.devices import Device
+from minipuzzle.costs.cost import cost, pages_of
+from minipuzzle.costs.paging import UTILISATION
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost, pages_of
-from minipuzzle.families.paging import UTILISATION
 
 
 def fit(arch: Architecture, workload: Workload, device: Device, engine: str = "vllm"
         ) -> dict[str, Any]:
     """What `minipuzzle fit --json` prints; all sizes in bytes.
 
-    `ideal`: nothing is lost to pages, and all of the card is there. `vllm`: families/paging.py and
-    0.92 of the card. Both hold the workspace of families/cost.py beside weights and cache.
+    `ideal`: nothing is lost to pages, and all of the card is there. `vllm`: costs/paging.py and
+    0.92 of the card. Both hold the workspace of costs/cost.py beside weights and cache.
 
     Raises:
         InputError: a cache beyond what can be counted.

@@ -17,9 +17,9 @@ from typing import Any
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.devices import Device
 from minipuzzle.core.errors import InputError
+from minipuzzle.costs.cost import cost
 from minipuzzle.engines.fit import fit
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
 
 COMPUTE, STREAM = 0.4, 0.7  # of the peak and of the bandwidth
 MOST_BATCH = 1024

@@ -9,8 +9,8 @@ written as text:
     "mixer.conv1d.weight":  ("mamba_num_heads * mamba_head_dim + 2 * n_groups * state_size", "1",
     "conv_kernel")
 
-The shapes that a checkpoint must have, the index lists of a cut (families/selection.py) and every
-cost (families/cost.py) follow from this table. `a|b` is axis a, or b in a model where a is 0. A
+The shapes that a checkpoint must have, the index lists of a cut (models/selection.py) and every
+cost (costs/cost.py) follow from this table. `a|b` is axis a, or b in a model where a is 0. A
 name such as `experts.{num_experts}.up_proj.weight` stands for one weight for each index of that
 axis: on disk they lie apart, in memory they are one tensor with that axis first.
 

@@ -6,7 +6,7 @@
 x is, for an FFN neuron, the input of down_proj; for an embedding channel, the output of each
 block's norm (a_c summed over layers); for Mamba heads and channels, the x part of in_proj's output,
 before the convolution (Group-Aware SSM Pruning, arXiv:2504.11409, eq. 19). Heads and channels are
-ranked in families/selection.py.
+ranked in models/selection.py.
 
 An expert's score is not this: the mean over the tokens that came to it of w |E(x)| (REAP,
 arXiv:2510.13999). That of a neuron in it is, with the mean over the tokens of a sample that came.

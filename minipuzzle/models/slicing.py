@@ -13,7 +13,7 @@ import torch
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import length
 from minipuzzle.families.mixers import Weights
-from minipuzzle.families.selection import Selection, positions
+from minipuzzle.models.selection import Selection, positions
 
 
 def slice_weights(parent: Architecture, target: Architecture, selection: Selection, weights: Weights,

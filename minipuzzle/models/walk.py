@@ -25,8 +25,8 @@ import torch
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Family
 from minipuzzle.families.mixers import Weights
-from minipuzzle.families.selection import Selection
 from minipuzzle.models.forward import block, embed, final_norm
+from minipuzzle.models.selection import Selection
 from minipuzzle.models.slicing import slice_model
 from minipuzzle.models.weights import ModelFolder, check_finite
 

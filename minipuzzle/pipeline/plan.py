@@ -9,10 +9,10 @@ import torch
 
 from minipuzzle.core.budget import Budget, Workload, human_budget, human_bytes, human_count
 from minipuzzle.core.errors import InputError
+from minipuzzle.costs.cost import Cost, cost, layer_parameters
 from minipuzzle.data.corpus import check_sources
 from minipuzzle.distill.precision import compute_dtype
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import Cost, cost, layer_parameters
 from minipuzzle.models.passes import STREAM_BYTES
 from minipuzzle.models.walk import samples_per_walk
 from minipuzzle.pipeline.machine import machine_memory

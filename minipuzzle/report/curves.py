@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from minipuzzle.core.budget import human_bytes, human_count
-from minipuzzle.families.cost import cost, layer_parameters
+from minipuzzle.costs.cost import cost, layer_parameters
 from minipuzzle.report import facts
 from minipuzzle.report.plots import HALF, METRIC_WORDS, TALL, WIDE, in_units, layer_ticks, plain_ticks, wide_scale
 from minipuzzle.report.report import Report, Rows

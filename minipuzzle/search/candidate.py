@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from minipuzzle.core.budget import human_bytes, human_count
+from minipuzzle.costs.cost import Cost
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import Cost
 
 
 @dataclass(frozen=True)

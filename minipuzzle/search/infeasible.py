@@ -13,8 +13,8 @@ from typing import Any
 
 from minipuzzle.core.budget import BUDGET_KEYS, Budget, Workload, human_budget, parse_quantity
 from minipuzzle.core.errors import Infeasible
+from minipuzzle.costs.cost import cost
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
 from minipuzzle.search.space import Space, bounds_of
 
 

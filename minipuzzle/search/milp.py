@@ -40,8 +40,8 @@ import numpy as np
 from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.costs.cost import cost
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.damage import Damage, predict
 from minipuzzle.search.grid import kept_counts, width_values

@@ -1,4 +1,4 @@
-"""The costs of families/cost.py over a whole grid at once, in int64.
+"""The costs of costs/cost.py over a whole grid at once, in int64.
 
 For given widths every cost is linear in the numbers of layers: base + sum over kinds of count x
 (cost of one). Bytes are counted in eighths of a bit, so everything is an integer.
@@ -18,9 +18,9 @@ import numpy as np
 
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.errors import InputError
+from minipuzzle.costs.cost import EIGHTHS, Amounts, cost, of_layer, of_top, page_sizes
+from minipuzzle.costs.paging import paged
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import EIGHTHS, Amounts, cost, of_layer, of_top, page_sizes
-from minipuzzle.families.paging import paged
 
 IN_EIGHTHS = {"memory": EIGHTHS, "kv_cache": EIGHTHS}  # budgets priced in eighths of a bit
 

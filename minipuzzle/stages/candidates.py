@@ -13,8 +13,8 @@ from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading, write_atomic
 from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.costs.cost import cost
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.grid import search_architectures

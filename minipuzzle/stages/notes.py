@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from minipuzzle.core.scores import WidthScores
+from minipuzzle.costs.cost import mtp_parameters
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import mtp_parameters
 from minipuzzle.importance.widths import expert_load
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import ModelFolder

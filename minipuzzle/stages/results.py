@@ -17,14 +17,14 @@ from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.errors import CorruptArtifact, MinipuzzleError
 from minipuzzle.core.files import parse_yaml, read_json, read_text
 from minipuzzle.core.scores import LayerScores, WidthCurves, WidthScores
+from minipuzzle.costs.cost import cost
 from minipuzzle.distill.loop import Trained
 from minipuzzle.distill.precision import fp8_note
 from minipuzzle.distill.trained import read_metrics
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import HIDDEN
-from minipuzzle.families.cost import cost
-from minipuzzle.families.selection import choose_place
 from minipuzzle.importance.racing import toss_ups
+from minipuzzle.models.selection import choose_place
 from minipuzzle.pipeline.machine import hardware, versions
 from minipuzzle.pipeline.plan import budget_of, refit_samples
 from minipuzzle.pipeline.stage import Given

@@ -22,8 +22,8 @@ from minipuzzle.core.scores import WidthScores
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import HIDDEN
 from minipuzzle.families.mixers import Weights
-from minipuzzle.families.selection import Selection, select
 from minipuzzle.models.forward import final_norm
+from minipuzzle.models.selection import Selection, select
 from minipuzzle.models.slicing import slice_weights
 from minipuzzle.models.walk import Model, Source, Variant
 from minipuzzle.surgery.refit import BlockFit, refit

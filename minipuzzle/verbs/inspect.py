@@ -23,7 +23,7 @@ def layer_string(pattern: str) -> Text:
 
 
 def print_inspection(arch: Architecture, workload: Workload, data: dict[str, Any]) -> None:
-    """`families.cost.inspect` as tables on stdout; colours only on a terminal."""
+    """`costs.cost.inspect` as tables on stdout; colours only on a terminal."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(f"{arch.model_type}: {arch}"))
     console.print(layer_string(arch.pattern), "\n")

@@ -25,8 +25,8 @@ from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading, write_at
 from minipuzzle.core.published import find_config, read_config
 from minipuzzle.core.rundir import digest, read_about
 from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.costs.cost import cost
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.cost import cost
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate, to_frame
 from minipuzzle.search.space import Space, resolve_space

@@ -2,9 +2,8 @@
 
 Parameters are the sum of the shapes in the family's tables; what a kind of layer keeps and computes
 beside them is told by its mixers (families/blocks.py). The reference is the model that transformers
-builds on the meta device; the tests
-compare. Sizes may be int64 arrays: so a search prices a whole grid by these same functions
-(search/prices.py).
+builds on the meta device; the tests compare. Sizes may be int64 arrays: so a search prices a whole
+grid by these same functions (search/prices.py).
 
 Not among the parameters: buffers, and multi-token prediction. Each of its depths: 2 H H (eh_proj) +
 3 norms (enorm, hnorm, final) + its blocks and their norms. As in the published checkpoints and
@@ -21,10 +20,10 @@ import numpy as np
 
 from minipuzzle.core.budget import BITS, STATE_BITS, Workload, human_bytes
 from minipuzzle.core.errors import InputError
+from minipuzzle.costs.paging import Pages, paged
 from minipuzzle.families import registry
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import HIDDEN, Family, Kind, Sizes
-from minipuzzle.families.paging import Pages, paged
 
 EIGHTHS = 64  # eighths of a bit in a byte
 PREFILL_CHUNK = 2048  # tokens of prompts that are computed at once: an engine's usual limit
