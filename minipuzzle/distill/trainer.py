@@ -39,13 +39,14 @@ class Diverged(InputError):
 class Pupil:
     """A student with its folder. `layers`: the teacher's layer of each of its own, for the cosine
     on streams.
-    `evaluate`: a look at held-out blocks, with `kl` or `loss`. `looks`: what each found,
-    by its step; the state keeps them under its hash. `diverged`: why its training was given up."""
+    `evaluate`: a look at held-out blocks, with `kl` or `loss`, and lists that the metrics leave
+    out. `looks`: what each found, by its step; the state keeps them under its hash. `diverged`:
+    why its training was given up."""
 
     student: HybridLM
     folder: Path
     layers: Sequence[int] = ()
-    evaluate: Callable[[HybridLM], dict[str, float]] | None = None
+    evaluate: Callable[[HybridLM], dict[str, Any]] | None = None
     skipped: int = 0
     step: int = 0
     best: Row = field(default_factory=dict)
@@ -184,8 +185,9 @@ class Trainer:
         if self.pupil.evaluate is None:
             return
         found = self.pupil.evaluate(self.pupil.student)
-        self.pupil.looks[str(self.pupil.step)] = {k: _number(v) for k, v in found.items()}
-        row |= {f"eval_{k}": _number(v) for k, v in found.items()}
+        self.pupil.looks[str(self.pupil.step)] = {
+            k: [_number(x) for x in v] if isinstance(v, list) else _number(v) for k, v in found.items()}
+        row |= {f"eval_{k}": _number(v) for k, v in found.items() if not isinstance(v, list)}
         best = self.pupil.best
         # several processes measure no KL, and one that goes on from them compares losses
         grade = next((k for k in ("kl", "loss") if k in found and k in (best or found)), "")

@@ -32,6 +32,7 @@ from minipuzzle.models.walk import (
 # (activations that enter the head, head) -> what is measured of them
 Use = Callable[[torch.Tensor, torch.Tensor], np.ndarray]
 _VALUES = ("loss", "kl", "accuracy", "agreement")
+Quality = dict[str, Any]  # numbers by name, and lists of them by block
 
 
 class Reference:
@@ -41,8 +42,11 @@ class Reference:
 
     Several `ranks` share the blocks, equally many each, since a model in shards is read by all at
     once: what comes again does not count. `progress` hears the blocks done: once through for the
-    reference, from there on for each model.
+    reference, from there on for each model. `by_block`: what is measured holds the `losses` of the
+    blocks too.
     """
+
+    by_block = False
 
     def __init__(self, source: Source, ids_NT: torch.Tensor, stream_bytes: int | None = None,
                  ranks: Ranks | None = None, progress: Callable[[int], None] = lambda done: None) -> None:
@@ -59,7 +63,7 @@ class Reference:
             progress(sum(map(len, parts)))
         self.hidden = torch.cat(parts)
 
-    def quality(self) -> dict[str, float]:
+    def quality(self) -> Quality:
         """The parent's own, as `measure` gives it."""
         own = self.compare(self.arch, self._known)
         return {name: value for name, value in own.items() if not name.startswith("loss_minus")}
@@ -67,12 +71,12 @@ class Reference:
     def _known(self, first: int, ids: torch.Tensor, use: Use) -> Any:
         return use(self.hidden[first : first + len(ids)].to(ids.device), self.head)
 
-    def measure(self, source: Source, stream_bytes: int | None = None) -> dict[str, float]:
+    def measure(self, source: Source, stream_bytes: int | None = None) -> Quality:
         """`measure` of a model that need not be in memory."""
         other = Reference(source, self.ids, stream_bytes)
         return self.compare(source.arch, other._known)
 
-    def compare(self, arch: Architecture, look: Callable[[int, torch.Tensor, Use], Any]) -> dict[str, float]:
+    def compare(self, arch: Architecture, look: Callable[[int, torch.Tensor, Use], Any]) -> Quality:
         """`look(first sample, ids, use)` calls `use` with what enters the head, and the head."""
         parts: list[np.ndarray] = []
         done = 0
@@ -92,11 +96,11 @@ class Reference:
         if self.ranks.size > 1:
             every = self.ranks.gather(values)
             values = np.stack([every[i % self.ranks.size][..., i // self.ranks.size] for i in range(self.count)], -1)
-        return summary(values[:, 0], values[0, 1])
+        return summary(values[:, 0], values[0, 1], self.by_block)
 
 
 @torch.no_grad()
-def measure(model: Model | HybridLM, reference: Reference) -> dict[str, float]:
+def measure(model: Model | HybridLM, reference: Reference) -> Quality:
     """loss and kl to the reference (nats per token), accuracy, agreement, and the loss minus the
     reference's; loss, kl and the difference with stderr. All processes measure a model in shards
     at once."""
@@ -118,7 +122,8 @@ def check_finite(quality: Mapping[str, float], name: object, model: Source, ids_
                           "its head, or of the teacher's, are damaged or far too large")
 
 
-def measure_variants(parts: Parts, full: Variant, variants: Sequence[Variant], run: Pass) -> list[dict[str, float]]:
+def measure_variants(parts: Parts, full: Variant, variants: Sequence[Variant], run: Pass,
+                     by_block: bool = False) -> list[Quality]:
     """`measure` of every variant against the full model, in one pass. Parts are cut and rounded as
     surgery writes them, so each result is that of the written checkpoint."""
     def make(first: int, ids_BT: torch.Tensor) -> Arrays:
@@ -129,7 +134,7 @@ def measure_variants(parts: Parts, full: Variant, variants: Sequence[Variant], r
 
     batches = run.run(0, len(run.ids_NT), run.size(len(variants) + 1), make)
     values = np.concatenate([b["values"] for b in batches], -1)
-    return [summary(values[:, i], values[0, -1]) for i in range(len(variants))]
+    return [summary(values[:, i], values[0, -1], by_block) for i in range(len(variants))]
 
 
 def _values(found: Sequence[TokenMetrics]) -> np.ndarray:
@@ -137,13 +142,14 @@ def _values(found: Sequence[TokenMetrics]) -> np.ndarray:
     return np.stack([np.stack([getattr(m, name).numpy(force=True) for m in found]) for name in _VALUES])
 
 
-def summary(values: np.ndarray, parent_losses: np.ndarray) -> dict[str, float]:
+def summary(values: np.ndarray, parent_losses: np.ndarray, by_block: bool = False) -> Quality:
     """Means over samples of [value, sample], with standard errors of loss and kl; and the loss
     minus the parent's. That difference is paired: its standard error is of the differences sample
-    by sample, which cancels most of what makes a text easy or hard."""
+    by sample, which cancels most of what makes a text easy or hard. `by_block`: also `losses` and
+    `kls` of the samples."""
     rows = dict(zip(_VALUES, values, strict=True))
     rows["loss_minus_parent"] = rows["loss"] - parent_losses
-    out: dict[str, float] = {}
+    out: Quality = {"losses": rows["loss"].tolist(), "kls": rows["kl"].tolist()} if by_block else {}
     for name, row in rows.items():
         out[name] = float(row.mean())
         if name not in ("accuracy", "agreement") and len(row) > 1:

@@ -19,6 +19,7 @@ from minipuzzle.pipeline.machine import machine_memory
 from minipuzzle.pipeline.world import Memory
 from minipuzzle.recipes.schema import DATA_SECTIONS, Recipe
 from minipuzzle.search.grid import search_architectures
+from minipuzzle.search.halving import entrants
 from minipuzzle.search.space import Space, resolve_space
 from minipuzzle.surgery.refit import refit_bytes, samples_needed
 
@@ -74,6 +75,14 @@ class Plan:
     @property
     def refit_samples(self) -> int:
         return refit_samples(self.recipe, self.parent)
+
+    @property
+    def finalists(self) -> int:
+        """Candidates that begin the tournament."""
+        search, d = self.recipe.search, self.recipe.distillation
+        steps = -(-min(d.tournament_tokens, d.tokens) // d.batch_tokens)
+        halving = search.tournament == "halving" and steps
+        return min(entrants(search.finalists, steps) if halving else search.finalists, self.feasible)
 
     @property
     def calibration_tokens(self) -> int:
@@ -174,9 +183,9 @@ class Plan:
         limits = ", ".join(f"{key} {human_budget(key, limit)}" for key, limit in self.budget.limits)
         p, w, d = self.parent_cost, self.workload, self.recipe.distillation
         search = self.recipe.search
-        measured, finalists = min(search.measure, self.feasible), min(search.finalists, self.feasible)
-        training = (f"tournament of {finalists}, distill the winner on {human_count(d.tokens)} tokens" if d.tokens else
-                    "nothing is trained")
+        measured = min(search.measure, self.feasible)
+        training = (f"tournament of {self.finalists}, distill the winner on {human_count(d.tokens)} "
+                    "tokens" if d.tokens else "nothing is trained")
         return [
             f"parent     {self.parent}",
             f"           {human_count(p.parameters)} parameters; {human_bytes(p.memory_bytes)} in memory "

@@ -38,7 +38,6 @@ from minipuzzle.core.ranges import parse_range
 from minipuzzle.data.corpus import absolute
 
 DATA_SECTIONS = ("calibration", "evaluation", "distillation")
-SEARCHED = ("budget", "workload", "scores", "space", "search")  # what a search reads
 # Upper bounds far beyond what is useful: a larger number is a typo that would fill memory or disk
 _SAMPLES, _LENGTH, _TOKENS = 10**7, 2**24, 10**15
 
@@ -180,6 +179,11 @@ class SearchSection(_Section):
     finalists: int = _key(
         4, "How many of the best measured ones are distilled for `distillation.tournament_tokens`; the "
         "best after that wins. The paper: 3.", "candidates", _MINIPUZZLE, ge=1, le=1000)
+    tournament: Literal["equal", "halving"] = _key(
+        "equal", "equal: each finalist gets `distillation.tournament_tokens`. halving: the same tokens "
+        "in all begin with three times as many, no two of them alike; at 1/8, 1/4 and 1/2 the "
+        "better half goes on, and who the error does not tell from it.", "",
+        "halving: arXiv:1502.07943")
     keep: int = _key(
         10_000, "At most this many candidates are written to candidates.csv and .json, best first; it "
         "does not narrow what is searched.", "candidates", ge=1, le=1_000_000)

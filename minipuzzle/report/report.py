@@ -91,6 +91,7 @@ class Quality(Part):
     loss: float | None = None
     kl: float | None = None
     agreement: float | None = None
+    tokens: int | None = None
 
 
 class Candidate(Sized):
@@ -150,6 +151,7 @@ class Training(Part):
 
 class Distillation(Part):
     tokens: int | None = None
+    tokens_all: int | None = None  # with those of the finalists that did not win
     seconds: float | None = None
     tokens_per_second: float | None = None
     curve: Rows = []

@@ -11,20 +11,23 @@ from scipy import stats
 
 from minipuzzle.search.candidate import Candidate
 
+TWINS = 0.25  # nearer ones are too much alike to be trained both
+
 
 def rank(candidates: list[Candidate]) -> list[Candidate]:
     """Best first: by loss after distillation, then measured KL, then predicted damage.
 
     A candidate that got further comes first, whatever its number: earlier stages chose it, and the
-    three have no common scale. Within a stage null or NaN (a diverged student) is last; ties go by
-    name.
+    three have no common scale; so does a finalist that was trained on more tokens. Within a stage
+    null or NaN (a diverged student) is last; ties go by name.
     """
-    def key(c: Candidate) -> tuple[int, float, str]:
+    def key(c: Candidate) -> tuple[int, float, float, str]:
         for stage, (values, name) in enumerate(((c.after_distillation, "loss"), (c.measured, "kl"),
                                                 (c.predicted, "damage"))):
             if values and name in values:
-                return stage, _number(values, name), c.name
-        return 3, 0.0, c.name
+                tokens = values.get("tokens") or 0
+                return stage, -tokens, _number(values, name), c.name
+        return 3, 0, 0.0, c.name
 
     return sorted(candidates, key=key)
 
@@ -55,6 +58,27 @@ def diverse(candidates: list[Candidate], count: int) -> list[Candidate]:
         taken[shape] += 1
         (chosen if taken[shape] <= quota else left_out).append(position)
     return [ordered[position] for position in sorted((chosen + left_out)[: max(0, count)])]
+
+
+def distance(a: Candidate, b: Candidate) -> float:
+    """How far two candidates are apart: the layers that one of them has alone, of those that either
+    has, and the relative differences of their widths, added up."""
+    ours, theirs = set(a.kept_layers), set(b.kept_layers)
+    out = len(ours ^ theirs) / len(ours | theirs)
+    for name in a.architecture.widths:
+        low, high = sorted(int(c.architecture.widest()[name] or 0) for c in (a, b))
+        out += (high - low) / high if low else 0.0  # 0: it has no such layer
+    return out
+
+
+def apart(candidates: list[Candidate], count: int, least: float = TWINS) -> list[Candidate]:
+    """The first `count` that are at least so far from each one taken before; then the first others,
+    where there are too few."""
+    chosen, left_out = list[Candidate](), list[Candidate]()
+    for c in candidates:
+        far = len(chosen) < count and all(distance(c, other) >= least for other in chosen)
+        (chosen if far else left_out).append(c)
+    return (chosen + left_out)[:count]
 
 
 def _number(values: Mapping[str, float | None] | None, name: str) -> float:

@@ -33,11 +33,10 @@ def write_candidates(path: Path, candidates: list[Candidate]) -> None:
     write_atomic(path, json.dumps([c.to_json() for c in candidates], allow_nan=False))
 
 
-def read_candidates(files: Mapping[str, Path], chosen: Candidate | None = None) -> list[Candidate]:
+def read_candidates(files: Mapping[str, Path], chosen: str | None = None) -> list[Candidate]:
     """The candidates as the stages that made `files` left them, best first.
 
-    After the tournament the winner is `chosen`, and comes first. `chosen` in its place need not be
-    one of them: a later search may have found it.
+    After the tournament the winner is `chosen`, or the one of that name, and comes first.
 
     Raises:
         CorruptArtifact: a file is damaged.
@@ -50,8 +49,7 @@ def read_candidates(files: Mapping[str, Path], chosen: Candidate | None = None) 
         return rank(found)
     about = read_tournament(files)
     with reading(files[TOURNAMENT], hint=AGAIN):
-        first = chosen.name if chosen else about["winner"]
-        found += [chosen] if chosen and first not in {c.name for c in found} else []
+        first = chosen or about["winner"]
         found = [replace(c, after_distillation=about["found"].get(c.name), chosen=c.name == first) for c in found]
     return sorted(rank(found), key=lambda c: not c.chosen)
 
@@ -62,13 +60,13 @@ def read_controls(files: Mapping[str, Path]) -> list[Candidate]:
 
 
 def read_tournament(files: Mapping[str, Path]) -> dict[str, Any]:
-    """`winner`, `found` (name -> quality at the tournament's share), `key` of the states'
-    folders."""
+    """`winner`, `found` (name -> quality after its last step of the tournament, and its `tokens`),
+    `marks` (tokens of each comparison), `key` of the states' folders."""
     about: dict[str, Any] = read_json(files[TOURNAMENT], hint=AGAIN)
     return about
 
 
-def chosen_one(files: Mapping[str, Path], chosen: Candidate | None) -> Candidate:
+def chosen_one(files: Mapping[str, Path], chosen: str | None) -> Candidate:
     """The candidate that is distilled."""
     return read_candidates(files, chosen)[0]
 

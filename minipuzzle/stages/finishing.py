@@ -60,7 +60,8 @@ def distill(given: Given) -> list[Path]:
         if given.ranks.main:
             write_atomic(metrics, "")
         return [metrics]
-    candidate, key = chosen_one(given.files, given.candidate), read_tournament(given.files)["key"]
+    candidate, about = chosen_one(given.files, given.candidate), read_tournament(given.files)
+    key = about["key"]
     how, folder = train_settings(given, [candidate.architecture]), state_folder(given, candidate, key)
     student = student_of(given, candidate, key, how)
     if given.ranks.main:
@@ -72,9 +73,10 @@ def distill(given: Given) -> list[Path]:
                     ranks=given.ranks, layers=candidate.kept_layers,
                     evaluate=partial(look, given, candidate, reference),
                     progress=say_training(given, candidate.name, 0, 1 / d.tokens))
-    share = min(d.tournament_tokens, d.tokens)
-    if candidate.after_distillation and steps_done(folder) < how.steps(d.sequence_length, share):
-        train(share)  # what it learned in the tournament is gone: the same again
+    reached = (candidate.after_distillation or {}).get("tokens") or 0
+    for mark in about["marks"]:
+        if steps_done(folder) < how.steps(d.sequence_length, mark) and mark <= reached:
+            train(mark)  # what it learned in the tournament is gone: the same again
     train(evaluate_every=max(1, how.steps(d.sequence_length) // EVALUATIONS))
     if given.ranks.main:
         write_atomic(metrics, (folder / "metrics.jsonl").read_text())

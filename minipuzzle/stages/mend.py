@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.files import read_json
@@ -24,7 +26,7 @@ def steps_done(folder: Path) -> int:
     return 0 if found is None else int(found[1]["step"])
 
 
-def look_at(folder: Path, step: int) -> dict[str, float | None]:
+def look_at(folder: Path, step: int) -> dict[str, Any]:
     """What the look after so many steps of training found, however far it has gone since. From the
     state, which has a hash; metrics.jsonl says the same, for people.
 
@@ -32,14 +34,14 @@ def look_at(folder: Path, step: int) -> dict[str, float | None]:
         CorruptArtifact: the state is damaged, or does not say.
     """
     found = state.find_resumable(folder)
-    looks: dict[str, dict[str, float | None]] = {} if found is None else found[1].get("looks", {})
+    looks: dict[str, dict[str, Any]] = {} if found is None else found[1].get("looks", {})
     if str(step) not in looks:
         raise CorruptArtifact(f"{folder}: no state says what step {step} was worth; {state.REMEDY}")
     return looks[str(step)]
 
 
-def forget_damaged_training(given: Given, folder: Path, look: int | None = None) -> None:
-    """With --redo: what is damaged is trained again. `look`: the step whose held-out loss must be
+def forget_damaged_training(given: Given, folder: Path, looks: Sequence[int] = ()) -> None:
+    """With --redo: what is damaged is trained again. `looks`: the steps whose held-out loss must be
     known if the training has come so far."""
     if not given.redo:
         return
@@ -50,8 +52,9 @@ def forget_damaged_training(given: Given, folder: Path, look: int | None = None)
         known, done = {row["step"] for row in read_metrics(folder)}, steps_done(folder)
         if missing := set(range(1, done + 1)) - known:
             raise CorruptArtifact(f"{folder / 'metrics.jsonl'} lacks {len(missing)} of {done} steps")
-        if look is not None and done >= look:
-            look_at(folder, look)
+        for step in looks:
+            if done >= step:
+                look_at(folder, step)
     except CorruptArtifact as error:
         given.say(f"trained again: {error}")
         shutil.rmtree(folder)

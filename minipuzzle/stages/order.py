@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from minipuzzle.pipeline.stage import Stage
 from minipuzzle.recipes.schema import Recipe
-from minipuzzle.stages.choosing import MEASURE, SEARCH, TOURNAMENT
+from minipuzzle.stages.choosing import MEASURE, SEARCH
 from minipuzzle.stages.finishing import DISTILL, EXPORT
 from minipuzzle.stages.quantizing import QUANTIZE
 from minipuzzle.stages.scoring import CURVES, SCORE
 from minipuzzle.stages.tokens import tokenize_stage
+from minipuzzle.stages.tournament import TOURNAMENT
 
 STAGES = (tokenize_stage(), SCORE, CURVES, SEARCH, MEASURE, TOURNAMENT, DISTILL, EXPORT)
 NAMES = tuple(stage.name for stage in STAGES)
