@@ -25,6 +25,8 @@ from minipuzzle.core.errors import CorruptArtifact, InputError, MinipuzzleError
 from minipuzzle.core.files import CANDIDATES_BYTES, machine_errors, our_error, parse_yaml, read_json, reading
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from minipuzzle.core.budget import Workload
     from minipuzzle.recipes.schema import Recipe
 
@@ -228,6 +230,17 @@ def recipe_options(*sections: str) -> Decorator:
     return decorate
 
 
+def _recipe_of_run(run: Path, recipe: Recipe) -> Recipe:
+    """The recipe of a run with what else was asked for; `recipe` if one was named."""
+    if _given("name"):
+        return recipe
+    from minipuzzle.verbs.search import run_recipe
+
+    given = click.get_current_context().params
+    return run_recipe(run, _pairs(given["budgets"], "--budget"), _settings(given["settings"])).with_overrides(
+        data=given.get("data"))
+
+
 def refuse_unread(settings: tuple[str, ...], sections: tuple[str, ...], why: str = "") -> None:
     """Raise InputError for a `--set` in a section that the verb does not read."""
     for key in _pairs(settings, "--set"):
@@ -279,7 +292,10 @@ def _given(*names: str) -> list[str]:
 @recipe_options()
 @run_options
 @memory_option
-@click.option("--candidate", help="With a run as MODEL: also distil this candidate, into RUN/candidates/NAME/.")
+@click.option("--candidate", help="With a run as MODEL: also distil this candidate, of the run or of a search of "
+                                  "it, into RUN/candidates/NAME/.")
+@click.option("--scores", type=_Path(), metavar="DIR",
+              help="Take the scores of another run, or of 'minipuzzle score -o DIR', in place of measuring them.")
 @click.option("--dry-run", is_flag=True,
               help="Print the plan and stop, with the exit code that the run would have. MODEL may be "
                    "a published name; no weights are read.")
@@ -287,39 +303,46 @@ def _given(*names: str) -> list[str]:
 @click.option("--gpus", type=click.IntRange(1, 4096), help="How many of them. Default: 1.")
 @click.option("--fresh", is_flag=True, help="Delete what the run directory holds and start again.")
 def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int, as_json: bool,
-          candidate: str | None, dry_run: bool, gpu: str | None, gpus: int | None,
+          candidate: str | None, scores: str | Path | None, dry_run: bool, gpu: str | None, gpus: int | None,
           **options: Any) -> None:
     """Make a model smaller: score, search, measure, distill, export and report.
 
-    MODEL is a Hugging Face folder or a Hub id. The default is the bundled model.
+    MODEL is a Hugging Face folder or a Hub id. The default is the bundled model. A run as MODEL
+    goes on; with another budget its model is pruned from its scores, into RUN/budgets/.
 
     \b
     minipuzzle prune
     minipuzzle prune my-model --budget memory=0.6x --data texts/ -o runs/mine
+    minipuzzle prune runs/mine --budget memory=0.7x
     minipuzzle prune runs/mine --candidate c0012
+    minipuzzle prune my-model --scores scored --data texts/ -o runs/other
     minipuzzle prune nemotron-h-8b --recipe nemotron-h-4b --dry-run --gpu h100 --gpus 8
     torchrun --nproc-per-node 8 -m minipuzzle prune my-model --device cuda
     """
     from minipuzzle.report.facts import headline
     from minipuzzle.report.report import Report
     from minipuzzle.verbs import prune as verb
-    from minipuzzle.verbs.folder import reopen
+    from minipuzzle.verbs.folder import goes_on, is_run, reopen
 
     if candidate is not None:  # the run has settled the rest
-        given = _given("name", "budgets", "data", "settings", "seed", "output_dir")
+        given = _given("name", "budgets", "data", "settings", "seed", "output_dir", "scores")
         model, recipe, output_dir, seed = reopen(model, given)
+    elif model is not None and is_run(model):
+        own = _recipe_of_run(Path(model), recipe)
+        model, recipe, output_dir, seed, scores = goes_on(model, own, output_dir, seed, scores)
     if dry_run:
         from minipuzzle.verbs.dry_run import dry_run as forecast
 
         del options["reporter"], options["command"]
-        data, words, refused = forecast(model, recipe, output_dir, seed=seed, gpu=gpu, gpus=gpus, **options)
+        data, words, refused = forecast(model, recipe, output_dir, seed=seed, scores=scores, gpu=gpu, gpus=gpus,
+                                        **options)
         _print(data, as_json, words)
         if refused:  # as the run would be
             raise refused
         return
     if gpu or gpus:
         raise InputError("--gpu and --gpus forecast a run elsewhere: add --dry-run")
-    run = verb.prune(model, recipe, output_dir, seed=seed, candidate=candidate, **options)
+    run = verb.prune(model, recipe, output_dir, seed=seed, candidate=candidate, scores=scores, **options)
     if environment.rank() != 0:
         return
     parent, result, paired = (run.report[name] for name in ("parent", "result", "paired"))
@@ -483,22 +506,30 @@ def search(run: Path | None, config: Path | None, scores: Path | None, recipe: R
     minipuzzle search --model config.json --scores layers.csv --budget memory=31.7GiB -o found
     minipuzzle search runs/mine --budget memory=0.5x,0.6x,0.7x
     """
-    from minipuzzle.verbs.search import research, run_recipe
+    from minipuzzle.verbs.search import research, table
 
-    if run is not None and not _given("name"):
-        given = click.get_current_context().params
-        recipe = run_recipe(run, _pairs(given["budgets"], "--budget"), _settings(given["settings"]))
+    if run is not None:
+        recipe = _recipe_of_run(run, recipe)
     path, data, frame = research(recipe, run, config, scores, output_dir)
     for warning in data["warnings"]:
         click.echo(f"minipuzzle: warning: {warning}", err=True)
-    found = list(frame.columns)
-    sizes = found[found.index("pattern") + 1 : found.index("parameters")] if "pattern" in found else []
-    sizes = [c for c in sizes if len(frame) == 1 or frame[c].nunique() > 1]  # what all have says nothing
-    columns = [c for c in ("budget", "name", *sizes, "parameters", "memory_bytes", "predicted_damage", "folder", "note")
-               if c in found]
-    what = "budgets" if "budget" in columns else "candidates"
-    table = frame[columns].head(20).astype(object).fillna("")
-    _print(data, as_json, [table.to_string(index=False), f"{len(frame):,} {what} in {path}"])
+    what = "budgets" if "budget" in frame else "candidates"
+    lines = [table(frame, recipe.scores.layer_metric), f"{len(frame):,} {what} in {path}"]
+    if run is not None and path.parent == run / "searches":
+        lines += _how_to_prune(run, frame)
+    _print(data, as_json, lines)
+
+
+def _how_to_prune(run: Path, frame: pd.DataFrame) -> list[str]:
+    """The commands that make models of what a search of a run found."""
+    best, given = frame.dropna(subset=["name"]).iloc[0], click.get_current_context().params
+    recipe = ["--recipe", given["name"]] if _given("name") else []
+    budgets = [best["budget"]] if "budget" in frame else given["budgets"]
+    same = [*recipe, *(word for b in budgets for word in ("--budget", b)),
+            *(word for s in given["settings"] for word in ("--set", s))]
+    prune = ["minipuzzle", "prune", str(run)]
+    return [f"To measure the best and prune the winner:  {shlex.join([*prune, *same])}",
+            f"To prune one of them:                      {shlex.join([*prune, '--candidate', best['name']])}"]
 
 
 @main.command()

@@ -30,6 +30,7 @@ from minipuzzle.pipeline.plan import Estimate, Plan
 from minipuzzle.pipeline.progress import Reporter, Update
 from minipuzzle.pipeline.world import Parent, World
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.search.candidate import Candidate
 
 Keys = tuple[str, ...]
 MOST_TOLD = 8  # settings that differ, in one line
@@ -126,9 +127,14 @@ class Given:
         return self._declared("precision").precision
 
     @property
-    def candidate(self) -> str | None:
+    def candidate(self) -> Candidate | None:
         """The one that the user chose by hand."""
         return self._declared("candidate").candidate
+
+    @property
+    def asked(self) -> Recipe:
+        """The settings, for the report: a candidate of a later search was found by others."""
+        return self._world.asked or self.settings
 
     def source(self, section: str) -> str:
         """What the section's data are called."""

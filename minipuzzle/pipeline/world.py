@@ -31,6 +31,7 @@ from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, Source
 from minipuzzle.models.weights import COMPANIONS, ModelFolder
 from minipuzzle.recipes.schema import Recipe
+from minipuzzle.search.candidate import Candidate
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import Rotation
 
@@ -100,7 +101,8 @@ class Parent:
 @dataclass
 class World:
     """The outside of a run. `tokens`: the folder that texts are tokenised into; `candidate`: the
-    one that the user chose in place of the tournament's winner."""
+    one that the user chose in place of the tournament's winner; `asked`: the recipe of the search
+    that found it, where that was not the run's own."""
 
     folder: ModelFolder
     recipe: Recipe
@@ -108,7 +110,8 @@ class World:
     device: torch.device
     tokens: Path
     memory: Memory = Memory()
-    candidate: str | None = None
+    candidate: Candidate | None = None
+    asked: Recipe | None = None
     command: str = ""  # that started it; for the report
 
     @property
@@ -117,8 +120,15 @@ class World:
         data = {f"{section}.data": lambda s=section: identity(self.source(s))
                 for section in ("calibration", "evaluation", "distillation")}
         return data | {"model": lambda: self.folder.fingerprint, "tokenizer": lambda: self.tokenizer_hash,
-                       "seed": lambda: self.seed, "candidate": lambda: self.candidate or "winner",
+                       "seed": lambda: self.seed, "candidate": self._chosen,
                        "precision": lambda: self.precision}
+
+    def _chosen(self) -> str:
+        """Names of a later search say what was asked, not of which scores."""
+        c = self.candidate
+        if c is None or self.asked is None:
+            return "winner" if c is None else c.name
+        return f"{c.name} {digest([c.architecture.to_json(), c.kept_layers])}"
 
     @property
     def precision(self) -> str:

@@ -38,6 +38,7 @@ from minipuzzle.core.ranges import parse_range
 from minipuzzle.data.corpus import absolute
 
 DATA_SECTIONS = ("calibration", "evaluation", "distillation")
+SEARCHED = ("budget", "workload", "scores", "space", "search")  # what a search reads
 # Upper bounds far beyond what is useful: a larger number is a typo that would fill memory or disk
 _SAMPLES, _LENGTH, _TOKENS = 10**7, 2**24, 10**15
 

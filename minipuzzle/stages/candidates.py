@@ -33,10 +33,11 @@ def write_candidates(path: Path, candidates: list[Candidate]) -> None:
     write_atomic(path, json.dumps([c.to_json() for c in candidates], allow_nan=False))
 
 
-def read_candidates(files: Mapping[str, Path], chosen: str | None = None) -> list[Candidate]:
+def read_candidates(files: Mapping[str, Path], chosen: Candidate | None = None) -> list[Candidate]:
     """The candidates as the stages that made `files` left them, best first.
 
-    After the tournament the winner is `chosen`, or the one of that name, and comes first.
+    After the tournament the winner is `chosen`, and comes first. `chosen` in its place need not be
+    one of them: a later search may have found it.
 
     Raises:
         CorruptArtifact: a file is damaged.
@@ -49,7 +50,8 @@ def read_candidates(files: Mapping[str, Path], chosen: str | None = None) -> lis
         return rank(found)
     about = read_tournament(files)
     with reading(files[TOURNAMENT], hint=AGAIN):
-        first = chosen or about["winner"]
+        first = chosen.name if chosen else about["winner"]
+        found += [chosen] if chosen and first not in {c.name for c in found} else []
         found = [replace(c, after_distillation=about["found"].get(c.name), chosen=c.name == first) for c in found]
     return sorted(rank(found), key=lambda c: not c.chosen)
 
@@ -66,7 +68,7 @@ def read_tournament(files: Mapping[str, Path]) -> dict[str, Any]:
     return about
 
 
-def chosen_one(files: Mapping[str, Path], chosen: str | None) -> Candidate:
+def chosen_one(files: Mapping[str, Path], chosen: Candidate | None) -> Candidate:
     """The candidate that is distilled."""
     return read_candidates(files, chosen)[0]
 

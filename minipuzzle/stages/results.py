@@ -49,7 +49,7 @@ def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, 
     `given`: of the export; `found`: what it measured. `stages`: with the seconds that each took.
     """
     candidates, controls = read_candidates(given.files, given.candidate), read_controls(given.files)
-    chosen, recipe, arch = candidates[0], given.settings, given.parent.arch
+    chosen, recipe, arch = candidates[0], given.asked, given.parent.arch
     parent, plain, pruned, final = (found[name] for name in ("parent", "sliced", "pruned", "distilled"))
     gap = plain["loss"] - parent["loss"]
     alerts = _alerts(found["exported"], found)
@@ -68,7 +68,7 @@ def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, 
         "paired": _paired(final) | {"sliced": _paired(plain), "pruned": _paired(pruned)},
         "budget": budget_of(recipe, arch).to_json(),
         "scores": _scores(given, chosen),
-        "search": read_json(given.file("search/space.json"), hint=AGAIN) | {
+        "search": ({} if recipe is not given.settings else read_json(given.file("search/space.json"), hint=AGAIN)) | {
             "measured": sum(c.measured is not None for c in candidates)},
         "rank_correlation": {"measured": rank_correlation(candidates), "controls": rank_correlation(controls)},
         "controls": [c.to_json() for c in controls],
@@ -109,7 +109,7 @@ def distilled_report(given: Given, student: Architecture, kept_layers: Sequence[
 
 def _about(given: Given, parent: Mapping[str, Any]) -> dict[str, Any]:
     """What was asked, of which model, with what."""
-    folder, arch, workload = given.parent.folder, given.parent.arch, given.settings.workload.build()
+    folder, arch, workload = given.parent.folder, given.parent.arch, given.asked.workload.build()
     price, final = cost(arch, workload), given.final_ids()
     held_out = given.blocks("evaluation", "held_out", given.settings.calibration.sequence_length)
     return {
@@ -126,7 +126,7 @@ def _about(given: Given, parent: Mapping[str, Any]) -> dict[str, Any]:
                        "tokens": final.numel(), "selection_blocks": len(given.selection_ids()),
                        "bytes_per_token": held_out.bytes_per_token,
                        "source": held_out.source, "corpus_hash": held_out.corpus_hash},
-        "recipe": given.settings.dump(),
+        "recipe": given.asked.dump(),
         "versions": versions(),
         "hashes": {"model": folder.fingerprint, "tokenizer": given.tokenizer_hash, "corpus": held_out.corpus_hash},
         "hardware": hardware(),
@@ -249,7 +249,7 @@ def _log(folder: Path) -> list[dict[str, Any]]:
 
 
 def _warnings(given: Given, gap: float) -> list[str]:
-    out, recipe, folder = [], given.settings, given.parent.folder
+    out, recipe, folder = [], given.asked, given.parent.folder
     if gap <= 0:
         out.append("slicing did not raise the loss: the share recovered by distillation is not defined")
     out += parent_notes(folder)

@@ -26,13 +26,13 @@ from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.stages.order import RESULT, stages_of
 from minipuzzle.stages.quantizing import check as check_quantization
-from minipuzzle.verbs.folder import default_output
+from minipuzzle.verbs.folder import default_output, scores_to_take
 from minipuzzle.verbs.source import bundled_model, config_of
 
 
 def dry_run(model: str | None, recipe: Recipe, output_dir: Path | None = None, *, seed: int = 0,
             device: str = "cpu", memory_bytes: int | None = None, redo: bool = False,
-            fresh: bool = False, gpu: str | None = None, gpus: int | None = None
+            fresh: bool = False, scores: str | Path | None = None, gpu: str | None = None, gpus: int | None = None
             ) -> tuple[dict[str, Any], list[str], MinipuzzleError | None]:
     """(what --json prints, the same in words, what the run would be refused with after that).
 
@@ -65,6 +65,10 @@ def dry_run(model: str | None, recipe: Recipe, output_dir: Path | None = None, *
         if card is None:
             if folder:
                 _check_run(path, folder, recipe, seed, where, plan, redo, fresh)
+                if scores is not None:
+                    world = World(folder, recipe, seed, where, path / "tokens", plan.memory)
+                    there = RunDir(path, hold=False)
+                    scores_to_take(Runner(stages, recipe, world, there, Ranks(where), Reporter()), scores)
             check_disk(plan, stages, path)
             check_memory(plan, stages, where)
     except MinipuzzleError as refused:

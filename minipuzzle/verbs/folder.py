@@ -1,7 +1,9 @@
-"""Run directories, as verbs find and open them."""
+"""Run directories, as verbs find and open them, and what one run takes over from another."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,13 @@ from minipuzzle.models.ranks import Ranks, open_ranks
 from minipuzzle.models.weights import ModelFolder
 from minipuzzle.pipeline.machine import versions
 from minipuzzle.pipeline.stage import Runner
-from minipuzzle.recipes.schema import Recipe
+from minipuzzle.recipes.schema import SEARCHED, Recipe
+from minipuzzle.search.candidate import Candidate
+from minipuzzle.stages.candidates import read_candidates
 from minipuzzle.stages.order import stages_of
-from minipuzzle.verbs.source import bundled_model
+from minipuzzle.stages.scoring import CURVES, SCORE
+from minipuzzle.verbs.search import searched, slug
+from minipuzzle.verbs.source import bundled_model, recipe_of
 
 
 def default_output(folder: ModelFolder, recipe: Recipe, seed: int) -> Path:
@@ -25,8 +31,96 @@ def default_output(folder: ModelFolder, recipe: Recipe, seed: int) -> Path:
     return Path("runs") / f"{name}-{digest([folder.fingerprint, recipe.model_dump(), seed])[:8]}"
 
 
+def is_run(model: str | Path) -> bool:
+    """Whether it is a folder that `prune` or `score` made."""
+    return isinstance(model, str | Path) and os.path.isfile(os.path.join(model, "run.json"))
+
+
+def goes_on(run: str | Path, recipe: Recipe | str | Path | None, output_dir: str | Path | None, seed: int,
+            scores: str | Path | None) -> tuple[str, Recipe, Path, int, str | Path]:
+    """(model, recipe, folder, seed, scores) to go on with a run: in it, or by another recipe in
+    RUN/budgets/NAME, a function of the request."""
+    model, own, path, first = reopen(run, [])
+    recipe, seed = recipe_of(recipe or own).located(), seed or first
+    if output_dir is None and (recipe, seed) != (own, first):
+        output_dir = path / "budgets" / f"{slug(recipe.budget)}-{digest([recipe.model_dump(), seed])[:8]}"
+    return model, recipe, Path(output_dir or path), seed, scores or run
+
+
+def scores_to_take(runner: Runner, scores: str | Path) -> RunDir | None:
+    """The run that has them; None: this one has its own already.
+
+    Raises:
+        InputError: no scores of minipuzzle, those of another model, or made by other settings.
+        CorruptArtifact: a manifest is damaged.
+    """
+    path, run = Path(scores), runner.run
+    path = path.parent if path.name == "scores" and not (path / "stages").exists() else path
+    if path.resolve() == run.path.resolve() or run.manifest(SCORE.name) is not None:
+        return None
+    source = RunDir(path, hold=False)
+    if source.manifest(SCORE.name) is None:
+        raise InputError(f"{scores} has no scores to take over; name a run, or what 'minipuzzle score -o' wrote")
+    differs = source.differences(SCORE.name, runner.identity(SCORE.name))
+    if any(line.startswith("model:") for line in differs):
+        raise InputError(f"{scores} has the scores of another model than {runner.world.folder.path}; score this one "
+                         "with 'minipuzzle score', or leave the scores out")
+    if differs:
+        raise InputError(f"the scores in {scores} were made with other settings ({'; '.join(differs)}); set these "
+                         "as they were, or leave the scores out")
+    return source
+
+
+def take_scores(runner: Runner, scores: str | Path) -> None:
+    """Take over the scores of another run, and its tokens: the stages that made them are then done
+    here too. Curves of another search space are measured again. Raises what `scores_to_take`
+    raises, and CorruptArtifact if they are damaged."""
+    run, source = runner.run, scores_to_take(runner, scores)
+    if source is None:
+        return
+    path = source.path
+    runner.reporter.say(f"scores of {scores} are taken over")
+    if (path / "tokens").is_dir():
+        shutil.copytree(path / "tokens", run.path / "tokens", dirs_exist_ok=True)
+    for stage in (SCORE.name, CURVES.name):
+        found = source.verify(stage)
+        if found is not None and not source.differences(stage, runner.identity(stage)):
+            for name in found["files"]:
+                (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path / name, run.path / name)
+            run.commit(stage, runner.identity(stage), [run.path / name for name in found["files"]], found["seconds"])
+
+
+def find_candidate(run: Path, name: str, recipe: Recipe) -> tuple[Candidate, Recipe | None]:
+    """(a candidate of the run, or of a later search of it; the run's recipe with what was asked
+    there, None: by the run).
+
+    Raises:
+        InputError: the run has not come to its candidates, or there is none of that name.
+    """
+    held = RunDir(run, hold=False)
+    manifest = held.manifest("search")
+    if manifest is None or held.manifest("tournament") is None:
+        raise InputError(f"{run} has no candidates yet; run it without --candidate first")
+    known = read_candidates({file: run / file for file in manifest["files"]})
+    for candidate in known:
+        if candidate.name == name:
+            return candidate, None
+    if found := searched(run, name):
+        return found[0], recipe.model_copy(update={key: getattr(found[1], key) for key in SEARCHED})
+    raise InputError(f"{run} has no candidate {name!r}; candidates.csv lists {len(known)}, {known[0].name} first; "
+                     "'minipuzzle search' names others")
+
+
+def candidate_folder(run: RunDir, name: str) -> RunDir:
+    """Where a candidate that was chosen by hand gets its result."""
+    path = run.path / "candidates" / name
+    (path / "stages").mkdir(parents=True, exist_ok=True)
+    return RunDir(path, hold=False)
+
+
 def reopen(run: str | Path | None, given: list[str]) -> tuple[str, Recipe, Path, int]:
-    """(model, recipe, folder, seed) of a run, to go on with another candidate.
+    """(model, recipe, folder, seed) of a run, to go on with it.
 
     Raises:
         InputError: not a run, or options beside it, which the run has settled.

@@ -13,7 +13,6 @@ import torch
 from minipuzzle.core import environment
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import machine_errors, read_json, restore_folder, write_atomic, write_json
-from minipuzzle.core.rundir import RunDir
 from minipuzzle.distill.precision import check_precision
 from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.pipeline.forecast import check_disk, check_memory, estimates
@@ -29,21 +28,33 @@ from minipuzzle.stages.candidates import AGAIN, candidates_document, read_candid
 from minipuzzle.stages.order import RESULT, stages_of
 from minipuzzle.stages.quantizing import check as check_quantization
 from minipuzzle.stages.results import make_report
-from minipuzzle.verbs.folder import default_output, open_run, reopen, write_about
+from minipuzzle.verbs.folder import (
+    candidate_folder,
+    default_output,
+    find_candidate,
+    goes_on,
+    is_run,
+    open_run,
+    reopen,
+    take_scores,
+    write_about,
+)
 from minipuzzle.verbs.run import Run
 from minipuzzle.verbs.source import bundled_model, find_model, recipe_of
 
 
 def prune(model: str | Path | None = None, recipe: Recipe | str | Path | None = None,
           output_dir: str | Path | None = None, *, seed: int = 0, device: str = "cpu", redo: bool = False,
-          fresh: bool = False, candidate: str | None = None, reporter: Reporter | None = None, command: str = "",
-          memory_bytes: int | None = None) -> Run:
+          fresh: bool = False, candidate: str | None = None, scores: str | Path | None = None,
+          reporter: Reporter | None = None, command: str = "", memory_bytes: int | None = None) -> Run:
     """Make a model smaller: the whole pipeline. Left out: the bundled model, the default recipe,
     their own folder. `reporter`: who hears of progress; left out, the terminal or notebook.
 
-    `candidate`: of a run that has come to its candidates (`output_dir`, or `model` alone) distil
-    this one too. It goes to RUN/candidates/NAME/ and the run's own result stays; the Run that comes
-    back is that folder. `memory_bytes`: what may be used (left out: the machine's); a parent that
+    A run as `model` goes on; with another recipe its model is pruned by that, from its scores, into
+    RUN/budgets/NAME/. `candidate`: of a run that has come to its candidates (`output_dir`, or
+    `model` alone), or of a later search of it, distil this one too. It goes to RUN/candidates/NAME/
+    and the run's own result stays; the Run that comes back is that folder. `scores`: a run, or what
+    `score` made, to take the scores from. `memory_bytes`: what may be used (left out: the machine's); a parent that
     does not fit is read from the disk layer by layer, by all stages but distillation.
 
     Raises:
@@ -54,8 +65,11 @@ def prune(model: str | Path | None = None, recipe: Recipe | str | Path | None = 
             raise InputError("--fresh deletes the run that --candidate goes on with; leave one out")
         if output_dir is None:
             model, recipe, output_dir, seed = reopen(model, [])
+    elif model is not None and is_run(model):
+        model, recipe, output_dir, seed, scores = goes_on(model, recipe, output_dir, seed, scores)
     recipe = recipe_of(recipe)
-    folder, plan, where = prepare(model, recipe, device, memory_bytes)
+    chosen, asked = (None, None) if candidate is None else find_candidate(Path(output_dir or ""), candidate, recipe)
+    folder, plan, where = prepare(model, asked or recipe, device, memory_bytes)
     path = Path(output_dir) if output_dir else default_output(folder, recipe, seed)
     check_machine(plan, path, where)
     ranks, run = open_run(path, where)
@@ -64,9 +78,9 @@ def prune(model: str | Path | None = None, recipe: Recipe | str | Path | None = 
             with ranks.together():
                 if fresh and ranks.main:
                     run.clear()
-            world = World(folder, recipe, seed, ranks.device, path / "tokens", plan.memory, candidate, command)
+            world = World(folder, recipe, seed, ranks.device, path / "tokens", plan.memory, chosen, asked, command)
             with ranks.together():
-                result = run if candidate is None else _open_candidate(run, candidate)
+                result = run if chosen is None else candidate_folder(run, chosen.name)
             stages = stages_of(recipe)
             runner = Runner(stages, recipe, world, run, ranks, (reporter or Terminal()) if ranks.main else Reporter(),
                             dict.fromkeys(RESULT, result))
@@ -74,6 +88,8 @@ def prune(model: str | Path | None = None, recipe: Recipe | str | Path | None = 
             with ranks.together():
                 if ranks.main:
                     runner.refuse_changes(redo)
+                    if scores is not None:
+                        take_scores(runner, scores)
                     restore_folder(result.path / "model")
             runner.reporter.start(estimates(plan, stages))
             runner.make(lambda: write_about(runner))
@@ -87,19 +103,6 @@ def prune(model: str | Path | None = None, recipe: Recipe | str | Path | None = 
     finally:
         run.close()
         ranks.close()
-
-
-def _open_candidate(run: RunDir, name: str) -> RunDir:
-    """The candidate's folder; InputError if the run has no such candidate."""
-    manifest = run.manifest("search")
-    if manifest is None or run.manifest("tournament") is None:
-        raise InputError(f"{run.path} has no candidates yet; run it without --candidate first")
-    known = [c.name for c in read_candidates({file: run.path / file for file in manifest["files"]})]
-    if name not in known:
-        raise InputError(f"{run.path} has no candidate {name!r}; candidates.csv lists {len(known)}, {known[0]} first")
-    path = run.path / "candidates" / name
-    (path / "stages").mkdir(parents=True, exist_ok=True)
-    return RunDir(path, hold=False)
 
 
 def prepare(model: str | Path | None, recipe: Recipe, device: str = "cpu",
@@ -127,7 +130,7 @@ def check_machine(plan: Plan, path: Path, device: torch.device) -> None:
 def write_results(runner: Runner) -> Run:
     """Everything that was found -> candidates.csv, candidates.json, report.json, report.html."""
     given = runner.given(runner.stages["export"], lambda done, note: None)
-    path, recipe, arch = given.folder, given.settings, given.parent.arch
+    path, recipe, arch = given.folder, given.asked, given.parent.arch
     report = make_report(given, read_json(path / "search" / "result.json", hint=AGAIN), runner.stage_list())
     if "quantize" in runner.stages:
         quantised = read_json(path / "quantized" / "quantization.json", hint=AGAIN)

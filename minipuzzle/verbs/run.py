@@ -120,12 +120,20 @@ class Run:
         recipe = run_recipe(self._whole, budget_texts(budget), {f"space.{k}": v for k, v in settings.items()})
         return research(recipe, self._whole, None, None, None)[2]
 
-    def prune(self, candidate: str, **options: Any) -> Run:
-        """`prune RUN --candidate NAME`: also distil that candidate, into RUN/candidates/NAME/. `options`
-        as of `minipuzzle.prune`."""
+    def prune(self, candidate: str | None = None, budget: str | Mapping[str, str] | None = None, *,
+              settings: Mapping[str, Any] | None = None, **options: Any) -> Run:
+        """`prune RUN --candidate NAME`: also distil that candidate, of the run or of a search, into
+        RUN/candidates/NAME/. Or with another budget, or other `settings` ("distillation.tokens": "1M"),
+        prune from its scores into RUN/budgets/. `options` as of `minipuzzle.prune`."""
         from minipuzzle.verbs.prune import prune
+        from minipuzzle.verbs.search import budget_texts, run_recipe
 
-        return prune(self._whole, candidate=candidate, **options)
+        if candidate is not None:
+            if budget or settings:
+                raise InputError("a candidate was found for a budget already; leave budget and settings out")
+            return prune(self._whole, candidate=candidate, **options)
+        recipe = run_recipe(self._whole, budget_texts(budget), settings or {})
+        return prune(self._whole, recipe, **options)
 
     @property
     def _whole(self) -> Path:

@@ -10,8 +10,8 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from minipuzzle._version import __version__
-from minipuzzle.core.budget import Budget, Workload, split_sweep
+from minipuzzle.core.budget import Budget, Workload, human_bytes, human_count, split_sweep
 from minipuzzle.core.errors import Infeasible, InputError, ResourceError
 from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading, write_atomic, write_json
 from minipuzzle.core.published import find_config, read_config
@@ -27,18 +27,20 @@ from minipuzzle.core.rundir import digest, read_about
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.costs.cost import cost
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.recipes.schema import Recipe
+from minipuzzle.recipes.schema import SEARCHED, Recipe
 from minipuzzle.search.candidate import Candidate, to_frame
 from minipuzzle.search.space import Space, resolve_space
 from minipuzzle.stages.candidates import candidates_document, find_candidates
 from minipuzzle.verbs.source import config_of, recipe_of
 
+DAMAGES = {"kl": "KL (nats/token)", "loss_delta": "loss (nats/token)", "mse": "MSE at the head",
+           "nmse": "relative MSE at the head", "cosine": "sum of 1 - cosine"}
 MARKER = "search.json"  # a folder that has it is ours
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is searched: everything but the budget."""
+    """What is searched: everything but the budget. `own`: the recipe of the run that is searched again."""
 
     name: str
     parent: Architecture
@@ -48,6 +50,7 @@ class Question:
     scores: LayerScores | None
     curves: WidthCurves | None
     scores_path: Path | None
+    own: Recipe | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def research(recipe: Recipe, run: Path | None, config: Path | None, scores: Path
         name, parent = parent_of_config(config)
     layers, curves = read_scores(scores)
     question = Question(name, parent, recipe, recipe.workload.build(),
-                        resolve_space(recipe.space.model_dump(), parent), layers, curves, scores)
+                        resolve_space(recipe.space.model_dump(), parent), layers, curves, scores,
+                        None if run is None else run_recipe(run, {}, {}))
     answers = [_answer(question, texts) for texts in sweep(recipe.budget)]
     if all(answer.note for answer in answers):
         raise Infeasible(max(answers, key=lambda answer: answer.budget.limits).note)  # the loosest
@@ -139,8 +143,46 @@ def budget_texts(budget: str | Mapping[str, str] | None) -> dict[str, str]:
     return {key.strip(): value.strip()}
 
 
+def searched(run: Path, name: str) -> tuple[Candidate, Recipe] | None:
+    """(the candidate of that name, the recipe that found it) of the last search of a run that has it.
+
+    Raises:
+        CorruptArtifact: a search's file is damaged.
+    """
+    for file in sorted((run / "searches").rglob("candidates.json"), key=lambda f: -f.stat().st_mtime_ns):
+        marker = next((f for f in (file.with_name(MARKER), file.parent.with_name(MARKER)) if f.is_file()), file)
+        again = f"run the search again, or delete {file.parent}"
+        with reading(file, hint=again):
+            document = read_json(file, hint=again, limit=CANDIDATES_BYTES)
+            for row in document["candidates"]:
+                if row["name"] == name:
+                    recipe = Recipe.from_json(read_json(marker, hint=again)["recipe"], str(marker))
+                    texts = {key: value["asked"] for key, value in document["budget"].items()}
+                    return Candidate.from_json(row), recipe.with_overrides(budget=texts)
+    return None
+
+
 # what is asked
 # ----------------------------------------------------------------------------------------
+
+
+def table(frame: pd.DataFrame, metric: str, rows: int = 20) -> str:
+    """The first candidates (of a sweep: the budgets, with the best of each), for people."""
+    shown = frame.head(rows)
+    out = shown[[c for c in ("budget", "name") if c in shown]].copy()
+    if "pattern" in shown:
+        for name, column, human in (("parameters", "parameters", human_count), ("memory", "memory_bytes", human_bytes)):
+            out[name] = [None if pd.isna(v) else human(v) for v in shown[column]]
+        if "predicted_damage" in shown:
+            out[f"predicted {DAMAGES.get(metric, metric)}"] = [
+                None if pd.isna(v) else f"{v:+.3g}" for v in shown["predicted_damage"].astype(float)]
+        at = list(frame.columns)
+        sizes = at[at.index("pattern") + 1 : at.index("parameters")]
+        widths = [c for c in sizes if len(frame) == 1 or frame[c].nunique() > 1]  # what all have says nothing
+        out = out.join(shown[[*widths, "pattern"]])
+    if "note" in shown and shown["note"].any():
+        out["note"] = shown["note"]
+    return str(out.astype(object).fillna("").to_string(index=False))
 
 
 def parent_of_config(config: Path) -> tuple[str, Architecture]:
@@ -236,7 +278,20 @@ def _answer(question: Question, texts: Mapping[str, str]) -> Answer:
         found, points, feasible = find_candidates(q.recipe, q.parent, q.space, budget, q.workload, q.scores, q.curves)
     except Infeasible as error:
         return Answer(budget, [], q.space.num_points, 0, time.perf_counter() - begin, str(error))
-    return Answer(budget, found, points, feasible, time.perf_counter() - begin)
+    prefix = _prefix(q, texts)
+    return Answer(budget, [replace(c, name=prefix + c.name) for c in found], points, feasible,
+                  time.perf_counter() - begin)
+
+
+def _prefix(question: Question, texts: Mapping[str, str]) -> str:
+    """Of a run's candidates under another budget: no two that differ have one name."""
+    if question.own is None:
+        return ""
+    own, asked = ([getattr(recipe, section).model_dump() for section in SEARCHED if section != "budget"]
+                  for recipe in (question.own, question.recipe))
+    if own == asked and texts == question.own.budget:
+        return ""
+    return f"{slug(texts)}-{digest(asked)[:4]}-" if own != asked else f"{slug(texts)}-"
 
 
 # what is written
@@ -249,11 +304,12 @@ def _folder_name(question: Question) -> str:
     tables = [None if t is None else t.table.to_csv(index=False) for t in (q.scores, q.curves)]
     key = digest([q.parent.to_json(), q.space.to_json(), tables, values["budget"], values["workload"], values["search"],
                   values["scores"]["layer_metric"]])
-    return f"{_slug(q.recipe.budget.items())[:48]}-{key[:8]}"
+    return f"{slug(q.recipe.budget)[:48]}-{key[:8]}"
 
 
-def _slug(budget: Iterable[tuple[str, str]]) -> str:
-    return "-".join(f"{key}-{re.sub(r'[^0-9A-Za-z.]+', '-', text.strip())}" for key, text in budget)
+def slug(budget: Mapping[str, str]) -> str:
+    """A budget as a part of a file's name: memory-0.6x."""
+    return "-".join(f"{key}-{re.sub(r'[^0-9A-Za-z.]+', '-', text.strip())}" for key, text in budget.items())
 
 
 def _open(folder: Path) -> None:
@@ -291,7 +347,7 @@ def _write_sweep(folder: Path, question: Question, answers: list[Answer]) -> tup
     """A subfolder per budget, and the Pareto table: the best predicted candidate of each."""
     rows, files = [], ["sweep.csv"]
     for answer in answers:
-        name = _slug(answer.budget.texts)
+        name = slug(dict(answer.budget.texts))
         row: dict[str, Any] = {"budget": " ".join(f"{key}={text}" for key, text in answer.budget.texts)}
         row |= dict(answer.budget.limits) | {"points": answer.points, "feasible": answer.feasible}
         if answer.candidates:
