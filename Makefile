@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Spinning OpenMP threads slow two processes at once down by up to 20x.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install prune test browser test-browser test-extras test-quantize test-engines lint docs gpu-wheels clean
+.PHONY: install prune test browser test-browser test-extras test-quantize test-engines test-triton lint docs gpu-wheels clean
 
 install: $(VENV)/.installed
 
@@ -69,6 +69,18 @@ $(LLAMA)/.built:
 
 test-engines: install $(LLAMA)/.built
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/engines.py
+
+# mamba-ssm's Triton kernels in Triton's interpreter, on a CPU, against our float64 reference, in an environment of its
+# own; needs the network (triton unpacks to 1 GB). mamba-ssm comes as its Python files: nothing is compiled.
+# -> benchmarks/results/triton.json
+TRITON := build/triton
+test-triton:
+	$(PYTHON) -m venv --clear $(TRITON)
+	$(TRITON)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools wheel packaging ninja
+	$(TRITON)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt triton==3.9.0 einops -e .
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(TRITON)/bin/python -m pip install -q --disable-pip-version-check \
+	  --no-deps --no-build-isolation mamba-ssm==2.3.2.post1
+	$(TRITON)/bin/python benchmarks/triton_kernels.py
 
 # The API reference, from the docstrings -> build/docs
 docs: install

@@ -256,7 +256,8 @@ def test_a_mamba_block_in_bf16_scans_in_float32(weights_in_bf16: bool, monkeypat
     nowhere after in_proj."""
     seen: list[tuple[torch.Tensor, ...]] = []
     real = mixers.ssd
-    monkeypatch.setattr(mixers, "ssd", lambda *inputs: (seen.append(inputs), real(*inputs))[1])
+    monkeypatch.setattr(mixers, "ssd", lambda *inputs, dt_bias_H, **more: (
+        seen.append((*inputs, dt_bias_H)), real(*inputs, dt_bias_H=dt_bias_H, **more))[1])
     dtype = torch.bfloat16 if weights_in_bf16 else torch.float32
     weights = {n.removeprefix("mixer."): t.to(dtype) for n, t in tiny.layer_weights(tiny.trained_like(tiny.ARCH), 0).items()}
     x = torch.randn(2, 70, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -264,7 +265,8 @@ def test_a_mamba_block_in_bf16_scans_in_float32(weights_in_bf16: bool, monkeypat
         out = mixers.mamba2(tiny.ARCH, weights, x, None)
     assert out.dtype == torch.bfloat16
     assert products.dtypes == {"mm": [torch.bfloat16] * 2, "bmm": [torch.float32] * 4}
-    ((xs, dt, a, b, c, _),) = seen
+    ((xs, raw, a, b, c, _, dt_bias),) = seen
+    dt = torch.nn.functional.softplus(raw + dt_bias)
     assert {t.dtype for t in (xs, dt, a, b, c)} == {torch.float32}
     projected = torch.nn.functional.linear(x.bfloat16(), weights["in_proj.weight"].bfloat16())[..., -8:].double()
     wanted = torch.nn.functional.softplus(projected + weights["dt_bias"].double())

@@ -40,7 +40,7 @@ ALLOWED = {
 }
 NO_TORCH = ("core", "costs", "search", "report", "recipes", "cli")
 # of the families only what computes: the tables are data
-TORCH_IN_FAMILIES = ("mixers", "ssd", "experts")
+TORCH_IN_FAMILIES = ("mixers", "ssd", "experts", "kernels")
 
 
 def imported(file: Path) -> list[tuple[str, bool]]:
@@ -127,7 +127,7 @@ names = ["minipuzzle.cli"]
 for room in ("core", "families", "costs", "search", "report", "engines"):
     package = importlib.import_module(f"minipuzzle.{room}")
     names += [f"minipuzzle.{room}.{m.name}" for m in pkgutil.iter_modules(package.__path__)
-              if m.name not in ("mixers", "ssd", "experts", "formats", "quantize")]
+              if m.name not in ("mixers", "ssd", "experts", "kernels", "formats", "quantize")]
 for name in names:
     importlib.import_module(name)
 for name in ("Architecture", "Budget", "Candidate", "LayerScores", "Recipe", "WidthScores", "search_architectures"):

@@ -267,7 +267,8 @@ def test_what_a_run_leaves(finished: Run) -> None:
     assert set(about["hashes"]) >= {"model", "tokenizer"}
     assert about["seed"] == 0
     assert about["loss_kernel"] == f"minipuzzle, {2**19 // 300} tokens at a time"
-    assert "torch" in about["ssm_kernel"]
+    assert set(about["kernels"]) == {"scan", "convolution", "block"}
+    assert all(used.startswith("plain torch: needs CUDA, this is cpu") for used in about["kernels"].values())
     layers = pd.read_csv(path / "scores" / "layers.csv")
     assert list(layers.columns[:10]) == ["layer", "kind", "mse", "mse_stderr", "nmse", "kl", "kl_stderr", "loss_delta",
                                          "cosine", "samples"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minipuzzle.families.ssd import kernel, kernel_reason
+from minipuzzle.families import kernels
 from minipuzzle.verbs.doctor import examine
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ def doctor(run: Run) -> None:
     run.put(torch=torch.__version__, cuda=torch.version.cuda, device=str(device))
     if device.type == "cuda":
         run.put(card=card(device))
-    reason = kernel_reason(device)
-    run.put(scan={"device": str(device), "kernel": kernel(device), "why_not_triton": reason})
+    run.put(kernels=kernels.used_by(device))
+    reason = kernels.reason("scan", device)
     run.check(device.type == "cpu" or reason is None, f"the Triton scan is not in use: {reason}")
     run.put(transformers_kernels=transformers_kernels())
     checks = examine()

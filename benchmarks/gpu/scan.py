@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minipuzzle.core.published import published
+from minipuzzle.families import kernels
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.ssd import kernel, ssd
+from minipuzzle.families.ssd import ssd
 
 if TYPE_CHECKING:
     from check import Run
@@ -54,7 +55,7 @@ PRECISIONS = {
 
 def scan(run: Run) -> None:
     run.put(
-        kernel=kernel(torch.device(run.device)),
+        why_not_triton=kernels.reason("scan", torch.device(run.device)),
         tolerances={name: {"max": p.largest, "mean": p.mean} for name, p in PRECISIONS.items()},
     )
     rows: dict[str, Any] = {}

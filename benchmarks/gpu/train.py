@@ -31,9 +31,10 @@ from minipuzzle.distill.precision import compute_dtype
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.teacher import LiveTeacher
 from minipuzzle.distill.trainer import Batch, Pupil, Trainer
+from minipuzzle.families import kernels
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.registry import family_of
-from minipuzzle.families.ssd import kernel, ssd
+from minipuzzle.families.ssd import ssd
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
@@ -64,7 +65,7 @@ def step(run: Run) -> None:
         student=about(small),
         sequence_length=length,
         settings=dataclasses.asdict(settings),
-        scan=kernel(device),
+        kernels=kernels.used_by(device, small),
         loss=loss_kernel(big.vocab_size, device),
         flops_per_token=flops,
         formula="tokens/s x (3 F(student) + F(teacher)) / peak",

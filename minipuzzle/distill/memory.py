@@ -19,8 +19,8 @@ from dataclasses import replace
 from minipuzzle.distill.loss import chunk_tokens
 from minipuzzle.distill.precision import compute_dtype
 from minipuzzle.distill.settings import TrainSettings
+from minipuzzle.families import kernels
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.families.ssd import kernel_reason
 from minipuzzle.models.ranks import Ranks
 
 # bytes that a block keeps for each input of its writers and token, in bf16
@@ -40,7 +40,7 @@ def forecast(teacher: Architecture, student: Architecture, settings: TrainSettin
         held += 4 * sizes
     if ranks.size > 1:  # both heads, in the dtype of the products
         held += width * (teacher.hidden_size + student.hidden_size) * student.vocab_size
-    scan = _FUSED_SCAN if kernel_reason(ranks.device) is None else _PLAIN_SCAN
+    scan = _FUSED_SCAN if kernels.usable("scan", ranks.device) else _PLAIN_SCAN
     kinds = student.family.kinds
     inside = [kinds[k].writer_inputs(student.sizes(i)) * (scan if kinds[k].has_state else _OTHER) * width // 2
               for i, k in enumerate(student.pattern)]

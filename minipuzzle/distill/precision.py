@@ -1,7 +1,8 @@
 """The arithmetic of a run: float32, bf16 or FP8. The student's weights and moments stay float32.
 
 bf16: the parent lies in its checkpoint's dtype, matrix products take bf16 factors, the stream
-between layers is bf16. Norms, scan, softmax, LM heads' logits and losses are float32. It holds for
+between layers is bf16. Norms, scan, softmax, LM heads' logits and losses are float32, but for training
+with mamba-ssm's fused block (families/kernels.py), whose scan takes bf16 factors. It holds for
 scoring, measuring and teaching as for training; FP8 is for training alone, the rest is bf16 then.
 
 FP8 with per-tensor current scaling, hybrid format (Nemotron-H, arXiv:2504.03624, section 2.3):

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
+from minipuzzle.families import kernels
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.experts import apply_experts, expert_sums, neuron_means, route
-from minipuzzle.families.ssd import causal_conv, ssd
+from minipuzzle.families.ssd import causal_conv, mamba_block_triton, ssd
 
 Weights = Mapping[str, torch.Tensor]
 # a place inside a block where scores may look: (name of the place, tensor there)
@@ -44,26 +45,28 @@ def linear(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
 
 
 def mamba2(arch: Architecture, w: Weights, x_BTD: torch.Tensor, probe: Probe | None) -> torch.Tensor:
+    """in_proj, convolution, scan, gated norm, out_proj. On a GPU training takes the middle three as
+    one kernel where it can; families/kernels.py says where."""
     inner, heads, groups = arch.mamba_inner, arch.mamba_num_heads, arch.n_groups
     bsz, seq, _ = x_BTD.shape
     zxbcdt = linear(x_BTD, w, "in_proj")
+    wide = torch.promote_types(zxbcdt.dtype, torch.float32)  # dt, A: how long the state remembers
+    a_H = -torch.exp(w["A_log"].to(wide))
+    # dt has no lower limit: as in the original code and in serving engines. transformers' own
+    # prefill clamps it at 0.001, its decode step does not (docs/method.md, "The dt limit").
+    if probe is None and torch.is_grad_enabled() and kernels.usable(
+            "block", x_BTD.device, (arch.mamba_conv, arch.conv_kernel)):
+        y = mamba_block_triton(zxbcdt, w["conv1d.weight"], w.get("conv1d.bias"), w["dt_bias"], a_H,
+                               w["D"], w["norm.weight"], arch.norm_eps, arch.mamba_head_dim, groups)
+        return linear(y, w, "out_proj")
     z, xbc, dt_BTH = zxbcdt.split([inner, arch.mamba_conv, heads], dim=-1)  # type: ignore[no-untyped-call]
     if probe is not None:
         probe("mamba", xbc[..., :inner])
-    xbc = F.silu(causal_conv(xbc, w["conv1d.weight"], w.get("conv1d.bias")))
+    xbc = causal_conv(xbc, w["conv1d.weight"], w.get("conv1d.bias"), silu=True)
     state = groups * arch.state_size
     x, b, c = xbc.split([inner, state, state], dim=-1)  # type: ignore[no-untyped-call]
-    # dt has no lower limit: as in the original code and in serving engines. transformers' own
-    # prefill clamps it at 0.001, its decode step does not (docs/method.md, "The dt limit").
-    wide = torch.promote_types(dt_BTH.dtype, torch.float32)  # dt and A set how long the state remembers
-    y = ssd(
-        x.view(bsz, seq, heads, -1),
-        F.softplus(dt_BTH.to(wide) + w["dt_bias"]),
-        -torch.exp(w["A_log"].to(wide)),
-        b.view(bsz, seq, groups, -1),
-        c.view(bsz, seq, groups, -1),
-        w["D"],
-    )
+    y = ssd(x.view(bsz, seq, heads, -1), dt_BTH.to(wide), a_H, b.view(bsz, seq, groups, -1),
+            c.view(bsz, seq, groups, -1), w["D"], dt_bias_H=w["dt_bias"], dt_softplus=True)
     y = gated_rms_norm(y.reshape(bsz, seq, inner), z, w["norm.weight"], groups, arch.norm_eps)
     if probe is not None:
         probe("mamba_out", y)

@@ -12,12 +12,15 @@ repeated per head, which is where the time goes in the straightforward version.
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
+import math
 
 import torch
 import torch.nn.functional as F
+
+from minipuzzle.families import kernels
+
+NO_LIMIT = (0.0, math.inf)
+TRITON_CHUNK = 256  # mamba-ssm's own
 
 
 def best_chunk(channels: int, state: int) -> int:
@@ -27,73 +30,74 @@ def best_chunk(channels: int, state: int) -> int:
     return 32 if channels * state < 4096 else 128
 
 
-def kernel(device: torch.device) -> str:
-    """Which code computes the scan there, in words."""
-    if device.type == "cuda" and _triton() is not None:
-        return "mamba-ssm's Triton kernels"
-    return "plain torch, in chunks (families/ssd.py)"
+def ssd(x_BTHP: torch.Tensor, dt_BTH: torch.Tensor, a_H: torch.Tensor, b_BTGN: torch.Tensor,
+        c_BTGN: torch.Tensor, d_H: torch.Tensor, chunk: int | None = None, *,
+        dt_bias_H: torch.Tensor | None = None, dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = NO_LIMIT) -> torch.Tensor:
+    """y_BTHP of the scan; `a` is negative. dt, of at least 0 in the end, becomes
 
+        dt <- clamp(softplus(dt + dt_bias), *dt_limit)         what of it is asked for
 
-@functools.cache
-def _triton() -> Callable[..., torch.Tensor] | None:
-    """mamba-ssm's scan, or None where the package is not installed or does not import."""
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except ImportError:
-        return None
-    found: Callable[..., torch.Tensor] = mamba_chunk_scan_combined
-    return found
-
-
-def kernel_reason(device: torch.device) -> str | None:
-    """Why the plain scan computes there; None where mamba-ssm's kernels do."""
-    if device.type != "cuda":
-        return f"the kernels need a CUDA device, this is {device.type}"
-    try:
-        importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
-    except ImportError as error:
-        return f"mamba_ssm.ops.triton.ssd_combined does not import: {error}"
-    return None
-
-
-def ssd(
-    x_BTHP: torch.Tensor,
-    dt_BTH: torch.Tensor,
-    a_H: torch.Tensor,
-    b_BTGN: torch.Tensor,
-    c_BTGN: torch.Tensor,
-    d_H: torch.Tensor,
-    chunk: int | None = None,
-) -> torch.Tensor:
-    """y_BTHP of the scan. `dt` is already softplus'ed, `a` negative.
-
+    `chunk`: tokens that are computed at once; None: what is fastest. Any gives the same numbers.
     Computes in float32 or better, forward and backward, under autocast too: its bf16 products would
     lose four digits. (Call `backward` outside autocast, as PyTorch advises; inside, it casts the
     products of the backward pass.)
     """
+    scan = ssd_triton if kernels.usable("scan", x_BTHP.device) else ssd_plain
     with torch.autocast(x_BTHP.device.type, enabled=False):
-        triton = _triton() if x_BTHP.is_cuda else None
-        if triton is not None:  # its chunks are the kernel's own; not run yet on a GPU
-            y: torch.Tensor = triton(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, chunk_size=256, D=d_H)
-            return y
-        return _chunked_scan(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, chunk)
+        return scan(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, d_H, chunk, dt_bias_H, dt_softplus,
+                    dt_limit)
 
 
-def _chunked_scan(
-    x_BTHP: torch.Tensor,
-    dt_BTH: torch.Tensor,
-    a_H: torch.Tensor,
-    b_BTGN: torch.Tensor,
-    c_BTGN: torch.Tensor,
-    d_H: torch.Tensor,
-    chunk: int | None,
-) -> torch.Tensor:
+def ssd_triton(x_BTHP: torch.Tensor, dt_BTH: torch.Tensor, a_H: torch.Tensor, b_BTGN: torch.Tensor,
+               c_BTGN: torch.Tensor, d_H: torch.Tensor, chunk: int | None,
+               dt_bias_H: torch.Tensor | None, dt_softplus: bool,
+               dt_limit: tuple[float, float]) -> torch.Tensor:
+    """`ssd` by mamba-ssm's Triton kernels. Compared with float64 in Triton's interpreter (`make
+    test-triton`); not run on a GPU."""
+    y: torch.Tensor = kernels.load("scan")(
+        x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, chunk_size=chunk or TRITON_CHUNK, D=d_H,
+        dt_bias=dt_bias_H, dt_softplus=dt_softplus, dt_limit=dt_limit)
+    return y
+
+
+def mamba_block_triton(zxbcdt_BTR: torch.Tensor, conv_C1K: torch.Tensor,
+                       conv_bias_C: torch.Tensor | None, dt_bias_H: torch.Tensor, a_H: torch.Tensor,
+                       d_H: torch.Tensor, norm_I: torch.Tensor, eps: float, channels: int,
+                       groups: int, chunk: int | None = None,
+                       dt_limit: tuple[float, float] = NO_LIMIT) -> torch.Tensor:
+    """A Mamba-2 layer from in_proj's output [B, T, 2I + 2GN + H] to out_proj's input [B, T, I], by
+    mamba-ssm's fused kernels: little more than its input is kept for the backward pass.
+
+    Factors of its products have the dtype of the input, sums are float32. The norm is of y silu(z)
+    (`norm_before_gate=False`). Compared as `ssd_triton` is; not run on a GPU.
+    """
+    with torch.autocast(zxbcdt_BTR.device.type, enabled=False):
+        y: torch.Tensor = kernels.load("block")(
+            zxbcdt_BTR, conv_C1K[:, 0], conv_bias_C, dt_bias_H, a_H, d_H,
+            chunk_size=chunk or TRITON_CHUNK, dt_limit=dt_limit, activation="silu",
+            rmsnorm_weight=norm_I, rmsnorm_eps=eps, headdim=channels, ngroups=groups,
+            norm_before_gate=False)
+    return y
+
+
+def ssd_plain(x_BTHP: torch.Tensor, dt_BTH: torch.Tensor, a_H: torch.Tensor, b_BTGN: torch.Tensor,
+              c_BTGN: torch.Tensor, d_H: torch.Tensor, chunk: int | None,
+              dt_bias_H: torch.Tensor | None, dt_softplus: bool,
+              dt_limit: tuple[float, float]) -> torch.Tensor:
+    """`ssd` in plain torch."""
     bsz, seq, heads, chan = x_BTHP.shape
     groups, state = b_BTGN.shape[2:]
     chunk = chunk or best_chunk(chan, state)
     per = heads // groups
     dtype = torch.promote_types(x_BTHP.dtype, torch.float32)
     x, dt = x_BTHP.to(dtype), dt_BTH.to(dtype)
+    if dt_bias_H is not None:
+        dt = dt + dt_bias_H
+    if dt_softplus:
+        dt = F.softplus(dt)
+    if dt_limit != NO_LIMIT:
+        dt = dt.clamp(*dt_limit)
     pad = -seq % chunk
     xdt = x * dt[..., None]
     da = dt * a_H.to(dtype)
@@ -134,15 +138,25 @@ def _chunked_scan(
     return y + x * d_H.to(dtype)[:, None]
 
 
-def causal_conv(x_BTC: torch.Tensor, weight_C1K: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
-    """Depthwise causal convolution as K shifted products: on CPU faster than conv1d in [B, C, T].
+def causal_conv(x_BTC: torch.Tensor, weight_C1K: torch.Tensor, bias_C: torch.Tensor | None,
+                silu: bool = False) -> torch.Tensor:
+    """Depthwise causal convolution; with `silu`, of what comes out.
 
-    The sum of the products is in float32 or better, and so is what is returned.
+    The sum of the products is in float32 or better, and so is what is returned. Without a kernel as
+    K shifted products: on CPU faster than conv1d in [B, C, T].
     """
-    seq, kernel = x_BTC.shape[1], weight_C1K.shape[-1]
+    seq, width = x_BTC.shape[1], weight_C1K.shape[-1]
     weight_C1K = weight_C1K.to(torch.promote_types(weight_C1K.dtype, torch.float32))
-    x = F.pad(x_BTC, (0, 0, kernel - 1, 0))
+    if kernels.usable("convolution", x_BTC.device, (x_BTC.shape[2], width)):
+        # "channels last" for the kernel: [B, C, T] whose channels are neighbours
+        x_BCT = x_BTC.to(weight_C1K.dtype).contiguous().transpose(1, 2)
+        bias_C = None if bias_C is None else bias_C.to(weight_C1K.dtype)
+        y_BCT: torch.Tensor = kernels.load("convolution")(x_BCT, weight_C1K[:, 0], bias_C,
+                                                          activation="silu" if silu else None)
+        return y_BCT.transpose(1, 2)
+    x = F.pad(x_BTC, (0, 0, width - 1, 0))
     out = x[:, :seq] * weight_C1K[:, 0, 0]
-    for k in range(1, kernel):
+    for k in range(1, width):
         out = torch.addcmul(out, x[:, k : k + seq], weight_C1K[:, 0, k])
-    return out if bias_C is None else out + bias_C
+    out = out if bias_C is None else out + bias_C
+    return F.silu(out) if silu else out

@@ -10,6 +10,7 @@ import torch
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.costs.cost import mtp_parameters
 from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.kernels import KERNELS, PLAIN, used_by
 from minipuzzle.importance.widths import expert_load
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import ModelFolder
@@ -30,6 +31,15 @@ def mtp_note(arch: Architecture) -> str:
         return ""
     return (f"multi-token prediction ({arch.mtp_pattern}, {mtp_parameters(arch):,} parameters) is left out of the "
             "result: it was made for the parent's stream")
+
+
+def kernel_notes(student: Architecture, device: torch.device) -> list[str]:
+    """What of the student's Mamba-2 layers plain torch computed on a GPU, and why."""
+    if device.type != "cuda" or not student.mamba_inner:
+        return []
+    return [f"the {name} of Mamba-2 layers was not computed by {KERNELS[name][-1][1]}: "
+            f"{used.removeprefix(PLAIN)}" for name, used in used_by(device, student).items()
+            if used.startswith(PLAIN)]
 
 
 def unreached_note(widths: WidthScores) -> str:

@@ -34,7 +34,7 @@ from minipuzzle.report.report import Report
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.rank import rank_correlation
 from minipuzzle.stages.candidates import AGAIN, read_candidates, read_controls, read_tournament
-from minipuzzle.stages.notes import mtp_note, parent_notes, unreached_note
+from minipuzzle.stages.notes import kernel_notes, mtp_note, parent_notes, unreached_note
 from minipuzzle.stages.scoring import the_race
 from minipuzzle.stages.student import cutter_of, state_folder
 
@@ -76,7 +76,8 @@ def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, 
         "distillation": _distillation(given, candidates, {s["name"]: s["seconds"] for s in stages}),
         "stages": list(stages),
         "alerts": alerts,
-        "warnings": alerts + _warnings(given, gap) + _prediction_notes(candidates, controls),
+        "warnings": (alerts + _warnings(given, gap) + _prediction_notes(candidates, controls)
+                     + kernel_notes(chosen.architecture, given.parent.device)),
         "defaults": _defaults(recipe),
         "samples": found["samples"],
         "expert_load": found.get("expert_load", {}),
@@ -103,6 +104,7 @@ def distilled_report(given: Given, student: Architecture, kept_layers: Sequence[
         "distillation": {"tokens": trained.tokens, "seconds": trained.seconds},
         "alerts": alerts,
         "warnings": (alerts + list(filter(None, [mtp_note(student)])) + held_out_notes(given)
+                     + kernel_notes(student, given.parent.device)
                      + training_notes(given.settings, given.parent.device)),
     })
 

@@ -28,9 +28,10 @@ from minipuzzle.core.rundir import RunDir, read_about
 from minipuzzle.data.tokenizer import load_tokenizer
 from minipuzzle.distill import state
 from minipuzzle.distill.precision import FP8_CAPABILITY
+from minipuzzle.families import kernels
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.nemotron_h import TINY
-from minipuzzle.families.ssd import kernel, ssd
+from minipuzzle.families.ssd import ssd
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline.forecast import check_memory, estimates
@@ -51,9 +52,8 @@ def examine(model: str | None = None) -> list[dict[str, Any]]:
     checks.append(_check("transformers at least 5.18", metadata.version("transformers"),
                          tuple(int(p) for p in metadata.version("transformers").split(".")[:2]) >= (5, 18)))
     checks += [_check("torch build", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only", True),
-               *_memory(), *(_check(f"scan of the SSM on {d}", kernel(d), True) for d in devices())]
-    for package, use in (("mamba_ssm", "Triton scan"), ("causal_conv1d", "CUDA convolution"),
-                         ("transformer_engine", "fp8"), ("modelopt", "quantisation"), ("lm_eval", "tasks"),
+               *_memory(), *_kernels()]
+    for package, use in (("transformer_engine", "fp8"), ("modelopt", "quantisation"), ("lm_eval", "tasks"),
                          ("tensorboard", "tracking"), ("wandb", "tracking")):
         found = importlib.util.find_spec(package) is not None
         checks.append(_check(f"{package} ({use})", "installed" if found else "missing (optional)", True))
@@ -144,6 +144,13 @@ def _memory() -> list[dict[str, Any]]:
     return [*out, _check("disk here", f"{human_bytes(disk.free)} of {human_bytes(disk.total)} free", True)]
 
 
+def _kernels(arch: Architecture | None = None) -> list[dict[str, Any]]:
+    """What computes each part of a Mamba-2 layer (of `arch`), on every device."""
+    whose = " of this model" if arch else ""
+    return [_check(f"Mamba-2 {name}{whose} on {device}", used, True) for device in devices()
+            for name, used in kernels.used_by(device, arch).items()]
+
+
 def _bf16(device: torch.device) -> dict[str, Any]:
     """A product in bfloat16 against float32."""
     gen = torch.Generator().manual_seed(0)
@@ -207,6 +214,8 @@ def _model(model: str) -> list[dict[str, Any]]:
     what = ("the weights' names and shapes are right, the tokenizer works" if there else
             "from its configuration alone; no weights were read")
     checks = [*cuts, _check(f"{model} can be pruned", f"{arch}; {what}", True)]
+    if arch.mamba_inner:
+        checks += _kernels(arch)
     try:
         plans = {device: make_plan(arch, Recipe(), memory_bytes=machine_memory(device), device=device)
                  for device in devices()}

@@ -11,7 +11,7 @@ from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import write_sealed
 from minipuzzle.core.rundir import RunDir, digest, read_about
 from minipuzzle.distill.loss import loss_kernel
-from minipuzzle.families.ssd import kernel
+from minipuzzle.families.kernels import used_by
 from minipuzzle.models.ranks import Ranks, open_ranks
 from minipuzzle.models.weights import ModelFolder
 from minipuzzle.pipeline.machine import versions
@@ -163,6 +163,7 @@ def write_about(runner: Runner, **more: Any) -> None:
     write_sealed(runner.run.path / "run.json", {
         "schema": 1, "model": str(folder.path.absolute()), "recipe": runner.recipe.located().model_dump(),
         "seed": world.seed, "command": world.command, "versions": versions(), "stages": stages,
-        "device": str(device), "ssm_kernel": kernel(device), "loss_kernel": loss_kernel(folder.arch.vocab_size, device),
+        "device": str(device), "kernels": used_by(device, folder.arch),
+        "loss_kernel": loss_kernel(folder.arch.vocab_size, device),
         "model_is": folder.sampled,
         "hashes": {"model": folder.fingerprint, "tokenizer": world.tokenizer_hash}} | more, indent=1)
