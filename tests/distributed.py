@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from minipuzzle.distill.sharding import whole
 from minipuzzle.models.ranks import Ranks, end_process, open_ranks
 
 
-def train(folder: Path, stop: int, options: dict[str, Any], ranks: Ranks) -> dict[str, torch.Tensor]:
+def train(folder: Path, stop: int, options: dict[str, Any], ranks: Ranks,
+          hear: Callable[[int], None] = lambda done: None) -> dict[str, torch.Tensor]:
     """Weights and last gradients, whole, after training up to a step. STOP_AT: a signal at this
-    step, to one process."""
+    step, to one process. `hear`: the tokens done, after each step."""
     def progress(done: int, loss: float) -> None:
+        hear(done)
         if ranks.rank == 1 and done == STEP_TOKENS * int(os.environ.get("STOP_AT", -1)):
             raise Interrupted(signal.SIGTERM)
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from minipuzzle.cli import main
 from minipuzzle.core.published import published
 from minipuzzle.families.architecture import Architecture
-from minipuzzle.pipeline import plan
+from minipuzzle.pipeline import forecast, plan
 from minipuzzle.pipeline.forecast import check_memory
 from minipuzzle.stages.order import STAGES
 from minipuzzle.verbs import doctor
@@ -118,8 +118,8 @@ def test_inspect_is_a_table_with_the_layers_in_colour(monkeypatch: pytest.Monkey
 
 
 def test_memory_is_asked_for_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training needs the parent and the student four times; else the parent is read from the
-    disk."""
+    """Training needs the parent and the student four times, and on the host weights and moments
+    again, which are written; else the parent is read from the disk."""
     from minipuzzle.core.errors import ResourceError
     from minipuzzle.core.published import published
     from minipuzzle.families.architecture import Architecture
@@ -135,7 +135,12 @@ def test_memory_is_asked_for_what_is_done(monkeypatch: pytest.MonkeyPatch) -> No
     parent, student = (4 * n / 2**30 for n in (made.parent_cost.parameters, made.largest.parameters))
     layers = made.layers_bytes / 2**30
     assert layers < parent / 10
-    assert asked == pytest.approx(2 * [parent + 4 * student] + 2 * [layers + 3 * student], rel=1e-3)
+    assert asked == pytest.approx(2 * [parent + 7 * student] + 2 * [layers + 3 * student], rel=1e-3)
+    on_gpu = plan.make_plan(arch, Recipe(), device=torch.device("cuda"), memory_bytes=2**42)
+    assert on_gpu.student_stage_bytes / 2**30 == pytest.approx(on_gpu.weight_bytes / 4 * parent + 4 * student, rel=1e-3)
+    monkeypatch.setattr(forecast, "machine_memory", lambda: 16 * 2**30)  # of the host
+    with pytest.raises(ResourceError, match=r"the host has 16 GiB .* is written while it trains needs [\d.]+ GiB"):
+        check_memory(on_gpu, STAGES, torch.device("cuda"))
     # held in memory, and for how long, is decided by the same numbers
     whole = 4 * made.parent_cost.parameters + 12 * made.largest.parameters
     for room, resident in ((plan.SPARE_BYTES, True), (plan.SPARE_BYTES - 1, False)):

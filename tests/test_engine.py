@@ -8,6 +8,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -426,17 +427,51 @@ def test_two_processes_and_streaming_find_the_same(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "together" / "partial").exists()
 
 
-def test_a_streamed_weight_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often passes read it; a NaN is found in the first."""
+def test_a_weight_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often passes read it, and by whom; a NaN is found in the first."""
     from minipuzzle.models import weights as module
 
-    source = StreamedModel.open(open_model(write_folder(tmp_path / "model")), torch.device("cpu"))
+    folder = open_model(write_folder(tmp_path / "model"))
     checked: list[str] = []
     real = module._finite
     monkeypatch.setattr(module, "_finite", lambda file, stored, t: (checked.append(stored), real(file, stored, t))[1])
-    for _ in range(3):
-        assert len(list(source.stream(range(ARCH.num_layers)))) == ARCH.num_layers
-    assert len(checked) == len(set(checked)) == len(ARCH.shapes()) - 3  # but embedding, last norm and head
+    for _ in range(2):  # a run opens it again once several processes train
+        source = StreamedModel.open(folder, torch.device("cpu"))
+        for _ in range(2):
+            assert len(list(source.stream(range(ARCH.num_layers)))) == ARCH.num_layers
+    Model.load(folder)
+    assert len(checked) == len(set(checked)) == len(ARCH.shapes())
+
+
+def test_the_next_layer_is_read_while_this_one_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the next one has been read this one is not done; in another thread, in every pass, and of a file that needs
+    no cast too, where it is brought in page by page."""
+    from minipuzzle.models import stream as module
+
+    source = StreamedModel.open(open_model(write_folder(tmp_path / "model")), torch.device("cpu"))
+    read = [threading.Event() for _ in range(ARCH.num_layers)]
+    real, touched, by = StreamedModel._layer, module._touched, set()
+
+    def layer(self: StreamedModel, number: int) -> Any:
+        found = real(self, number)
+        read[number].set()
+        return found
+
+    def touch(tensor: torch.Tensor) -> torch.Tensor:
+        by.add(threading.get_ident())
+        return touched(tensor)
+
+    monkeypatch.setattr(StreamedModel, "_layer", layer)
+    monkeypatch.setattr(module, "_touched", touch)
+    for _ in range(2):
+        for i, weights in enumerate(source.stream(range(ARCH.num_layers))):
+            assert weights.keys() == set(ARCH.layer_weights(i))
+            assert i + 1 == ARCH.num_layers or read[i + 1].wait(60)
+            assert i + 2 >= ARCH.num_layers or not read[i + 2].is_set()  # two are held, not three
+        for event in read:
+            event.clear()
+    assert threading.get_ident() not in by
+    assert len(by) >= 1
 
 
 def test_interactions_that_cannot_be_read(tmp_path: Path) -> None:

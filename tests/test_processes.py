@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -33,16 +32,17 @@ from minipuzzle.verbs.run import Run
 
 def together(count: int, work: Callable[[int], None]) -> list[int]:
     """Run `work(rank)` in so many processes, as torchrun would: if one ends badly, the others are killed. Their wait
-    statuses. They are forks of this one, which has imported everything."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    statuses. They are forks of this one, which has imported everything.
+
+    This process keeps the store that they meet in, as torchrun's agent does: a port that is free now may be another
+    test's when the first of them comes to open it."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     running: dict[int, int] = {}
     for rank in range(count):
         pid = os.fork()
         if pid == 0:
             os.environ.update(WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count),
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
             try:
                 work(rank)
                 os._exit(0)

@@ -46,7 +46,10 @@ def same(a: state.Tensors, b: state.Tensors) -> bool:
 
 def save(folder: Path, step: int, name: str = "state", ranks: Ranks = ALONE) -> None:
     folder.mkdir(exist_ok=True)
-    state.save(folder, name, tensors(step), {"step": step, "note": ["ä", 1e-5]}, ranks)
+    writer = state.Writer(folder, ranks)
+    writer.begin(name, tensors(step), {"step": step, "note": ["ä", 1e-5]})
+    writer.commit()
+    writer.close()
 
 
 def read(folder: Path, name: str = "state") -> tuple[dict[str, Any], state.Tensors]:
@@ -88,8 +91,10 @@ def write_as(folder: Path, size: int, step: int = 1) -> Path:
     """A state as `size` processes write it."""
     path = folder / f"state-{step}"
     path.mkdir(parents=True)
-    parts = [state._write_part(path, sharded(tensors(step), rank, size), Pretended(ALONE.device, rank, size))
-             for rank in range(size)]
+    parts = []
+    for rank in range(size):
+        writer = state.Writer(folder, Pretended(ALONE.device, rank, size))
+        parts.append(writer._write(path, *writer._copy(sharded(tensors(step), rank, size)), 0.0))
     state.write_sealed(path / state.INDEX, state._index({"step": step}, parts))
     return path
 

@@ -5,8 +5,8 @@
 
 (Nemotron-H arXiv:2504.03624, section 3; Minitron arXiv:2407.14679, table 8: KL alone is best.)
 AdamW, linear warm-up, cosine. The data of a step is a function of (seed, step), the state is
-written whole or not at all: stopping and resuming changes nothing, and may change the number of
-processes. A run may pause at a token count and go
+written whole or not at all, while training goes on: stopping and resuming changes nothing, and may
+change the number of processes. A run may pause at a token count and go
 on from its own state: the tournament and the long run of its winner are one cosine. Several
 students can be trained in lock-step: the teacher reads each batch once for all of them.
 """
@@ -35,7 +35,7 @@ from minipuzzle.models.module import HybridLM
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
 
-SAVE_EVERY_S, SAVE_SHARE = 120.0, 20  # seconds between states; at least so many times what the last one took
+SAVE_EVERY_S, SAVE_SHARE = 120.0, 20  # seconds from a state to the next; at least so many times what it took
 # Tokens of one forward and backward pass: a step adds up the gradients of as many as its batch
 # needs.
 PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -101,10 +101,20 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
                           f"{ranks.size} processes cannot share evenly; change one of them")
     source = _teacher(teacher, settings, ranks)
     trainers = [Trainer(pupil, settings, seq, ranks) for pupil in pupils]
-    last = settings.steps(seq, stop_at_tokens)
+    try:
+        return _train(trainers, source, blocks, settings, stop_at_tokens, evaluate_every, progress, ranks, track)
+    finally:
+        for trainer in trainers:
+            trainer.writer.close()
+
+
+def _train(trainers: list[Trainer], source: Teacher | None, blocks: Blocks, settings: TrainSettings,
+           stop_at_tokens: int | None, evaluate_every: int, progress: Callable[[int, Row], None], ranks: Ranks,
+           track: Callable[[Row], None]) -> list[Trained]:
+    pupils, seq = [trainer.pupil for trainer in trainers], blocks.sequence_length
+    size, last = settings.batch(seq), settings.steps(seq, stop_at_tokens)
     first = min(pupil.step for pupil in pupils)
-    begin = saved_at = time.perf_counter()
-    took = 0.0
+    begin = time.perf_counter()
     for trainer in trainers:
         if trainer.pupil.step == 0:
             trainer.evaluate({})
@@ -147,28 +157,33 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
             progress(tokens, min(rows, key=training_loss, default={}))
         except Interrupted as error:
             stop = error
-        signum, save = _agree(ranks, stop.exit_code - 128 if stop else 0,
-                              step + 1 == last or time.perf_counter() - saved_at > max(SAVE_EVERY_S, SAVE_SHARE * took))
+        pending = any(t.writer.pending for t in trainers)
+        due = not pending and any(t.writer.due(SAVE_EVERY_S, SAVE_SHARE) for t in active)
+        signum, save, busy = _agree(ranks, stop.exit_code - 128 if stop else 0, step + 1 == last or due,
+                                    any(t.writer.busy for t in trainers))
+        if pending and not busy:
+            for trainer in trainers:
+                trainer.writer.commit()
         if save or signum:
-            begun = time.perf_counter()
             for trainer in active:
                 trainer.save()
-            saved_at = time.perf_counter()
-            took = saved_at - begun
+        if signum or step + 1 == last:
+            for trainer in trainers:
+                trainer.writer.commit()
         if signum:
             raise stop or Interrupted(signum)
     seconds = time.perf_counter() - begin
     return [Trained(max(last, p.step) * size * seq, seconds, p.skipped, p.best.get("step")) for p in pupils]
 
 
-def _agree(ranks: Ranks, signum: int, save: bool) -> tuple[int, bool]:
-    """What all processes do now: stop if one was told to, save when the main one's clock says
-    so."""
+def _agree(ranks: Ranks, signum: int, save: bool, busy: bool) -> tuple[int, bool, bool]:
+    """What all processes do now: stop if one was told to, save when the main one's clock says so;
+    and whether one is still writing."""
     if ranks.size == 1:
-        return signum, save
-    votes = torch.tensor([signum, int(save and ranks.main)], device=ranks.device)
+        return signum, save, busy
+    votes = torch.tensor([signum, int(save and ranks.main), int(busy)], device=ranks.device)
     dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return int(votes[0]), bool(votes[1])
+    return int(votes[0]), bool(votes[1]), bool(votes[2])
 
 
 def _teacher(teacher: Model | Teacher | None, settings: TrainSettings, ranks: Ranks) -> Teacher | None:

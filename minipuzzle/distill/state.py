@@ -7,7 +7,8 @@ safetensors and JSON.
         files:   name -> {bytes, sha256}
 
 Each process writes its own shards and reads only the parts that overlap with its own: N processes
-read what M wrote, and none holds a whole copy. The folder is written as `state.tmp`, flushed and
+read what M wrote, and none holds a whole copy. The files are written in a thread, from a copy on the
+host, while training goes on (`Writer`). The folder is written as `state.tmp`, flushed and
 renamed; earlier states are removed after that. Hashes are made from what was just written, and
 compared before anything is used: the processes that load a state share its files, so each is hashed
 by one of them. Weights of the best evaluation are kept the same way, as `best-STEP`. Tensors are
@@ -22,6 +23,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -40,30 +44,106 @@ INDEX_BYTES = 2**28
 REMEDY = "run with --redo, or delete it, to train again from the start"
 
 
-def save(folder: Path, name: str, tensors: Tensors, about: dict[str, Any], ranks: Ranks) -> None:
-    """Write tensors (plain ones are the main process's) and `about`, which holds `step`; remove
-    what was there before.
+class Writer:
+    """Writes the states of one training, one after another, while it goes on.
 
-    Raises:
-        ResourceError: the disk is full, of any process: all raise it.
+    A state that was begun gets its name in `commit`, once its files are on the disk; a kill before
+    that leaves the one before it. All processes begin and commit together.
     """
-    temporary, path = folder / f"{name}.tmp", folder / f"{name}-{about['step']}"
-    with ranks.together():
-        if ranks.main:
-            _remove(temporary)
-            temporary.mkdir()
-    with ranks.together(), reading(temporary):
-        part = _write_part(temporary, tensors, ranks)
-    parts = ranks.gather(part)
-    with ranks.together():
-        if ranks.main:
-            write_sealed(temporary / INDEX, _index(about, parts))
-            earlier = [p for p in _states(folder, name) if p != path]
-            _remove(path)
-            os.replace(temporary, path)
-            flush_to_disk(folder)
-            for old in earlier:
-                _remove(old)
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self.folder, self.ranks = folder, ranks
+        self._took, self._ended = 0.0, time.perf_counter()  # of the last `state`
+        self._thread = ThreadPoolExecutor(1)
+        self._begun: tuple[str, dict[str, Any], Future[dict[str, Any]]] | None = None
+        self._copies: Tensors = {}  # on the host, used again: to pin memory takes long
+
+    @property
+    def pending(self) -> bool:
+        """Whether something was begun and not committed."""
+        return self._begun is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this process is still writing."""
+        return self._begun is not None and not self._begun[2].done()
+
+    def due(self, every: float, share: float) -> bool:
+        """Whether the last state was `every` seconds ago, and `share` times what it took."""
+        return time.perf_counter() - self._ended > max(every, share * self._took)
+
+    def begin(self, name: str, tensors: Tensors, about: dict[str, Any]) -> None:
+        """Copy tensors (plain ones are the main process's) to the host and have them written, with
+        `about`, which holds `step`. What was begun before is committed first.
+
+        Raises:
+            ResourceError: as `commit`.
+        """
+        self.commit()
+        begun, temporary = time.perf_counter(), self.folder / f"{name}.tmp"
+        with self.ranks.together():
+            if self.ranks.main:
+                _remove(temporary)
+                temporary.mkdir()
+        own, entries = self._copy(tensors)
+        self._begun = name, deepcopy(about), self._thread.submit(self._write, temporary, own, entries, begun)
+
+    def commit(self) -> None:
+        """Wait for what was begun, give it its name, and remove what was there before.
+
+        Raises:
+            ResourceError: the disk is full, of any process: all raise it.
+        """
+        if self._begun is None:
+            return
+        (name, about, writing), self._begun = self._begun, None
+        with self.ranks.together():
+            part = writing.result()
+        parts = self.ranks.gather(part)
+        temporary, path = self.folder / f"{name}.tmp", self.folder / f"{name}-{about['step']}"
+        with self.ranks.together():
+            if self.ranks.main:
+                write_sealed(temporary / INDEX, _index(about, parts))
+                earlier = [p for p in _states(self.folder, name) if p != path]
+                _remove(path)
+                os.replace(temporary, path)
+                flush_to_disk(self.folder)
+                for old in earlier:
+                    _remove(old)
+        if name == "state":
+            self._took, self._ended = max(part["seconds"] for part in parts), time.perf_counter()
+
+    def close(self) -> None:
+        """Wait until nothing is written any more; what was not committed is lost."""
+        self._thread.shutdown()
+
+    def _copy(self, tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        """(this process's shards on the host, what the index says of each tensor)"""
+        own: Tensors = {}
+        entries = {}
+        for name, tensor in tensors.items():
+            local, offsets = local_part(tensor)
+            entries[name] = {"dtype": _dtype(tensor), "shape": list(tensor.shape), "shards": []}
+            if local.numel() and (first_replica(tensor) if isinstance(tensor, DTensor) else self.ranks.main):
+                if name not in self._copies:
+                    self._copies[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+                own[name] = self._copies[name].copy_(local, non_blocking=True)
+                entries[name]["shards"] = [{"file": self._file, "offsets": offsets, "shape": list(local.shape)}]
+        if self.ranks.device.type == "cuda":
+            torch.cuda.current_stream(self.ranks.device).synchronize()
+        return own, entries
+
+    @property
+    def _file(self) -> str:
+        return f"rank-{self.ranks.rank:05}-of-{self.ranks.size:05}.safetensors"
+
+    def _write(self, folder: Path, own: Tensors, entries: dict[str, Any], begun: float) -> dict[str, Any]:
+        file = folder / self._file
+        with reading(folder):
+            save_file(own, file)
+            hashed = _hashed(file)
+            flush_to_disk(file)
+        return {"file": file.name, "hashed": hashed, "tensors": entries, "seconds": time.perf_counter() - begun}
 
 
 def find(folder: Path, name: str = "state") -> tuple[Path, dict[str, Any]] | None:
@@ -129,23 +209,6 @@ def load(path: Path, tensors: Tensors, ranks: Ranks | None = None) -> None:
             with open_tensors(path / file, hint=REMEDY) as shards:
                 for name, there, here in wanted:
                     here.copy_(shards.get_slice(name)[there] if there else shards.get_tensor(name))
-
-
-def _write_part(folder: Path, tensors: Tensors, ranks: Ranks) -> dict[str, Any]:
-    """Write this process's shards; what the index says of them."""
-    file = folder / f"rank-{ranks.rank:05}-of-{ranks.size:05}.safetensors"
-    own: Tensors = {}
-    entries = {}
-    for name, tensor in tensors.items():
-        local, offsets = local_part(tensor)
-        entries[name] = {"dtype": _dtype(tensor), "shape": list(tensor.shape), "shards": []}
-        if local.numel() and (first_replica(tensor) if isinstance(tensor, DTensor) else ranks.main):
-            own[name] = local.cpu().contiguous()
-            entries[name]["shards"] = [{"file": file.name, "offsets": offsets, "shape": list(local.shape)}]
-    save_file(own, file)
-    hashed = _hashed(file)
-    flush_to_disk(file)
-    return {"file": file.name, "hashed": hashed, "tensors": entries}
 
 
 def _index(about: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:

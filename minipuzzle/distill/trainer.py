@@ -106,6 +106,7 @@ class Trainer:
         self.parameters = student.parameters_by_name()
         self.optimizer = make_optimizer(self.parameters.values(), settings, ranks.device)
         pupil.folder.mkdir(parents=True, exist_ok=True)
+        self.writer = state.Writer(pupil.folder, ranks)
         self.adam_steps = 0
         self._load()
         if ranks.main:
@@ -193,7 +194,7 @@ class Trainer:
         grade = next((k for k in ("kl", "loss") if k in found and k in (best or found)), "")
         if found.get(grade, math.nan) < best.get(grade, math.inf):
             self.pupil.best = {"step": self.pupil.step} | {k: found[k] for k in ("kl", "loss") if k in found}
-            state.save(self.pupil.folder, "best", self._weights(), self.pupil.best, self.ranks)
+            self.writer.begin("best", self._weights(), self.pupil.best)
 
     def write(self, row: Row) -> None:
         if self.ranks.main:
@@ -214,10 +215,11 @@ class Trainer:
         return found
 
     def save(self) -> None:
+        """Begin to write the state; it counts once `writer` has committed it."""
         p = self.pupil
         about = {"step": p.step, "skipped": p.skipped, "best": p.best, "looks": p.looks,
                  "adam_steps": self.adam_steps, "settings": self.settings.resumable()}
-        state.save(p.folder, "state", self._weights() | self._moments(), about, self.ranks)
+        self.writer.begin("state", self._weights() | self._moments(), about)
 
     def _load(self) -> None:
         found = state.find_resumable(self.pupil.folder)

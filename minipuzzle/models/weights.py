@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,30 +46,34 @@ class ModelFolder:
     config: dict[str, Any]
     arch: Architecture
     files: dict[str, list[tuple[Path, str]]]
+    _finite: set[str] = field(default_factory=set, repr=False, compare=False)  # what was looked at
 
     @property
     def family(self) -> Family:
         return self.arch.family
 
-    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu",
-             check: bool = True) -> torch.Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
         """One weight; without `dtype` in the one it is stored in. The parts of one that lies apart
         are put together where they are wanted, one after another.
 
         Raises:
-            CorruptArtifact: it can't be read, or (with `check`) holds NaN or infinity.
+            CorruptArtifact: it can't be read, or holds NaN or infinity, which is looked for the
+            first time that it is read.
         """
+        known = name in self._finite
         whole: torch.Tensor | None = None
         for i, (file, stored) in enumerate(self.files[name]):
             part = _mapped(file, stored)
-            if check:
+            if not known:
                 _finite(file, stored, part)
             if self.family.rename(stored) == name:  # in one piece
+                self._finite.add(name)
                 return held(part, dtype or part.dtype, device)
             if whole is None:
                 whole = torch.empty((len(self.files[name]), *part.shape), dtype=dtype or part.dtype, device=device)
             whole[i] = part
         assert whole is not None, f"{name} has no parts"
+        self._finite.add(name)
         return whole
 
     def mapped(self, name: str) -> torch.Tensor:

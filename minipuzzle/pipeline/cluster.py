@@ -50,7 +50,7 @@ def needs(plan: Plan, stages: Iterable[Stage], device: Device, gpus: int) -> lis
     for stage in stages:
         own = stage.estimate(plan)
         if own.trains:
-            gpu, host = training_bytes(plan, device, gpus), _host_bytes(plan, gpus)
+            gpu, host = training_bytes(plan, device, gpus), plan.copy_bytes * min(gpus, PER_HOST) // gpus
         else:
             gpu, host = (_pass_bytes(plan, device) if own.flops else 0), plan.layers_bytes
         out.append(Need(stage.name, own.flops / speed + own.seconds, gpu, host, own.disk_bytes))
@@ -68,11 +68,6 @@ def training_bytes(plan: Plan, device: Device, gpus: int, optimizer: str = "") -
     tokens = max(pass_tokens(ranks.device), d.sequence_length)
     made = fitted(settings, plan.parent, [plan.largest_arch], ranks, tokens, device.memory_bytes)
     return forecast(plan.parent, plan.largest_arch, made, ranks, tokens)
-
-
-def _host_bytes(plan: Plan, gpus: int) -> int:
-    """A copy of the state that is being written, of the processes of a machine."""
-    return 12 * plan.largest.parameters * min(gpus, PER_HOST) // gpus
 
 
 def _pass_bytes(plan: Plan, device: Device) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.errors import ResourceError
-from minipuzzle.pipeline.machine import matmul_flops_per_second
+from minipuzzle.pipeline.machine import machine_memory, matmul_flops_per_second
 from minipuzzle.pipeline.plan import Plan
 from minipuzzle.pipeline.stage import Stage
 from minipuzzle.surgery.refit import writer_inputs
@@ -54,13 +54,20 @@ def check_memory(plan: Plan, stages: Iterable[Stage], device: torch.device) -> N
         ResourceError: too little.
     """
     needed = max(stage.estimate(plan).memory_bytes for stage in stages)
+    host = 0 if plan.on_host else plan.copy_bytes
+    if host > machine_memory():
+        raise ResourceError(f"the host has {human_bytes(machine_memory())} for each process, the copy of the student "
+                            f"that is written while it trains needs {human_bytes(host)}; use more processes, or a "
+                            "machine with more memory")
     if plan.resident or plan.memory_bytes >= needed:
         return
     if not plan.feasible:
         raise ResourceError(f"scoring holds up to three layers in {plan.held_in}, {human_bytes(needed)} of this model; "
                             f"there is {human_bytes(plan.memory_bytes)} to use: raise --memory")
     trains = plan.recipe.distillation.tokens > 0
-    what = "the parent, and a student with its gradient and moments in float32" if trains else "a student in float32"
+    written = ", and the copy that is written," if plan.on_host else ""
+    what = (f"the parent, and a student with its gradient and moments{written} in float32" if trains else
+            "a student in float32")
     refit = f", {human_bytes(plan.refit_bytes)} of it to refit" if plan.refit_bytes else ""
     less = "; --set distillation.tokens=0 prunes only, and reads the parent layer by layer" if trains else ""
     raise ResourceError(f"{device} has {human_bytes(plan.memory_bytes)} to use, the run needs about "

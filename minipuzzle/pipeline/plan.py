@@ -56,7 +56,7 @@ class Estimate:
 class Plan:
     """The resolved request. `points` and `feasible` count architectures of the space and those
     within the budget; `memory_bytes` is what each of the `processes` may use, `weight_bytes` what a
-    weight of the parent takes of it."""
+    weight of the parent takes of it; `on_host`: it is the host's, not a GPU's."""
 
     parent: Architecture
     recipe: Recipe
@@ -71,6 +71,7 @@ class Plan:
     memory_bytes: int
     weight_bytes: int
     processes: int = 1
+    on_host: bool = True
 
     @property
     def refit_samples(self) -> int:
@@ -115,10 +116,17 @@ class Plan:
 
     @property
     def students_bytes(self) -> int:
-        """Of the largest student in float32: with gradient and two moments where it is trained,
-        else as it was cut, as it was written, and plainly sliced. Nothing where none is made."""
+        """Of the largest student in float32: with gradient and two moments where it is trained, and
+        the copy that is written; else as it was cut, as it was written, and plainly sliced. Nothing
+        where none is made."""
         copies = (4 if self.recipe.distillation.tokens else 3) if self.feasible else 0
-        return 4 * copies * self.largest.parameters // self.processes
+        return 4 * copies * self.largest.parameters // self.processes + self.on_host * self.copy_bytes
+
+    @property
+    def copy_bytes(self) -> int:
+        """Of the host: weights and moments, while they are written."""
+        trained = self.recipe.distillation.tokens and self.feasible
+        return 12 * self.largest.parameters // self.processes if trained else 0
 
     @property
     def student_stage_bytes(self) -> int:
@@ -163,7 +171,7 @@ class Plan:
     def memory(self) -> Memory:
         """How it is used."""
         room = self.memory_bytes / 2 - 2 * self.weight_bytes * self.parent_cost.parameters
-        students = room // (16 * self.largest.parameters)
+        students = room // ((28 if self.on_host else 16) * self.largest.parameters)
         return Memory(self.memory_bytes, self.resident, self.stream_bytes, max(1, int(students)))
 
     def passes(self) -> str:
@@ -241,13 +249,14 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
         raise InputError("distillation.hidden_loss_weight compares streams of the same size: keep the parent's with "
                           f"space.hidden_size = {parent.hidden_size}, or set it to 0")
     memory = machine_memory() if memory_bytes is None else memory_bytes
-    weight = compute_dtype(d.precision, device or torch.device("cpu")).itemsize
+    device = device or torch.device("cpu")
+    weight, on_host = compute_dtype(d.precision, device).itemsize, device.type == "cpu"
     if not need_budget:
         return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost,
-                    parent, memory, weight, processes)
+                    parent, memory, weight, processes, on_host)
     # without scores the search only enumerates and prices, largest first
     found = search_architectures(parent, space, budget, workload, keep=1)
     return Plan(parent, recipe, workload, budget, parent_cost, space, found.points, found.feasible,
-                found.candidates[0].cost, found.candidates[0].architecture, memory, weight, processes)
+                found.candidates[0].cost, found.candidates[0].architecture, memory, weight, processes, on_host)
 
 

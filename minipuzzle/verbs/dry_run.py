@@ -57,7 +57,7 @@ def dry_run(model: str | None, recipe: Recipe, output_dir: Path | None = None, *
         plan = replace(plan, weight_bytes=4 if recipe.distillation.precision == "fp32" else 2)
     path = output_dir or (default_output(folder, recipe, seed) if folder else Path("runs"))
     stages = stages_of(recipe)
-    found, more = _on_cards(plan, stages, card, gpus or 1) if card else _here(plan, stages, where)
+    found, more = _on_cards(plan, stages, card, gpus or 1) if card else _here(plan, stages)
     error = None
     try:
         if card and (said := cluster.refusal(plan, stages, card, gpus or 1)):
@@ -93,13 +93,13 @@ def _on_cards(plan: Plan, stages: Sequence[Stage], card: Device, gpus: int) -> t
     return found, cluster.lines(found, card, gpus)
 
 
-def _here(plan: Plan, stages: Sequence[Stage], device: torch.device) -> tuple[list[cluster.Need], list[str]]:
+def _here(plan: Plan, stages: Sequence[Stage]) -> tuple[list[cluster.Need], list[str]]:
     """On this machine, whose speed is looked at for a moment."""
     seconds, found = estimates(plan, stages), []
     for stage in stages:
         need, size = stage.estimate(plan), host_bytes(plan, stage)
-        on_gpu = size if device.type == "cuda" else 0
-        found.append(cluster.Need(stage.name, seconds[stage.name], on_gpu, size - on_gpu, need.disk_bytes))
+        on_gpu, on_host = (0, size) if plan.on_host else (size, plan.copy_bytes if need.trains else 0)
+        found.append(cluster.Need(stage.name, seconds[stage.name], on_gpu, on_host, need.disk_bytes))
     told = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     return found, [f"stages     {told}", f"time       about {sum(seconds.values()) / 60:.1f} min on this "
                                          "machine (a rough estimate)"]
