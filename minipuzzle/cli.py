@@ -668,8 +668,8 @@ def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     minipuzzle report runs/mine
     minipuzzle report runs/half runs/third -o comparison.html
     """
-    from minipuzzle.report.compare import comparison, write_comparison
-    from minipuzzle.report.html import showing, write_report
+    from minipuzzle.pages.compare import comparison, write_comparison
+    from minipuzzle.pages.html import showing, write_report
 
     found = {str(run): _report_of(run) for run in runs}
     if len(found) < len(runs):

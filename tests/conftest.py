@@ -110,7 +110,7 @@ def neither_gate_nor_page() -> Iterator[None]:
     """They take most of the time of such a run, and are tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("minipuzzle.stages.finishing.reload_gate", lambda *given: 0.0)
-        patch.setattr("minipuzzle.report.html.render_html", lambda report: "")
+        patch.setattr("minipuzzle.pages.html.render_html", lambda report: "")
         yield
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from report_data import build
 
-from minipuzzle.report.compare import write_comparison
-from minipuzzle.report.html import write_report
+from minipuzzle.pages.compare import write_comparison
+from minipuzzle.pages.html import write_report
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install 'minipuzzle[dev]'")
 from selenium.common.exceptions import SessionNotCreatedException  # noqa: E402 (where there is no selenium)

@@ -15,7 +15,7 @@ from report_data import build
 from test_report import NASTY, Page
 
 from minipuzzle.cli import main
-from minipuzzle.report.compare import comparison, render_comparison
+from minipuzzle.pages.compare import comparison, render_comparison
 
 RECIPE = "recipe: 1\nbudget: {memory: 0.4x}\ndistillation: {tokens: 1M}\n"
 

@@ -22,7 +22,8 @@ ALLOWED = {
     "models": {"core", "families"},
     "data": {"core"},
     "search": {"core", "families", "costs"},
-    "report": {"core", "families", "costs"},
+    "report": {"core", "families"},
+    "pages": {"core", "families", "costs", "report"},
     "importance": {"core", "families", "models", "data"},
     "evaluate": {"core", "families", "models", "data"},
     "surgery": {"core", "families", "models", "data"},
@@ -34,11 +35,12 @@ ALLOWED = {
     "stages": {"core", "families", "costs", "models", "data", "search", "report", "importance",
                "evaluate", "surgery", "distill", "engines", "recipes", "pipeline"},
     "verbs": {"core", "families", "costs", "models", "data", "search", "report", "importance",
-              "evaluate", "surgery", "distill", "engines", "recipes", "pipeline", "stages"},
-    "cli": {"core", "families", "costs", "engines", "recipes", "report", "pipeline", "stages", "verbs"},
+              "evaluate", "surgery", "distill", "engines", "recipes", "pages", "pipeline",
+              "stages"},
+    "cli": {"core", "families", "costs", "engines", "recipes", "report", "pages", "pipeline", "stages", "verbs"},
     "_version": set(),
 }
-NO_TORCH = ("core", "costs", "search", "report", "recipes", "cli")
+NO_TORCH = ("core", "costs", "search", "report", "pages", "recipes", "cli")
 # of the families only what computes: the tables are data
 TORCH_IN_FAMILIES = ("mixers", "ssd", "experts", "kernels")
 
@@ -104,8 +106,8 @@ def test_no_import_circle() -> None:
 
 
 def test_no_torch_at_the_door() -> None:
-    """core, costs, search, report and cli do not import torch or transformers, not even inside a
-    function (but for cli)."""
+    """core, costs, search, report, pages and cli do not import torch or transformers, not even
+    inside a function (but for cli)."""
     checked = 0
     for file in sorted(ROOT.rglob("*.py")):
         room = file.relative_to(ROOT).with_suffix("").parts[0]
@@ -124,7 +126,7 @@ import importlib, json, pkgutil, sys
 import minipuzzle
 from click.testing import CliRunner
 names = ["minipuzzle.cli"]
-for room in ("core", "families", "costs", "search", "report", "engines"):
+for room in ("core", "families", "costs", "search", "report", "pages", "engines"):
     package = importlib.import_module(f"minipuzzle.{room}")
     names += [f"minipuzzle.{room}.{m.name}" for m in pkgutil.iter_modules(package.__path__)
               if m.name not in ("mixers", "ssd", "experts", "kernels", "formats", "quantize")]

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 DATA = [f"minipuzzle/{path}" for path in (
     "py.typed", "core/published.json", "bundled/model/config.json", "bundled/model/model.safetensors",
     "bundled/model/tokenizer.json", "bundled/model/README.md", "recipes/library/default.yaml",
-    "recipes/library/nemotron-h-47b.yaml", "report/base.html", "report/report.html", "report/parts.html",
-    "report/compare.html")]
+    "recipes/library/nemotron-h-47b.yaml", "pages/base.html", "pages/report.html", "pages/parts.html",
+    "pages/compare.html")]
 # as a front end calls it, but with the setuptools that is installed: tests are offline
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 

@@ -16,10 +16,13 @@ from report_data import PARENT, RECIPE, build
 
 from minipuzzle.core import files
 from minipuzzle.core.budget import human_bytes, human_count
-from minipuzzle.report import facts, html
+from minipuzzle.pages import html
+from minipuzzle.pages.candidates import pareto
+from minipuzzle.pages.drawing import METRIC_WORDS
+from minipuzzle.pages.html import render_html, write_report
+from minipuzzle.pages.layers import GRID_ROWS
+from minipuzzle.report import facts
 from minipuzzle.report.card import model_card
-from minipuzzle.report.html import render_html, write_report
-from minipuzzle.report.plots import GRID_ROWS, METRIC_WORDS, pareto
 from minipuzzle.report.report import Report, clean
 from minipuzzle.stages.results import licence_of, toss_up_note
 
@@ -158,7 +161,7 @@ def test_table_has_winner_first_and_every_name(report: dict[str, Any], page: str
     names = [c["name"] for c in report["candidates"][: facts.TABLE_ROWS]]
     cells = re.findall(r"<td[^>]*>(c\d+)", page)
     assert sorted(cells) == sorted(names)
-    assert all(len(r["cells"]) == len(facts.headings(Report.read(report))) for r in rows)
+    assert all(len(r["cells"]) == 2 + len(facts.columns(Report.read(report))) for r in rows)
 
 
 def test_points_have_titles(report: dict[str, Any], page: str) -> None:

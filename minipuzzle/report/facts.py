@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from minipuzzle.core.budget import BUDGET_KEYS, human_bytes, human_count
+from minipuzzle.core.budget import human_bytes, human_count
 from minipuzzle.families import registry
 from minipuzzle.families.base import Axis, Kind
 from minipuzzle.report.report import Candidate, Report
@@ -13,8 +13,16 @@ from minipuzzle.report.report import Candidate, Report
 KINDS = registry.kinds()
 WIDTHS = registry.widths()
 TABLE_ROWS = 100
+Item = TypeVar("Item")
+Cell = tuple[str, Any]  # text, value to sort by
+Column = tuple[Callable[[Item], Any], Callable[[Any], str]]  # the value of a row, its format
 ABSENT = "-"  # what stands for a number that was not measured
 METRICS = {"kl": "KL", "mse": "MSE", "nmse": "relative MSE", "loss_delta": "change of loss", "cosine": "1 - cosine"}
+
+
+def short(metric: str) -> str:
+    """A metric's name for hover texts and headings."""
+    return METRICS.get(metric, metric)
 
 
 def kinds_and_widths(report: Report) -> tuple[list[Kind], list[Axis]]:
@@ -101,42 +109,40 @@ def quality(candidate: Candidate, section: str, metric: str) -> float | None:
     return value
 
 
-def budget_of(report: Report) -> tuple[str, int | None]:
-    """(budget key, limit) of the axis that figures use: memory, or the first budget asked for."""
-    limits = {k: v.limit for k, v in report.budget.items() if k in BUDGET_KEYS}
-    key = "memory" if "memory" in limits or not limits else next(iter(limits))
-    return key, limits.get(key)
-
-
-def headings(report: Report) -> list[str]:
-    """Of the columns of `candidate_rows`."""
+def columns(report: Report) -> dict[str, Column[Candidate]]:
+    """Of the table of candidates."""
     kinds, axes = kinds_and_widths(report)
-    return ["#", "candidate", *(kind.letter for kind in kinds), *(axis.heading for axis in axes), "parameters",
-            "memory", "predicted", "KL", "loss", "after", "agreement"]
+
+    def layers(letter: str) -> Column[Candidate]:
+        return (lambda c: c.arch.pattern.count(letter) if c.arch else None,
+                lambda layers: number(layers, "d"))
+
+    def width(name: str) -> Column[Candidate]:
+        return lambda c: widths_text(c.architecture.get(name)), str
+
+    return {kind.letter: layers(kind.letter) for kind in kinds} | {
+        axis.heading: width(axis.name) for axis in axes} | {
+        "parameters": (lambda c: c.cost.get("parameters"), count),
+        "memory": (lambda c: c.cost.get("memory_bytes"), size),
+        "predicted": (lambda c: c.predicted.get("damage"), number),
+        "KL": (lambda c: quality(c, "measured", "kl"), number),
+        "loss": (lambda c: quality(c, "measured", "loss"), number),
+        "after": (lambda c: quality(c, "after_distillation", "loss"), number),
+        "agreement": (lambda c: quality(c, "measured", "agreement"), percent)}
+
+
+def cells(place: int, name: str, item: Item, columns: Mapping[str, Column[Item]]) -> list[Cell]:
+    """A row of a table; each cell is (text, value to sort by)."""
+    values = [(form(v), v) for value, form in columns.values() for v in [value(item)]]
+    return [(str(place), place), (name, name), *values]
 
 
 def candidate_rows(report: Report) -> list[dict[str, Any]]:
-    """Rows of the table; each cell is (text, value to sort by)."""
-    rows, (kinds, axes) = [], kinds_and_widths(report)
-    for rank, c in enumerate(report.best(TABLE_ROWS), 1):
-        arch = c.arch
-        cells: list[tuple[str, Any]] = [(str(rank), rank), (c.name, c.name)]
-        for kind in kinds:
-            layers = arch.pattern.count(kind.letter) if arch else None
-            cells.append((number(layers, "d"), layers))
-        for axis in axes:
-            width = widths_text(c.architecture.get(axis.name))
-            cells.append((width, width.split("..")[0]))
-        for value, form in ((c.cost.get("parameters"), count), (c.cost.get("memory_bytes"), size),
-                            (c.predicted.get("damage"), number), (quality(c, "measured", "kl"), number),
-                            (quality(c, "measured", "loss"), number),
-                            (quality(c, "after_distillation", "loss"), number),
-                            (quality(c, "measured", "agreement"), percent)):
-            cells.append((form(value), value))
-        is_chosen = c is report.winner
-        role = report.winner_role if is_chosen else "finalist" if c.after_distillation else ""
-        rows.append({"cells": cells, "role": role, "chosen": is_chosen})
-    return rows
+    found = columns(report)
+    return [{"cells": cells(rank, c.name, c, found), "chosen": c is report.winner,
+             "role": report.winner_role if c is report.winner else
+             "finalist" if c.after_distillation else ""}
+            for rank, c in enumerate(report.best(TABLE_ROWS), 1)]
 
 
 # words
@@ -250,7 +256,7 @@ def strip(report: Report) -> list[dict[str, Any]]:
     scores = {r.get("layer"): r.get(metric) for r in report.scores.layers}
     return [{"kind": kind, "name": KINDS[kind].name, "kept": i in kept, "text": f"layer {i}, {KINDS[kind].label}: "
              + ("kept" if i in kept else "removed")
-             + (f"; without it {METRICS.get(metric, metric)} {scores[i]:.4g}" if scores.get(i) is not None else "")}
+             + (f"; without it {short(metric)} {scores[i]:.4g}" if scores.get(i) is not None else "")}
             for i, kind in enumerate(parent.pattern)]
 
 

@@ -15,6 +15,7 @@ from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import machine_errors, read_json, restore_folder, write_atomic, write_json
 from minipuzzle.distill.precision import check_precision
 from minipuzzle.models.weights import ModelFolder, open_model
+from minipuzzle.pages.html import write_report
 from minipuzzle.pipeline.forecast import check_disk, check_memory, estimates
 from minipuzzle.pipeline.machine import find_device, memory_to_use
 from minipuzzle.pipeline.plan import Plan, budget_of, make_plan
@@ -22,7 +23,6 @@ from minipuzzle.pipeline.progress import Reporter, Terminal
 from minipuzzle.pipeline.stage import Runner
 from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
-from minipuzzle.report.html import write_report
 from minipuzzle.search.candidate import to_frame
 from minipuzzle.stages.candidates import AGAIN, candidates_document, read_candidates
 from minipuzzle.stages.order import RESULT, stages_of

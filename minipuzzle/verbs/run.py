@@ -14,11 +14,14 @@ from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading
 from minipuzzle.core.rundir import read_about
 from minipuzzle.core.scores import LayerScores
-from minipuzzle.report import curves, facts, plots
-from minipuzzle.report.compare import comparison
-from minipuzzle.report.html import render_head
+from minipuzzle.pages import candidates as of_candidates
+from minipuzzle.pages import layers as of_layers
+from minipuzzle.pages import training
+from minipuzzle.pages.compare import comparison
+from minipuzzle.pages.html import render_head
+from minipuzzle.pages.svg import Draw, styled
+from minipuzzle.report import facts
 from minipuzzle.report.report import Report
-from minipuzzle.report.svg import Draw, styled
 
 
 def _figure(draw: Draw) -> Callable[[Run], Figure | None]:
@@ -58,18 +61,18 @@ class Run:
         with reading(path / "candidates.csv", InputError, hint):
             return cls(path, report, pd.read_csv(path / "candidates.csv"))
 
-    plot_tradeoff = _figure(plots.tradeoff)
-    plot_layers = _figure(plots.layers)
-    plot_layers_by_other_metrics = _figure(plots.layers_by_other_metrics)
-    plot_kept_layers = _figure(plots.kept_grid)
-    plot_prediction = _figure(plots.prediction)
-    plot_widths = _figure(curves.widths)
-    plot_cuts = _figure(curves.cuts)
-    plot_ranks = _figure(curves.ranks)
-    plot_tournament = _figure(curves.tournament)
-    plot_distillation = _figure(curves.distillation)
-    plot_memory = _figure(curves.memory)
-    plot_stages = _figure(curves.stages)
+    plot_tradeoff = _figure(of_candidates.tradeoff)
+    plot_layers = _figure(of_layers.layers)
+    plot_layers_by_other_metrics = _figure(of_layers.layers_by_other_metrics)
+    plot_kept_layers = _figure(of_layers.kept_grid)
+    plot_prediction = _figure(of_candidates.prediction)
+    plot_widths = _figure(of_layers.widths)
+    plot_cuts = _figure(of_layers.cuts)
+    plot_ranks = _figure(of_candidates.ranks)
+    plot_tournament = _figure(training.tournament)
+    plot_distillation = _figure(training.distillation)
+    plot_memory = _figure(training.memory)
+    plot_stages = _figure(training.stages)
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}): {facts.headline(Report.read(self.report))}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +10,27 @@ import yaml
 from matplotlib.figure import Figure
 
 from minipuzzle.core.files import parse_yaml, write_atomic
+from minipuzzle.pages.drawing import METRIC_WORDS, canvas, in_units, legend_below, points, scale
+from minipuzzle.pages.html import environment, figures_of, unbroken
+from minipuzzle.pages.layers import grid_of_layers
+from minipuzzle.pages.svg import CHOSEN, INK, KIND_COLORS, SERIES
 from minipuzzle.report import facts
-from minipuzzle.report.html import environment, figures_of, unbroken
-from minipuzzle.report.plots import METRIC_WORDS, WIDE, grid_of_layers, in_units, plain_ticks, wide_scale
 from minipuzzle.report.report import Report
-from minipuzzle.report.svg import CHOSEN, INK, KIND_COLORS, SERIES, hover
 
 COLORS = (*KIND_COLORS.values(), CHOSEN, *SERIES[1:])
 MARKERS = "osD^vPX*"
-Value = float | None
-# column of the table -> (its value, its format)
-COLUMNS: dict[str, tuple[Callable[[Report], Value], Callable[[Value], str]]] = {
-    "parameters": (lambda r: r.result.parameters, facts.count), "memory": (lambda r: r.result.memory_bytes, facts.size),
-    "parent loss": (lambda r: r.parent.loss, facts.number), "sliced": (lambda r: r.result.loss_sliced, facts.number),
+COLUMNS: dict[str, facts.Column[Report]] = {
+    "parameters": (lambda r: r.result.parameters, facts.count),
+    "memory": (lambda r: r.result.memory_bytes, facts.size),
+    "parent loss": (lambda r: r.parent.loss, facts.number),
+    "sliced": (lambda r: r.result.loss_sliced, facts.number),
     "pruned": (lambda r: r.result.loss_pruned, facts.number),
     "distilled": (lambda r: r.result.loss_distilled, facts.number),
-    "recovered": (lambda r: r.result.recovery, facts.percent), "KL": (lambda r: r.result.kl_distilled, facts.number),
+    "recovered": (lambda r: r.result.recovery, facts.percent),
+    "KL": (lambda r: r.result.kl_distilled, facts.number),
     "agreement": (lambda r: r.result.agreement_distilled, facts.percent),
-    "tokens": (lambda r: r.distillation.tokens, facts.count), "time": (lambda r: r.seconds, facts.duration)}
+    "tokens": (lambda r: r.distillation.tokens, facts.count),
+    "time": (lambda r: r.seconds, facts.duration)}
 
 
 def reports_of(found: Mapping[str, Mapping[str, Any] | Report]) -> dict[str, Report]:
@@ -79,37 +82,34 @@ def compare_quality(reports: Mapping[str, Report]) -> Figure | None:
             if (memory := r.result.memory_bytes) is not None and (after := r.result.loss_distilled) is not None]
     if not rows:
         return None
-    figure = Figure(figsize=(WIDE, 3.4), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = canvas(3.4)
     divisor, unit = in_units("memory", max(r[1] for r in rows))
     for i, (name, memory, before, after) in enumerate(rows):
         x, color, marker = memory / divisor, COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
         if before is not None:
             axis.plot([x, x], [before, after], color=color, marker=marker, markerfacecolor="none", lw=1.2)
-        marks = axis.scatter([x], [after], s=60, c=color, marker=marker, edgecolors=INK, linewidths=0.6, zorder=3,
-                             label=name)
-        hover(marks, [f"{name}: {facts.size(memory)}, loss {facts.number(before)} pruned, {facts.number(after)} "
-                      "distilled"])
-    parents = {round(loss, 3) for r in reports.values() if (loss := r.parent.loss) is not None}
-    for loss in sorted(parents):
+        points(axis, [(x, after, f"{name}: {facts.size(memory)}, loss {facts.number(before)} pruned, "
+                       f"{facts.number(after)} distilled")],
+               s=60, c=color, marker=marker, edgecolors=INK, linewidths=0.6, zorder=3, label=name)
+    parents = sorted({round(loss, 3) for r in reports.values() if (loss := r.parent.loss) is not None})
+    for loss in parents:
         axis.axhline(loss, color=INK, ls="--", lw=1, label=f"parent {loss:.3f}")
-    wide_scale(axis, "y", [v for r in rows for v in r[2:] if v is not None] + sorted(parents), 6)
-    plain_ticks(axis)
+    scale(axis, "y", [*parents, *(v for r in rows for v in r[2:])], 6)
     axis.set_xlabel(f"memory at the workload ({unit})")
     axis.set_title(METRIC_WORDS["loss"])
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    legend_below(figure, axis.get_legend_handles_labels()[0], 3)
     return figure
 
 
 def compare_layers(reports: Mapping[str, Report]) -> Figure | None:
     """Which layers each result keeps, where all have the same parent."""
     patterns = {r.parent.architecture.get("pattern") for r in reports.values()}
-    rows = [(name, r.result.kept_layers) for name, r in reports.items() if r.result.kept_layers]
+    rows = [(name, kept, name, r.result.loss_distilled) for name, r in reports.items()
+            if (kept := r.result.kept_layers)]
     pattern = next(iter(patterns))
     if len(patterns) > 1 or not pattern or not rows:
         return None
-    notes = [facts.number(reports[name].result.loss_distilled) for name, _ in rows]
-    return grid_of_layers(rows, pattern, [name for name, _ in rows], notes, "loss")
+    return grid_of_layers(rows, pattern, "loss")
 
 
 FIGURES = ((compare_quality, "Hollow: pruned, before training; filled: distilled. Lower and further left is better."),
@@ -120,25 +120,27 @@ def render_comparison(found: Mapping[str, Mapping[str, Any] | Report]) -> str:
     """The page that compares runs; the same reports give the same bytes."""
     reports = reports_of(found)
     data = comparison(reports)
-    rows = [{"role": "", "cells": [(str(i + 1), i + 1), (run["name"], run["name"])] + [
-        (form(value), value) for label, (_, form) in COLUMNS.items() for value in [run[label.replace(" ", "_")]]]}
-        for i, run in enumerate(data["runs"])]
+    rows = [{"role": "", "cells": facts.cells(i, name, report, COLUMNS)}
+            for i, (name, report) in enumerate(reports.items(), 1)]
     figures = figures_of(reports, "Runs side by side", FIGURES)
     return environment().get_template("compare.html").render(
         data=data, figures=figures, rows=rows, headings=("#", "run", *COLUMNS),
-        verdict=unbroken(_verdict(data["runs"])))
+        verdict=unbroken(_verdict(reports)))
 
 
-def _verdict(runs: list[dict[str, Any]]) -> str:
+def _verdict(reports: Mapping[str, Report]) -> str:
     """The best loss, and the smallest result, in a sentence."""
-    known = [r for r in runs if r["distilled"] is not None and r["memory"] is not None]
+    known = [(loss, memory, name) for name, r in reports.items()
+             if (loss := r.result.loss_distilled) is not None
+             and (memory := r.result.memory_bytes) is not None]
     if not known:
         return "None of the runs has a result yet."
-    best, least = min(known, key=lambda r: r["distilled"]), min(known, key=lambda r: r["memory"])
-    text = (f"Of {len(runs)} runs, {best['name']} has the lowest held-out loss, {best['distilled']:.3f} nats per token "
-            f"in {facts.size(best['memory'])}")
-    return text + ("." if best is least else f"; {least['name']} is the smallest, {facts.size(least['memory'])} with "
-                                             f"{least['distilled']:.3f}.")
+    best, least = min(known, key=lambda r: r[0]), min(known, key=lambda r: r[1])
+    text = (f"Of {len(reports)} runs, {best[2]} has the lowest held-out loss, {best[0]:.3f} nats per "
+            f"token in {facts.size(best[1])}")
+    if best is least:
+        return f"{text}."
+    return f"{text}; {least[2]} is the smallest, {facts.size(least[1])} with {least[0]:.3f}."
 
 
 def write_comparison(found: Mapping[str, Mapping[str, Any] | Report], path: Path) -> Path:

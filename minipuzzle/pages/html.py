@@ -16,56 +16,66 @@ from markupsafe import Markup
 
 from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.files import write_atomic
-from minipuzzle.report import curves, facts, plots
+from minipuzzle.pages import candidates, layers, training
+from minipuzzle.pages.svg import Draw, draw
+from minipuzzle.report import facts
 from minipuzzle.report.report import Report
-from minipuzzle.report.svg import Draw, draw
 
 # (section, heading of the section, [(figure, caption)]): the order of the page
 FIGURES = (
     ("tradeoff", "Memory against quality", (
-        (plots.tradeoff, "A grey point is a candidate before any training, a hollow mark one that was chosen for the "
-                         "tournament; the line below it leads to its quality after distillation. Lower and further "
-                         "left is better; right of the dashed line is over the budget."),)),
+        (candidates.tradeoff,
+         "A grey point is a candidate before any training, a hollow mark one that was chosen for the "
+         "tournament; the line below it leads to its quality after distillation. Lower and further "
+         "left is better; right of the dashed line is over the budget."),)),
     ("layers", "Which layers matter", (
-        (plots.layers, "How far the output moves when one layer is taken out; bars are one standard error. "
-                       "Low layers are cheap to remove."),
-        (plots.layers_by_other_metrics, "The same by the other metrics, none of which the search used."))),
+        (layers.layers,
+         "How far the output moves when one layer is taken out; bars are one standard error. "
+         "Low layers are cheap to remove."),
+        (layers.layers_by_other_metrics,
+         "The same by the other metrics, none of which the search used."))),
     ("grid", "Which layers the best candidates keep", (
-        (plots.kept_grid, "A row is a candidate, a column a layer of the parent; a dot is a removed layer. "
-                          "★ the result, ◆ finalist; on the right the measured quality before training."),)),
+        (layers.kept_grid,
+         "A row is a candidate, a column a layer of the parent; a dot is a removed layer. "
+         "★ the result, ◆ finalist; on the right the measured quality before training."),)),
     ("widths", "What narrower costs, and what was cut", (
-        (curves.widths, "Narrower to the right; dotted: the parent's width, thick line: the width chosen. Above: how "
-                        "concentrated importance is (median layer, band over all layers). Below: the whole model cut "
-                        "along one axis only, without training."),
-        (curves.cuts, "Each layer's parameters; what is coloured was kept."))),
+        (layers.widths,
+         "Narrower to the right; dotted: the parent's width, thick line: the width chosen. Above: how "
+         "concentrated importance is (median layer, band over all layers). Below: the whole model cut "
+         "along one axis only, without training."),
+        (layers.cuts, "Each layer's parameters; what is coloured was kept."))),
     ("prediction", "Predicted against measured", (
-        (plots.prediction, "Each point is a measured candidate, a square one drawn at random, which could not win; "
-                           "a useful prediction rises from left to right."),)),
+        (candidates.prediction,
+         "Each point is a measured candidate, a square one drawn at random, which could not win; "
+         "a useful prediction rises from left to right."),)),
     ("tournament", "The tournament", (
-        (curves.ranks, "Rank of the finalists, best on top: lines that cross are candidates that overtook another."),
-        (curves.tournament, "Short distillation of each finalist; lower is closer to the parent."))),
+        (candidates.ranks,
+         "Rank of the finalists, best on top: lines that cross are candidates that overtook another."),
+        (training.tournament,
+         "Short distillation of each finalist; lower is closer to the parent."))),
     ("distillation", "Distillation", (
-        (curves.distillation, "Left: what training minimises; the held-out points are on the blocks that select the "
-                              "weights. Right: the held-out blocks that select nothing; bars are one standard error "
-                              "of the difference to the parent, block by block; sliced is plain selection of the same "
-                              "architecture."),)),
+        (training.distillation,
+         "Left: what training minimises; the held-out points are on the blocks that select the "
+         "weights. Right: the held-out blocks that select nothing; bars are one standard error "
+         "of the difference to the parent, block by block; sliced is plain selection of the same "
+         "architecture."),)),
     ("memory", "Where the memory goes", (
-        (curves.memory, "As the context grows, weights and Mamba state stay, the KV cache does not. Under the dashed "
-                        "line is within the budget, on the dotted one the workload."),)),
-    ("stages", "What the run cost", (
-        (curves.stages, "Wall-clock time of each stage."),)),
+        (training.memory,
+         "As the context grows, weights and Mamba state stay, the KV cache does not. Under the dashed "
+         "line is within the budget, on the dotted one the workload."),)),
+    ("stages", "What the run cost", ((training.stages, "Wall-clock time of each stage."),)),
 )
-NARROW = (curves.ranks, curves.tournament)  # two beside each other
-FOLDED = (plots.layers_by_other_metrics,)  # behind a fold
+NARROW = (candidates.ranks, training.tournament)  # two beside each other
+FOLDED = (layers.layers_by_other_metrics,)  # behind a fold
 # drawn a second time for phones; the others scroll sideways there
-PHONE = (plots.tradeoff, plots.prediction, curves.memory, curves.stages)
+PHONE = (candidates.tradeoff, candidates.prediction, training.memory, training.stages)
 SAMPLES = (("parent", "Parent"), ("pruned", "Pruned, not trained"), ("distilled", "Pruned and distilled"))
 
 
 @functools.cache
 def environment() -> Environment:
     """Jinja2 with this room's templates, everything escaped."""
-    folder = resources.files("minipuzzle.report")
+    folder = resources.files("minipuzzle.pages")
     load = FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
     return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=load)
 
@@ -86,8 +96,8 @@ def render_html(data: Mapping[str, Any] | Report) -> str:
         verdict=unbroken(facts.verdict(report)),
         choice=facts.choice(report), recovery=unbroken(facts.recovery(report)), strip=facts.strip(report),
         kinds=facts.legend(report), tiles=facts.key_figures(report), samples=samples,
-        experts=facts.expert_rows(report),
-        headings=facts.headings(report), rows=facts.candidate_rows(report), total=len(report.candidates),
+        experts=facts.expert_rows(report), headings=("#", "candidate", *facts.columns(report)),
+        rows=facts.candidate_rows(report), total=len(report.candidates),
         facts=_provenance(report), unbroken=unbroken)
 
 
