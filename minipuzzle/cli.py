@@ -570,7 +570,9 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
     tested = ((data.get("tasks") or {}).get("results") or {}).items()
     scores = {f"{name} {metric.removesuffix(',none')}": value for name, found in tested
               for metric, value in found.items() if isinstance(value, float)}
-    parts = (data, paired, data.get("latency") or {}, scores)
+    found = {f"retrieval_{key}": value for key, value in data["retrieval"].items()
+             if key in ("context", "copy_accuracy", "recall_accuracy", *(("kl",) if teacher else ()))}
+    parts = (data, paired, found, data.get("latency") or {}, scores)
     _print(data, as_json, [f"{key:26} {value:.5g}" if isinstance(value, float) else f"{key:26} {value}"
                            for part in parts for key, value in part.items()
                            if value is not None and not isinstance(value, dict)])

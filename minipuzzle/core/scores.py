@@ -31,6 +31,7 @@ class LayerScores:
     `added_METRIC`.
 
     `interactions`: "mse" and "kl" -> [layers, layers] of pairs (importance/layers.py).
+    `keep`: layers that the search may not drop (search/keep.py).
     `samples`: the same sample by sample, for the errors of sums: a metric or "added_METRIC" ->
     [samples, layers], "pairs_mse" and "pairs_kl" -> [samples, layers, layers]; NaN where a race did
     not look.
@@ -40,6 +41,7 @@ class LayerScores:
     source: str = ""
     interactions: dict[str, np.ndarray] = field(default_factory=dict)
     samples: dict[str, np.ndarray] = field(default_factory=dict)
+    keep: frozenset[int] = frozenset()
 
     def metric(self, name: str) -> np.ndarray:
         """[layers] of a metric, larger is more important; NaN where the table has no number. Raises

@@ -96,9 +96,19 @@ def render_html(data: Mapping[str, Any] | Report) -> str:
         verdict=unbroken(facts.verdict(report)),
         choice=facts.choice(report), recovery=unbroken(facts.recovery(report)), strip=facts.strip(report),
         kinds=facts.legend(report), tiles=facts.key_figures(report), samples=samples,
-        experts=facts.expert_rows(report), headings=("#", "candidate", *facts.columns(report)),
+        tables=[t for t in _tables(report) if t["rows"]], headings=("#", "candidate", *facts.columns(report)),
         rows=facts.candidate_rows(report), total=len(report.candidates),
         facts=_provenance(report), unbroken=unbroken)
+
+
+def _tables(report: Report) -> list[dict[str, Any]]:
+    """Short tables without a figure."""
+    return [
+        {"name": "retrieval", "heading": "What is found again in the context", "note": facts.retrieval_note(report),
+         "rows": facts.retrieval_rows(report)},
+        {"name": "experts", "heading": "Where the router sends tokens",
+         "note": "The busiest expert's load over an even share (1 is even), by layer of the parent.",
+         "rows": facts.expert_rows(report)}]
 
 
 def render_head(data: Mapping[str, Any] | Report) -> str:

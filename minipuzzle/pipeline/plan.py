@@ -12,6 +12,7 @@ from minipuzzle.core.errors import InputError
 from minipuzzle.costs.cost import Cost, cost, layer_parameters
 from minipuzzle.data.corpus import check_sources
 from minipuzzle.distill.precision import compute_dtype
+from minipuzzle.evaluate.retrieval import SAMPLES, TASKS
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.models.passes import STREAM_BYTES
 from minipuzzle.models.walk import samples_per_walk
@@ -88,6 +89,11 @@ class Plan:
     @property
     def calibration_tokens(self) -> int:
         return self.recipe.calibration.samples * self.recipe.calibration.sequence_length
+
+    @property
+    def retrieval_tokens(self) -> int:
+        """Of the samples that measure retrieval."""
+        return len(TASKS) * SAMPLES * self.recipe.calibration.probe_context
 
     @property
     def held_out_tokens(self) -> int:

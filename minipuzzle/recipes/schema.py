@@ -115,6 +115,14 @@ class CalibrationSection(_Section):
                         f"{_MINIPUZZLE}; {_GROUP_AWARE}, section 4", ge=2, le=_SAMPLES)
     sequence_length: Binary = _key(256, "Length of a block, for scoring and for evaluation. k is 1024.",
                                    "tokens", ge=2, le=_LENGTH)
+    retrieval_context: Binary | None = _key(
+        None, "Length of the samples of random tokens, a part of which comes again, that show which layers "
+        "and candidates find it. null: `sequence_length`.", "tokens", "arXiv:2510.19861", ge=16, le=_LENGTH)
+
+    @property
+    def probe_context(self) -> int:
+        """Length of a sample that measures retrieval."""
+        return self.retrieval_context or self.sequence_length
 
 
 class ScoresSection(_Section):
@@ -185,6 +193,10 @@ class SearchSection(_Section):
         "in all begin with three times as many, no two of them alike; at 1/8, 1/4 and 1/2 the "
         "better half goes on, and who the error does not tell from it.", "",
         "halving: arXiv:1502.07943")
+    keep_retrieval: bool | Literal["auto"] = _key(
+        "auto", "Keep the layers with a KV cache without which the parent copies and recalls at least a "
+        "quarter less; the mean KL hardly sees them. auto: where workload.context is 32k or more.", "",
+        "arXiv:2510.19861")
     keep: int = _key(
         10_000, "At most this many candidates are written to candidates.csv and .json, best first; it "
         "does not narrow what is searched.", "candidates", ge=1, le=1_000_000)

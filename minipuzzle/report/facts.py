@@ -310,3 +310,43 @@ def expert_rows(report: Report) -> list[dict[str, Any]]:
     layers = sorted({layer for name in models for layer in report.expert_load[name]}, key=int)
     return [{"layer": layer, **{name: cell(report.expert_load[name].get(layer)) for name in models}}
             for layer in layers]
+
+
+RETRIEVAL = {"parent": "parent", "candidate": "pruned, not trained", "result": "result"}
+
+
+def retrieval_rows(report: Report) -> list[dict[str, Any]]:
+    """For each model: what it copies and recalls, and its KL to the parent there; then by distance."""
+    rows = []
+    for name, label in RETRIEVAL.items():
+        found = report.retrieval.get(name) or {}
+        if found.get("accuracy") is None:
+            continue
+        row = {"model": label}
+        for task in ("copy", "recall"):
+            row[f"{task}, right"] = _with_error(found, f"{task}_accuracy", percent)
+        row["KL there"] = ABSENT if name == "parent" else _with_error(found, "kl", number)
+        for part in found.get("distances") or []:
+            row[f"copy up to {part['up_to']:,} tokens back"] = percent(part.get("copy_accuracy"))
+        rows.append(row)
+    return rows
+
+
+def _with_error(found: Mapping[str, Any], name: str, form: Callable[[float | None], str]) -> str:
+    error = found.get(f"{name}_stderr")
+    return form(found[name]) + ("" if error is None else f" \N{PLUS-MINUS SIGN} {form(error)}")
+
+
+def retrieval_note(report: Report) -> str:
+    """What is asked, and which layers carry it."""
+    lost = [row for row in report.scores.layers if row.get("retrieval_lost") is not None and row.get("kind") in KINDS]
+    kept = report.result.kept_layers
+    text = ("Random tokens that stood in the context come again: copy continues a span of them, recall the value after "
+            "its key. ")
+    if not lost:
+        return text + "The parent is not better at it than chance."
+    some = [f"{row['layer']} ({KINDS[row['kind']].label}"
+            f"{', gone' if kept is not None and row['layer'] not in kept else ''}) "
+            f"{_with_error(row, 'retrieval_lost', percent)}"
+            for row in sorted(lost, key=lambda row: -float(row["retrieval_lost"]))[:5]]
+    return text + f"The share of the parent's right answers that is lost without one layer: {', '.join(some)}."

@@ -203,6 +203,8 @@ class Report(Part):
     samples: Samples = Samples()
     # of the parent, the pruned and the distilled model: layer -> the share of tokens of each expert
     expert_load: dict[str, dict[str, list[float]]] = {}
+    # of the parent, the candidate before training and the result, as evaluate/retrieval.py gives it
+    retrieval: dict[str, dict[str, Any]] = {}
     recipe: str | None = None
     versions: dict[str, str] = {}
     hashes: dict[str, str | None] = {}

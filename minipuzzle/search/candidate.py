@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ class Candidate:
 
     predicted: `layers` and `widths` damage (null where not scored), their standard errors, what
     both add `together` where that was measured, and the sum `damage`. measured, before any
-    training, on held-out blocks: `loss`, `kl`, `accuracy`, `agreement` and standard errors.
-    after_distillation: the same after the tournament; of a student that diverged `loss` alone,
-    NaN. JSON has null for what is not finite.
+    training, on held-out blocks: `loss`, `kl`, `accuracy`, `agreement` and standard errors, and
+    `retrieval` (evaluate/retrieval.py). after_distillation: the same after the tournament; of a
+    student that diverged `loss` alone, NaN. JSON has null for what is not finite.
     """
 
     name: str
@@ -30,8 +30,8 @@ class Candidate:
     kept_layers: tuple[int, ...]
     cost: Cost
     predicted: dict[str, float | None]
-    measured: Mapping[str, float | None] | None = None
-    after_distillation: Mapping[str, float | None] | None = None
+    measured: Mapping[str, Any] | None = None
+    after_distillation: Mapping[str, Any] | None = None
     chosen: bool = False
 
     def __str__(self) -> str:
@@ -60,13 +60,26 @@ class Candidate:
         out |= self.cost.to_json()
         for prefix, values in (("predicted", self.predicted), ("measured", self.measured or {}),
                                ("after_distillation", self.after_distillation or {})):
-            out |= {f"{prefix}_{k}": v for k, v in values.items()}
+            out |= {f"{prefix}_{k}": v for k, v in _flat(values)}
         return out | {"kept_layers": " ".join(map(str, self.kept_layers))}
 
 
-def _finite(values: Mapping[str, float | None] | None) -> dict[str, float | None] | None:
-    """As JSON can hold them."""
-    return None if values is None else {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
+def _finite(value: Any) -> Any:
+    """As JSON can hold it."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(name, value) with the names of nested ones joined; no lists."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}_{inner}", v) for inner, v in _flat(value))
+        elif not isinstance(value, list):
+            yield name, value
 
 
 def to_frame(candidates: list[Candidate]) -> pd.DataFrame:

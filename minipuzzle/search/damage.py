@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,6 +42,7 @@ class Damage:
     pairs_NLL: np.ndarray | None = None
     together: Together | None = None
     axis_names: tuple[str, ...] = ()
+    keep: frozenset[int] = frozenset()  # layers that may not go
 
     def widths(self, index_WA: np.ndarray) -> np.ndarray | None:
         """[W] damage by the widths at these indices of the axes."""
@@ -148,7 +150,8 @@ def predict(parent: Architecture, space: Space, scores: LayerScores | None, curv
                          "measures; give --scores, or use search.damage additive")
     known = Damage(()) if scores is None else _of_layers(parent, scores, metric, damage)
     order_L = None if scores is None else scores.order
-    orders = tuple(drop_order(parent, kind, known.values_L, order_L) for kind in parent.drops.values())
+    keep = frozenset() if scores is None else scores.keep
+    orders = tuple(drop_order(parent, kind, known.values_L, order_L, keep) for kind in parent.drops.values())
     axes = axes_stderr = None
     if curves is not None:
         if metric not in curves.table.columns:
@@ -158,7 +161,7 @@ def predict(parent: Architecture, space: Space, scores: LayerScores | None, curv
         if f"{metric}_stderr" in curves.table.columns:
             axes_stderr = tuple(curves.damage(axis, f"{metric}_stderr", np.array(values), _whole(parent, axis, values))
                                 for axis, values in space.widths.items())
-    found = replace(known, orders=orders, axes=axes, axes_stderr=axes_stderr,
+    found = replace(known, orders=orders, keep=keep, axes=axes, axes_stderr=axes_stderr,
                     axis_names=tuple(space.widths))
     if damage != "auto" or curves is None or known.values_L is None:
         return found
@@ -227,17 +230,18 @@ def _interactions(scores: LayerScores, metric: str, asked: bool) -> np.ndarray |
 
 
 def drop_order(parent: Architecture, kind: str, values_L: np.ndarray | None,
-               order_L: np.ndarray | None = None) -> list[int]:
+               order_L: np.ndarray | None = None, keep: AbstractSet[int] = frozenset()) -> list[int]:
     """Layers of a kind (the first of each run that goes together) in the order in which they go: by
     `order_L` where iterative scoring found one, then lowest score first. Of equals the later goes
     first (in the published scores of the 56B FFN 85 and 96 tie at the cut, and 96 went). Without
     scores those nearest to the middle of the stack go first: in every published profile the first
-    and last layers matter most.
+    and last layers matter most. Those in `keep` come last: the space does not reach them.
     """
     layers = np.array(parent.layers_of(kind), int)
     keys = np.abs(2 * layers - (parent.num_layers - 1)) if values_L is None else values_L[layers]
     first = np.zeros(len(layers)) if order_L is None else np.nan_to_num(order_L[layers], nan=np.inf)
-    return [int(i) for i in layers[np.lexsort((-layers, keys, first))]]
+    kept = np.isin(layers, [*keep])
+    return [int(i) for i in layers[np.lexsort((-layers, keys, first, kept))]]
 
 
 def _dropped_sums(values_L: np.ndarray, orders: tuple[list[int], ...], space: Space) -> np.ndarray:

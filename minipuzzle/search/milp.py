@@ -173,7 +173,7 @@ class _Program:
     def _options(self, layer: int) -> list[Option]:
         count = self.parent.num_layers
         tie = ORDER * (count - layer + 0.5 * (layer * GOLDEN % 1)) / count  # sums of sets differ
-        options = [(self.values_L[layer] / self.scale + tie, 1, 0)]
+        options = [] if layer in self.damage.keep else [(self.values_L[layer] / self.scale + tie, 1, 0)]
         if self.kind_L[layer] != self.ffn:
             return [*options, (0.0, 0, 0)]
         widest = self.own[-1] or 1

@@ -18,6 +18,7 @@ from minipuzzle.families.architecture import Architecture
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.grid import search_architectures
+from minipuzzle.search.keep import keep_retrieval
 from minipuzzle.search.milp import solve_architectures
 from minipuzzle.search.rank import rank
 from minipuzzle.search.space import Space
@@ -101,6 +102,7 @@ def find_candidates(recipe: Recipe, parent: Architecture, space: Space, budget: 
         Infeasible: no architecture meets the budget.
     """
     search, metric = recipe.search, recipe.scores.layer_metric
+    space, scores = keep_retrieval(search.keep_retrieval, workload.context, parent, space, scores)
     if search.strategy == "milp":
         if search.damage == "quadratic":
             raise InputError("search.damage quadratic needs search.strategy grid; the integer program adds them up")

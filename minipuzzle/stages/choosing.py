@@ -11,11 +11,14 @@ from pathlib import Path
 
 from minipuzzle.core.files import write_json
 from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.evaluate import retrieval
 from minipuzzle.evaluate.quality import measure_variants
+from minipuzzle.evaluate.retrieval import make_probe
 from minipuzzle.pipeline.plan import Estimate, Plan, budget_of
 from minipuzzle.pipeline.stage import Given, Stage
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.grid import random_architectures
+from minipuzzle.search.keep import keep_retrieval
 from minipuzzle.search.rank import diverse
 from minipuzzle.search.space import resolve_space
 from minipuzzle.stages.candidates import find_candidates, read_candidates, write_candidates
@@ -51,13 +54,18 @@ def measure_candidates(given: Given) -> list[Path]:
     controls = _draw_controls(given)
     variants = [cutter.variant(c.architecture, c.kept_layers) for c in (*chosen, *controls)]
     run = given.passes(given.selection_ids(), f"{len(chosen)} candidates")
-    found = measure_variants(cutter, cutter.variant(arch, tuple(range(arch.num_layers))), variants, run)
+    whole = cutter.variant(arch, tuple(range(arch.num_layers)))
+    found = measure_variants(cutter, whole, variants, run)
+    probe = make_probe(arch.vocab_size, given.settings.calibration.probe_context)
+    again = given.passes(probe.ids_NT, f"retrieval of {len(chosen)} candidates", part="retrieval")
+    retrieved = retrieval.measure_variants(probe, cutter, whole, variants, again)[1:]
+    measured = [{**quality, "retrieval": found} for quality, found in zip(found, retrieved, strict=True)]
     folder = given.folder / "search"
     files = [folder / "measured.json", folder / "controls.json"]
     if given.ranks.main:
-        write_json(files[0], {c.name: m for c, m in zip(chosen, found[: len(chosen)], strict=True)})
+        write_json(files[0], {c.name: m for c, m in zip(chosen, measured[: len(chosen)], strict=True)})
         write_candidates(files[1], [replace(c, measured=m)
-                          for c, m in zip(controls, found[len(chosen):], strict=True)])
+                          for c, m in zip(controls, measured[len(chosen):], strict=True)])
     return files
 
 
@@ -66,13 +74,17 @@ def _draw_controls(given: Given) -> list[Candidate]:
     r, arch = given.settings, given.parent.arch
     if r.search.strategy != "grid":
         return []
-    return random_architectures(arch, resolve_space(dict(r.space), arch), budget_of(r, arch), r.workload.build(),
-                                *_scores(given), r.scores.layer_metric, r.search.damage, CONTROLS, given.seed)
+    layers, curves = _scores(given)
+    space, kept = keep_retrieval(r.search.keep_retrieval, r.workload.context, arch,
+                                 resolve_space(dict(r.space), arch), layers)
+    return random_architectures(arch, space, budget_of(r, arch), r.workload.build(), kept, curves,
+                                r.scores.layer_metric, r.search.damage, CONTROLS, given.seed)
 
 
 def _measure_estimate(plan: Plan) -> Estimate:
     students = min(plan.recipe.search.measure + CONTROLS, plan.feasible)
-    return Estimate(plan.held_out_tokens * (plan.parent_flops + plan.student_flops * students),
+    tokens = plan.held_out_tokens + plan.retrieval_tokens
+    return Estimate(tokens * (plan.parent_flops + plan.student_flops * students),
                     memory_bytes=plan.layers_bytes)
 
 
@@ -81,11 +93,12 @@ SEARCH = Stage(
     "search", search, lambda plan: Estimate(seconds=1.0),
     settings=lambda recipe: (
         "budget", "workload", "space", "scores.layer_metric", "search.strategy", "search.damage", "search.export",
-        "search.keep", *(("search.measure",) if recipe.search.strategy == "milp" else ())),
+        "search.keep", "search.keep_retrieval", *(("search.measure",) if recipe.search.strategy == "milp" else ())),
     world=("model",), after=_LAYERS_AND_WIDTHS)
 MEASURE = Stage(
     "measure", measure_candidates, _measure_estimate,
     settings=("budget", "workload", "space", "scores.layer_metric", "search.strategy", "search.damage",
-              "search.measure", "surgery.hidden", "evaluation.samples", "calibration.sequence_length"),
+              "search.measure", "search.keep_retrieval", "surgery.hidden", "evaluation.samples",
+              "calibration.sequence_length", "calibration.retrieval_context"),
     world=("model", "tokenizer", "evaluation.data", "seed", "precision"), after=(*_LAYERS_AND_WIDTHS, "search"),
     shared=True)

@@ -21,9 +21,10 @@ from minipuzzle.core.files import replace_folder, write_atomic, write_json
 from minipuzzle.distill.loop import distill_model
 from minipuzzle.distill.trained import load_best
 from minipuzzle.evaluate.quality import Reference, measure, measure_variants
+from minipuzzle.evaluate.retrieval import make_probe, measure_models
 from minipuzzle.evaluate.sample import greedy
 from minipuzzle.models.stream import StreamedModel
-from minipuzzle.models.walk import Model
+from minipuzzle.models.walk import Model, Source
 from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline.plan import Estimate, Plan
 from minipuzzle.pipeline.stage import Given, Stage
@@ -126,8 +127,9 @@ def export(given: Given) -> list[Path]:
     if result["parameters"] != candidate.cost.parameters:
         raise AssertionError(f"{result['parameters']} parameters written, {candidate.cost.parameters} priced")
     model = Model.load(written, parent.device, parent.dtype) if ranks.size == 1 else None
-    result["distilled"] = (reference.measure(StreamedModel.open(written, parent.device, parent.dtype)) if model is None
-                           else measure(model, reference))
+    source = model or StreamedModel.open(written, parent.device, parent.dtype)
+    result["distilled"] = reference.measure(source) if model is None else measure(model, reference)
+    result["retrieval"] = _retrieval(given, candidate, source)
     given.update(0.7, "writing samples")
     path = given.folder / "search" / "result.json"
     with ranks.together():
@@ -161,6 +163,14 @@ def _sliced(given: Given, candidate: Candidate, reference: Reference) -> dict[st
     return measure_variants(cutter, whole, [cut], given.passes(given.final_ids()))[0]
 
 
+def _retrieval(given: Given, candidate: Candidate, result: Source) -> dict[str, Any]:
+    """Of the parent, of the candidate before training where it was measured, and of the result."""
+    source = given.parent.source
+    probe = make_probe(source.arch.vocab_size, given.settings.calibration.probe_context)
+    parent, found = measure_models(probe, source, [result], given.passes(probe.ids_NT, "retrieval"))
+    return {"parent": parent, "candidate": (candidate.measured or {}).get("retrieval"), "result": found}
+
+
 def _samples(given: Given, ids_T: torch.Tensor, models: dict[str, Model], prompt_tokens: int = 48,
              new_tokens: int = 48) -> dict[str, str]:
     """The same held-out prompt continued greedily by each model."""
@@ -179,7 +189,7 @@ def _distill_estimate(plan: Plan) -> Estimate:
 
 
 def _export_estimate(plan: Plan) -> Estimate:
-    return Estimate(3.0 * plan.held_out_tokens * plan.parent_flops, seconds=15.0,
+    return Estimate((3.0 * plan.held_out_tokens + 2 * plan.retrieval_tokens) * plan.parent_flops, seconds=15.0,
                     memory_bytes=plan.student_stage_bytes, disk_bytes=8 * plan.largest.parameters)
 
 

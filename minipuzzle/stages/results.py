@@ -81,6 +81,7 @@ def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, 
         "defaults": _defaults(recipe),
         "samples": found["samples"],
         "expert_load": found.get("expert_load", {}),
+        "retrieval": {name: one for name, one in found["retrieval"].items() if one},
     })
 
 

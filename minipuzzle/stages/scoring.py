@@ -9,19 +9,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from minipuzzle.core.files import write_json
 from minipuzzle.core.scores import DROPPED, TOGETHER, LayerScores
+from minipuzzle.evaluate.retrieval import Retrieval, make_probe, measure_variants
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.importance.curves import measure_curves, measure_cuts
 from minipuzzle.importance.layers import Scored, score_iteratively
 from minipuzzle.importance.layers import score as score_all
 from minipuzzle.importance.racing import Race
 from minipuzzle.models.passes import Pass
+from minipuzzle.models.walk import Whole
 from minipuzzle.pipeline.plan import Estimate, Plan
 from minipuzzle.pipeline.stage import Given, Stage
 from minipuzzle.recipes.schema import Recipe, SpaceSection
 from minipuzzle.search.damage import predict
+from minipuzzle.search.keep import LOST, keep_retrieval, wants_retrieval
 from minipuzzle.search.space import Space, resolve_space
 from minipuzzle.search.together import design
 from minipuzzle.stages.notes import parent_notes, unreached_note
@@ -57,13 +61,27 @@ def score_layers_and_widths(given: Given) -> list[Path]:
     found = _score(given.settings, given.passes(given.calibration_ids()))
     if note := unreached_note(found.widths):
         given.say(note)
+    parent, columns = _score_retrieval(given)
     if given.ranks.main:
-        found.layers.write(folder / "layers.csv")
+        replace(found.layers, table=found.layers.table.assign(**columns)).write(folder / "layers.csv")
         found.widths.write(folder / "widths.safetensors")
         write_json(folder / "scoring.json", {"samples": found.samples, "available": found.available,
-                                             "layer_forwards": found.forwards})
+                                             "layer_forwards": found.forwards, "retrieval": parent})
     return [folder / name for name in ("layers.csv", "interactions.safetensors", "samples.safetensors",
                                        "widths.safetensors", "scoring.json")]
+
+
+def _score_retrieval(given: Given) -> tuple[Retrieval, dict[str, list[Any]]]:
+    """What the parent finds again in its context, and columns of the layers without each of which
+    it was measured."""
+    source = given.parent.source
+    probe, whole = make_probe(source.arch.vocab_size, given.settings.calibration.probe_context), Whole(source)
+    parent, *without = measure_variants(probe, whole, whole.variant(),
+                                        [whole.variant({i}) for i in range(source.arch.num_layers)],
+                                        given.passes(probe.ids_NT, "retrieval", part="retrieval"))
+    return parent, {column: [one[key] for one in without] for key, column in
+                    (("kl", "retrieval_kl"), ("kl_stderr", "retrieval_kl_stderr"),
+                     ("lost", LOST), ("lost_stderr", f"{LOST}_stderr"))}
 
 
 def _score(settings: Recipe, run: Pass) -> Scored:
@@ -113,13 +131,17 @@ def measure_width_curves(given: Given) -> list[Path]:
 
 def _orders(given: Given, space: Space) -> tuple[list[int], ...]:
     """The layers of each kind in the order in which the search lets them go."""
-    layers = LayerScores.read(given.file("scores/layers.csv"))
-    return predict(given.parent.arch, space, layers, None, given.settings.scores.layer_metric).orders
+    s, arch = given.settings, given.parent.arch
+    kept: LayerScores | None = LayerScores.read(given.file("scores/layers.csv"))
+    if hasattr(s, "search"):  # else it keeps nothing, and does not see whether it should
+        space, kept = keep_retrieval(s.search.keep_retrieval, s.workload.context, arch, space, kept)
+    return predict(arch, space, kept, None, s.scores.layer_metric).orders
 
 
 def _score_estimate(plan: Plan) -> Estimate:
     walks = plan.parent.num_layers / 2 + 2
-    return Estimate(plan.calibration_tokens * plan.parent_flops * walks, memory_bytes=plan.layers_bytes)
+    return Estimate((plan.calibration_tokens + plan.retrieval_tokens) * plan.parent_flops * walks,
+                    memory_bytes=plan.layers_bytes)
 
 
 def _curves_estimate(plan: Plan) -> Estimate:
@@ -135,5 +157,8 @@ SCORE = Stage(
     world=("model", "tokenizer", "calibration.data", "precision"), shared=True)
 CURVES = Stage(
     "curves", measure_width_curves, _curves_estimate,
-    settings=("calibration", "surgery.hidden", "scores.layer_metric", "space"),
+    settings=lambda recipe: (
+        "calibration", "surgery.hidden", "scores.layer_metric", "space",
+        *(("search.keep_retrieval", "workload.context")
+          if wants_retrieval(recipe.search.keep_retrieval, recipe.workload.context) else ())),
     world=("model", "tokenizer", "calibration.data", "precision"), after=("score",), shared=True)

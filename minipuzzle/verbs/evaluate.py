@@ -13,7 +13,9 @@ from minipuzzle.core.errors import InputError
 from minipuzzle.core.rundir import RunDir
 from minipuzzle.data.corpus import check_sources
 from minipuzzle.evaluate.quality import Reference, check_finite, measure
+from minipuzzle.evaluate.retrieval import make_probe, measure_models
 from minipuzzle.evaluate.served import check_tasks, latency, tasks
+from minipuzzle.models.passes import Pass
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model
@@ -51,7 +53,7 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
     with tempfile.TemporaryDirectory() as scratch:
         world = World(folder, recipe, 0, ranks.device, Path(scratch) / "tokens")
         tokens = tokenize_stage(("evaluation",))
-        reporter.start({"tokenize": 5.0, "measure": 30.0} | ({"latency": 30.0} if speed else {})
+        reporter.start({"tokenize": 5.0, "measure": 30.0, "retrieval": 10.0} | ({"latency": 30.0} if speed else {})
                        | ({"tasks": 300.0} if task_names else {}))
         Runner([tokens], recipe, world, RunDir(Path(scratch), hold=False), ranks, reporter).make()
         final_NT = world.held_out_ids(*data)[1]
@@ -60,6 +62,11 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
             reference = Reference(source, final_NT, world.parent.memory.stream_bytes if teacher is None else None,
                                   ranks, lambda done: update(done, ""))
             found = reference.quality() if teacher is None else measure(world.parent.model, reference)
+        probe = make_probe(folder.arch.vocab_size, recipe.calibration.probe_context)
+        with reporter.stage("retrieval", len(probe.ids_NT)) as update:
+            run = Pass(source, probe.ids_NT, memory_bytes=world.parent.memory.stream_bytes,
+                       progress=lambda done: update(done, ""))
+            retrieved = measure_models(probe, source, [] if teacher is None else [world.parent.model], run)[-1]
         check_finite(found, folder.path, world.parent.model, final_NT)
         bytes_per_token = world.blocks("evaluation", "held_out", data[1]).bytes_per_token
     out: dict[str, Any] = {"model": str(folder.path), "teacher": str(other.path) if teacher is not None else None,
@@ -70,6 +77,7 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
         out["paired"] = {"loss_minus_parent": out.pop("loss_minus_parent"),
                          "stderr": out.pop("loss_minus_parent_stderr", None)}
     out |= {"loss_per_byte": found["loss"] / bytes_per_token, "perplexity": _perplexity(found["loss"])}
+    out["retrieval"] = retrieved
     if speed:
         with reporter.stage("latency", 1):
             out["latency"] = latency(folder.path, device, recipe.workload.context, recipe.workload.batch)
