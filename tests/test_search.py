@@ -490,3 +490,41 @@ def test_random_architectures_are_any_of_the_feasible():
     with mock.patch.object(grid, "CHUNK", 5):
         assert draw(0) == first
     assert {(c.kept_layers, c.architecture) for c in draw(1, 10**6)} == set(known)
+
+
+# other orders
+# -------------------------------------------------------------------------------------------
+
+
+def quality(kl, accuracy=None, error=0.01):
+    return {"kl": kl, "loss": 1 + kl} | ({} if accuracy is None else {
+        "accuracy": accuracy, "accuracy_stderr": error})
+
+
+def names(candidates, by):
+    return "".join(c.name for c in rank(candidates, by))
+
+
+def test_what_its_error_does_not_tell_apart_is_ordered_by_kl():
+    measured = {"a": quality(0.1, 0.50), "b": quality(0.2, 0.60), "c": quality(0.15, 0.59), "d": quality(0.05, 0.58),
+                "e": quality(0.3, None)}
+    candidates = [dataclasses.replace(candidate("x"), name=name, measured=found) for name, found in measured.items()]
+    assert names(candidates, "kl") == "dacbe"
+    # 0.60 and 0.59 are equal at a standard error of 0.014, and 0.58 is not
+    assert names(candidates, "accuracy") == "cbdae"
+    exact = [dataclasses.replace(c, measured={**(c.measured or {}), "accuracy_stderr": 0.0}) for c in candidates]
+    assert names(exact, "accuracy") == "bcdae"
+    with pytest.raises(InputError, match="agreement: none of 5 measured candidates has it; they have kl, acc"):
+        rank(candidates, "agreement")
+
+
+def test_finalists_are_ordered_by_what_all_of_them_have():
+    after = {"a": quality(0.3, 0.7), "b": quality(0.1, 0.6), "c": {"loss": None}}
+    candidates = [dataclasses.replace(candidate("x"), name=name, measured=quality(0.1, 0.5), after_distillation=found)
+                  for name, found in after.items()]
+    unmeasured = dataclasses.replace(candidate("x"), name="z")
+    assert names([unmeasured, *candidates], "accuracy") == "abcz"  # c diverged
+    assert names([unmeasured, *candidates], "kl") == "bacz"
+    tasks = [dataclasses.replace(c, measured={**(c.measured or {}), "tasks": {"score": score, "score_stderr": 0.01}})
+             for c, score in zip(candidates, (0.1, 0.2, 0.3), strict=True)]
+    assert names(tasks, "tasks") == "bac"  # of the finalists no task was measured: their loss decides

@@ -102,7 +102,7 @@ class Reference:
 @torch.no_grad()
 def measure(model: Model | HybridLM, reference: Reference) -> Quality:
     """loss and kl to the reference (nats per token), accuracy, agreement, and the loss minus the
-    reference's; loss, kl and the difference with stderr. All processes measure a model in shards
+    reference's, each with its stderr. All processes measure a model in shards
     at once."""
     if isinstance(model, HybridLM):
         return reference.compare(model.arch, lambda first, ids, use: model.lm_head(model(ids), use))
@@ -143,8 +143,8 @@ def _values(found: Sequence[TokenMetrics]) -> np.ndarray:
 
 
 def summary(values: np.ndarray, parent_losses: np.ndarray, by_block: bool = False) -> Quality:
-    """Means over samples of [value, sample], with standard errors of loss and kl; and the loss
-    minus the parent's. That difference is paired: its standard error is of the differences sample
+    """Means over samples of [value, sample], with standard errors; and the loss minus the
+    parent's. That difference is paired: its standard error is of the differences sample
     by sample, which cancels most of what makes a text easy or hard. `by_block`: also `losses` and
     `kls` of the samples."""
     rows = dict(zip(_VALUES, values, strict=True))
@@ -152,6 +152,6 @@ def summary(values: np.ndarray, parent_losses: np.ndarray, by_block: bool = Fals
     out: Quality = {"losses": rows["loss"].tolist(), "kls": rows["kl"].tolist()} if by_block else {}
     for name, row in rows.items():
         out[name] = float(row.mean())
-        if name not in ("accuracy", "agreement") and len(row) > 1:
+        if len(row) > 1:
             out[f"{name}_stderr"] = float(row.std(ddof=1) / np.sqrt(len(row)))
     return out

@@ -185,6 +185,11 @@ class SearchSection(_Section):
         48, "How many of the best predicted candidates are cut and measured on held-out text, without "
         "training; at most an eighth of them of one shape. The paper: 130 of about 400.", "candidates",
         _MINIPUZZLE, ge=1, le=100_000)
+    rank: Literal["kl", "accuracy", "agreement", "tasks"] = _key(
+        "kl", "What orders the measured candidates, and the finalists where it was measured of them: KL to "
+        "the parent (finalists: loss), accuracy of the next token, agreement with the parent, or "
+        "`evaluation.tasks`. Those that its standard error does not tell apart are ordered by KL.", "",
+        f"all four: {_MINIPUZZLE}")
     finalists: int = _key(
         4, "How many of the best measured ones are distilled for `distillation.tournament_tokens`; the "
         "best after that wins. The paper: 3.", "candidates", _MINIPUZZLE, ge=1, le=1000)

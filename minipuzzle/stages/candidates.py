@@ -34,11 +34,11 @@ def write_candidates(path: Path, candidates: list[Candidate]) -> None:
     write_atomic(path, json.dumps([c.to_json() for c in candidates], allow_nan=False))
 
 
-def read_candidates(files: Mapping[str, Path], chosen: Candidate | None = None) -> list[Candidate]:
+def read_candidates(files: Mapping[str, Path], chosen: Candidate | None = None, by: str = "kl") -> list[Candidate]:
     """The candidates as the stages that made `files` left them, best first.
 
-    After the tournament the winner is `chosen`, and comes first. `chosen` in its place need not be
-    one of them: a later search may have found it.
+    `by`: the recipe's search.rank. After the tournament the winner is `chosen`, and comes first.
+    `chosen` in its place need not be one of them: a later search may have found it.
 
     Raises:
         CorruptArtifact: a file is damaged.
@@ -48,13 +48,13 @@ def read_candidates(files: Mapping[str, Path], chosen: Candidate | None = None) 
         measured = read_json(files[MEASURED], hint=AGAIN)
         found = [replace(c, measured=measured.get(c.name)) for c in found]
     if TOURNAMENT not in files:
-        return rank(found)
+        return rank(found, by)
     about = read_tournament(files)
     with reading(files[TOURNAMENT], hint=AGAIN):
         first = chosen.name if chosen else about["winner"]
         found += [chosen] if chosen and first not in {c.name for c in found} else []
         found = [replace(c, after_distillation=about["found"].get(c.name), chosen=c.name == first) for c in found]
-    return sorted(rank(found), key=lambda c: not c.chosen)
+    return sorted(rank(found, by), key=lambda c: not c.chosen)
 
 
 def read_controls(files: Mapping[str, Path]) -> list[Candidate]:

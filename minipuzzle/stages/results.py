@@ -48,7 +48,8 @@ def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, 
 
     `given`: of the export; `found`: what it measured. `stages`: with the seconds that each took.
     """
-    candidates, controls = read_candidates(given.files, given.candidate), read_controls(given.files)
+    candidates = read_candidates(given.files, given.candidate, given.settings.search.rank)
+    controls = read_controls(given.files)
     chosen, recipe, arch = candidates[0], given.asked, given.parent.arch
     parent, plain, pruned, final = (found[name] for name in ("parent", "sliced", "pruned", "distilled"))
     gap = plain["loss"] - parent["loss"]

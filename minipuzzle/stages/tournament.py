@@ -54,7 +54,7 @@ def tournament(given: Given) -> list[Path]:
     """
     d, search = given.settings.distillation, given.settings.search
     share = min(d.tournament_tokens, d.tokens)
-    every = read_candidates(given.files)
+    every = read_candidates(given.files, by=search.rank)
     steps = train_settings(given).steps(d.sequence_length, share)
     finalists, marks = every[: search.finalists], [steps]
     if search.tournament == "halving":
@@ -85,7 +85,7 @@ def tournament(given: Given) -> list[Path]:
             raise Diverged(f"{said}; lower distillation.learning_rate ({d.learning_rate}): the stages before the "
                            "tournament are kept")
         given.say(f"{said}: they come last")
-    best = rank([replace(c, after_distillation=found.get(c.name)) for c in every])[0]
+    best = rank([replace(c, after_distillation=found.get(c.name)) for c in every], search.rank)[0]
     path = given.folder / "search" / "tournament.json"
     if given.ranks.main:
         write_json(path, {"key": given.key, "winner": best.name, "found": found,
@@ -143,5 +143,5 @@ def _tournament_estimate(plan: Plan) -> Estimate:
 
 TOURNAMENT = Stage(
     "tournament", tournament, _tournament_estimate,
-    settings=("search.finalists", "search.tournament", *TRAINING[0]), world=TRAINING[1],
+    settings=("search.finalists", "search.tournament", "search.rank", *TRAINING[0]), world=TRAINING[1],
     after=("score", "curves", "search", "measure"), shared=True)

@@ -71,7 +71,7 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
         bytes_per_token = world.blocks("evaluation", "held_out", data[1]).bytes_per_token
     out: dict[str, Any] = {"model": str(folder.path), "teacher": str(other.path) if teacher is not None else None,
                            "tokens": reference.ids.numel()}
-    of_one = ("loss", "loss_stderr", "accuracy")
+    of_one = ("loss", "loss_stderr", "accuracy", "accuracy_stderr")
     out |= {k: v for k, v in found.items() if teacher is not None or k in of_one}
     if teacher is not None:
         out["paired"] = {"loss_minus_parent": out.pop("loss_minus_parent"),

@@ -135,7 +135,7 @@ def write_results(runner: Runner) -> Run:
     if "quantize" in runner.stages:
         quantised = read_json(path / "quantized" / "quantization.json", hint=AGAIN)
         report = report.model_copy(update={"quantization": quantised})
-    found = read_candidates(given.files, given.candidate)
+    found = read_candidates(given.files, given.candidate, recipe.search.rank)
     write_json(path / "candidates.json", candidates_document(
         budget_of(recipe, arch), recipe.workload.build(), given.parent.folder.path.name, arch, found))
     frame = to_frame(found)
