@@ -22,9 +22,9 @@ from minipuzzle.evaluate.retrieval import make_probe, measure_models, measure_va
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.walk import Model, Whole
 from minipuzzle.models.weights import open_model
+from minipuzzle.pages.html import render_html
 from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.report import facts
-from minipuzzle.report.html import render_html
 from minipuzzle.report.report import Report
 from minipuzzle.search.keep import carriers, keep_retrieval
 from minipuzzle.search.space import resolve_space
