@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from minipuzzle.core.published import find_config
-from minipuzzle.data.blocks import load_blocks, tokenize
+from minipuzzle.data.blocks import load_blocks
+from minipuzzle.data.writer import tokenize
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.registry import family_of
 from minipuzzle.importance.layers import score

@@ -28,7 +28,8 @@ from transformers.utils import logging
 
 from minipuzzle.core.budget import Budget
 from minipuzzle.costs.cost import cost
-from minipuzzle.data.blocks import load_blocks, tokenize
+from minipuzzle.data.blocks import load_blocks
+from minipuzzle.data.writer import tokenize
 from minipuzzle.evaluate.quality import measure_variants
 from minipuzzle.importance.curves import measure_curves
 from minipuzzle.importance.layers import score

@@ -23,7 +23,8 @@ from scipy.stats import spearmanr
 from transformers import AutoTokenizer
 
 from minipuzzle.core.scores import LayerScores
-from minipuzzle.data.blocks import load_blocks, tokenize
+from minipuzzle.data.blocks import load_blocks
+from minipuzzle.data.writer import tokenize
 from minipuzzle.evaluate.quality import measure_variants
 from minipuzzle.importance.layers import score_iteratively
 from minipuzzle.importance.racing import Race

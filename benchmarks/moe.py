@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from minipuzzle.core.scores import WidthScores
-from minipuzzle.data.blocks import load_blocks, tokenize
+from minipuzzle.data.blocks import load_blocks
 from minipuzzle.data.tokenizer import load_tokenizer
+from minipuzzle.data.writer import tokenize
 from minipuzzle.distill.loop import TrainSettings, distill_together
 from minipuzzle.distill.trained import read_metrics
 from minipuzzle.distill.trainer import Pupil

@@ -35,7 +35,8 @@ from transformers import AutoTokenizer
 from minipuzzle.core.budget import Workload
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.costs.cost import cost
-from minipuzzle.data.blocks import load_blocks, tokenize
+from minipuzzle.data.blocks import load_blocks
+from minipuzzle.data.writer import tokenize
 from minipuzzle.distill.loop import TrainSettings, distill_model, distill_together
 from minipuzzle.distill.trained import read_metrics
 from minipuzzle.distill.trainer import Pupil

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minipuzzle.data.blocks import load_blocks, tokenize
+from minipuzzle.data.blocks import load_blocks
 from minipuzzle.data.corpus import documents, is_held_out
+from minipuzzle.data.writer import tokenize
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.models.logits import token_metrics
 from minipuzzle.models.module import HybridLM

@@ -180,6 +180,10 @@ def _memory(ctx: click.Context, param: click.Parameter, text: str | None) -> int
     return None if text is None else parse_quantity(text, "bytes")
 
 
+def _count(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    return None if text is None else max(1, parse_quantity(text, "decimal"))
+
+
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
 
@@ -214,7 +218,7 @@ def recipe_options(*sections: str) -> Decorator:
                                          "recipe's. Repeatable."))
     if not sections or "calibration" in sections:
         options.append(click.option("--data", help="stdlib, a text, JSONL or parquet file or folder, "
-                                                   "hf:owner/name; or a=0.7,b=0.3."))
+                                                   "hf:owner/name, tokens:DIR; or a=0.7,b=0.3."))
 
     def decorate(command: Command) -> Command:
         @_options(*options)
@@ -485,6 +489,32 @@ def score(model: str, recipe: Recipe, as_json: bool, **options: Any) -> None:
         return
     _print({"path": str(path), "layers": records(table)}, as_json,
            [table.to_string(index=False), f"scores      {path}"])
+
+
+@main.command()
+@model_argument
+@click.option("--data", required=True, help="stdlib, a text, JSONL or parquet file or folder, or hf:owner/name.")
+@click.option("-o", "--output-dir", required=True, type=_Path(), help="Where the tokens go.")
+@click.option("--tokens", metavar="COUNT", callback=_count,
+              help="Stop after about so many to train on, for example 2.5B. Default: all there are.")
+@click.option("--workers", type=click.IntRange(1, 1024), help="Processes. Default: one for each core.")
+@json_option
+def tokenize(model: str, data: str, output_dir: Path, tokens: int | None, workers: int | None, as_json: bool) -> None:
+    """Tokenise texts once, for any number of runs: --data tokens:DIR.
+
+    MODEL is a folder or a Hub id; only its tokenizer is read. The same command continues after a stop.
+
+    \b
+    minipuzzle tokenize my-model --data texts/ -o my-tokens
+    minipuzzle prune my-model --data tokens:my-tokens
+    """
+    from minipuzzle.pipeline.progress import Terminal
+    from minipuzzle.verbs.tokenize import tokenize_data
+
+    interrupt.install(keeps=True)
+    found = tokenize_data(model, data, output_dir, tokens, workers, Terminal())
+    _print(found, as_json, [f"{split:11} {count:,} tokens" for split, count in found["tokens"].items()]
+           + [f"documents   {found['documents']:,}", f"use         --data {found['data']}"])
 
 
 @main.command()

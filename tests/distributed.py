@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from test_distill import KEPT, SETTINGS, STEP_TOKENS, blocks, student, tiny_model
@@ -27,6 +28,17 @@ from minipuzzle.distill import loop, state
 from minipuzzle.distill.loop import distill_model
 from minipuzzle.distill.sharding import whole
 from minipuzzle.models.ranks import Ranks, end_process, open_ranks
+
+
+class Counted(np.ndarray):
+    """An array that counts the elements that are taken out of it; slices of it count too."""
+
+    taken = 0
+
+    def __getitem__(self, which: Any) -> Any:
+        found = np.asarray(self)[which]
+        Counted.taken += found.size
+        return found
 
 
 def train(folder: Path, stop: int, options: dict[str, Any], ranks: Ranks,
@@ -40,8 +52,11 @@ def train(folder: Path, stop: int, options: dict[str, Any], ranks: Ranks,
 
     pupil = student()
     # with ends of documents: the processes have different numbers of places with a loss
-    distill_model(pupil, tiny_model(), replace(blocks(), end_token=3), replace(SETTINGS, **options), folder,
+    text = replace(blocks(), end_token=3)
+    text = replace(text, tokens=text.tokens.view(Counted))
+    distill_model(pupil, tiny_model(), text, replace(SETTINGS, **options), folder,
                   stop * STEP_TOKENS, ranks=ranks, layers=KEPT, progress=progress)
+    (folder / f"read-{ranks.size}-{ranks.rank}.txt").write_text(str(Counted.taken))
     named = pupil.parameters_by_name()
     out = {f"model.{n}": whole(p.detach()).clone() for n, p in named.items()}
     return out | {f"grad.{n}": whole(p.grad).clone() for n, p in named.items() if p.grad is not None}

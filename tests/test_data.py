@@ -21,7 +21,7 @@ from minipuzzle.core.errors import CorruptArtifact, InputError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data import corpus
 from minipuzzle.data.blend import ROUND, BlendedBlocks
-from minipuzzle.data.blocks import TokenBlocks, load_blocks, tokenize
+from minipuzzle.data.blocks import TokenBlocks, load_blocks
 from minipuzzle.data.corpus import (
     HELD_OUT_EVERY,
     SKIPPED_FOLDERS,
@@ -33,6 +33,7 @@ from minipuzzle.data.corpus import (
     is_held_out,
     parse_blend,
 )
+from minipuzzle.data.writer import tokenize
 
 TEXTS = [f"document {i}: {'word ' * (i % 7 + 1)}é 𝄞\n" for i in range(300)]
 
@@ -134,8 +135,8 @@ def test_held_out_is_what_it_always_was() -> None:
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.txt", b"\xff\xfe\x00bad", "not UTF-8"), ("a.jsonl", b'{"text": "good"}\n{"text": \n', "line 2: not JSON"),
-    ("a.jsonl", b'{"text": "good"}\n[1]\n', "row 1: no text"), ("a.jsonl", b'{"body": "x"}\n', "row 0: no text"),
-    ("a.jsonl", b'{"text": 5}\n', "row 0: no text"), ("a.jsonl", b'{"text": "\xff"}\n', "UTF-8"),
+    ("a.jsonl", b'{"text": "good"}\n\n[1]\n', "line 3: no text"), ("a.jsonl", b'{"body": "x"}\n', "line 1: no text"),
+    ("a.jsonl", b'{"text": 5}\n', "line 1: no text"), ("a.jsonl", b'{"text": "\xff"}\n', "UTF-8"),
     ("a.parquet", b"PAR1 no parquet PAR1", "parquet"), ("a.parquet", b"", "parquet")])
 def test_unreadable_data(tmp_path: Path, tokenizer: Any, name: str, content: bytes, message: str) -> None:
     """One line that names the file, and nothing left behind."""
@@ -172,9 +173,11 @@ def test_only_hf_goes_to_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for source, message in (("texst", r"no such file or folder \(did you mean texts\?\)"), ("stdlb", "did you mean stdlib"),
                             ("squad", "no such file"), ("owner/name", "Hub is written hf:owner/name"), ("", "data is empty"),
                             ("hf:squad", r"written hf:owner/name\[:config\]"), ("hf:a/b#", "written hf:"), ("hf:", "written hf:"),
-                            ("tokens:old", "cannot be read yet"), ("stdlib=1,texst=2", "did you mean texts"),
+                            ("tokens:old", "no tokens there; 'minipuzzle tokenize"), ("tokens:", "write tokens:FOLDER"), ("stdlib=1,texst=2", "did you mean texts"),
                             ("a" * 300, "File name too long"), ("a\0b", "NUL character")):
         for read in (check_sources, lambda name: [list(documents(part)) for part in parse_blend(name) if part != "stdlib"]):
+            if source.startswith("tokens:") and read is not check_sources:
+                continue
             with pytest.raises(InputError, match=message):
                 read(source)
     assert asked == []
@@ -306,18 +309,18 @@ def test_tokens_are_made_once(tokenised: Path, texts: Path, tokenizer: Any, tmp_
     assert {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in tokenised.iterdir()} == before
     assert sorted(before) == ["held_out.bin", "tokens.json", "train.bin"]
     heard: list[int] = []
-    tokenize(str(texts), tokenizer, tmp_path / "other", "id", heard.append)
+    tokenize(str(texts), tokenizer, tmp_path / "other", "id", lambda done, *rest: heard.append(done))
     assert heard[-1] == 400
     assert heard == sorted(heard)
     for name in ("held_out.bin", "train.bin", "tokens.json"):
         assert (tmp_path / "other" / name).read_bytes() == before[name][0]
-    tokenize(str(texts), tokenizer, tmp_path / "other", "another tokenizer", heard.append)  # made again
+    tokenize(str(texts), tokenizer, tmp_path / "other", "another tokenizer", lambda done, *rest: heard.append(done))  # made again
     assert len(heard) == 2 * heard.index(400) + 2
     assert json.loads((tmp_path / "other" / "tokens.json").read_text())["tokenizer"] == "another tokenizer"
 
 
 def test_stopped_in_the_middle(texts: Path, tokenizer: Any, tokenised: Path, tmp_path: Path) -> None:
-    def stop(done: int) -> None:
+    def stop(done: int, *rest: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -343,7 +346,7 @@ class Counting:
 
 
 def test_stopped_tokens_go_on_where_they_were(texts: Path, tokenizer: Any, tokenised: Path, tmp_path: Path) -> None:
-    def stop(done: int) -> None:
+    def stop(done: int, *rest: Any) -> None:
         if done >= 192:
             raise Interrupted(15)
 
@@ -362,7 +365,7 @@ def test_stopped_tokens_go_on_where_they_were(texts: Path, tokenizer: Any, token
 
 @pytest.mark.parametrize("change", ["text", "fewer", "tokenizer", "file"])
 def test_what_was_begun_of_other_data_is_begun_again(texts: Path, tokenizer: Any, tmp_path: Path, change: str) -> None:
-    def stop(done: int) -> None:
+    def stop(done: int, *rest: Any) -> None:
         if done >= 128:
             raise Interrupted(15)
 
@@ -415,7 +418,7 @@ def test_the_first_blocks_of_a_source_without_an_end_do_not_depend_on_how_much_w
         texts: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibration is the same for `score`, which reads little, as for a `prune` that will train on
     much."""
-    monkeypatch.setattr("minipuzzle.data.blocks.has_end", lambda source: False)
+    monkeypatch.setattr("minipuzzle.data.writer.has_end", lambda source: False)
     found = []
     for limit in (2000, 8000):
         tokenize(str(texts), tokenizer, tmp_path / str(limit), "id", enough={"train": limit, "held_out": 50})
@@ -426,11 +429,11 @@ def test_the_first_blocks_of_a_source_without_an_end_do_not_depend_on_how_much_w
 def test_places_that_read_an_end_are_masked(tokenised: Path, tokenizer: Any) -> None:
     blocks = load_blocks(tokenised, "train", 64)
     assert blocks.end_token == tokenizer.eos_token_id is not None
-    ids = blocks.batch(0, 0, 8)
-    mask = blocks.mask(ids)
+    ids = np.stack([blocks.block(i) for i in range(8)])
+    mask = np.stack([blocks.mask(i, ids[i]) for i in range(8)])
     assert 0 < (~mask).sum() < 40
     assert np.array_equal(mask, ids != tokenizer.eos_token_id)
-    assert numbered(5).mask(ids).all()  # nothing is known of ends
+    assert numbered(5).mask(0, ids[0]).all()  # nothing is known of ends
 
 
 def test_blocks_too_long_or_files_too_short(tokenised: Path, tmp_path: Path) -> None:
@@ -576,6 +579,6 @@ def test_a_blend_as_blocks() -> None:
     assert (data.first(8)[:, 0] // 100).tolist() == [0] * 6 + [1] * 2
     assert data.bytes_per_token == pytest.approx(0.75 * 10 + 0.25 * 20)
     assert data.end_token == 7
-    assert data.mask(np.array([[7, 8]])).tolist() == [[False, True]]
+    assert data.mask(10, np.array([7, 8])).tolist() == [False, True]
     assert data.source == "s0=0.75,s1=0.25"
     assert data.corpus_hash != blended(10, 20, weights=(0.5, 0.5)).corpus_hash

@@ -59,6 +59,8 @@ def test_two_processes_are_one(tmp_path: Path, options: dict[str, Any]) -> None:
         parts = rows(tmp_path / "two")[0]
         assert parts["objective"] == pytest.approx(parts["kl"] + 0.5 * parts["loss"] + 0.7 * parts["hidden"], rel=1e-6)
     assert rows(tmp_path / "two")[0]["loss"] == pytest.approx(rows(tmp_path / "one")[0]["loss"], rel=1e-5)
+    # no process reads another's tokens
+    assert [int((tmp_path / "two" / f"read-2-{rank}.txt").read_text()) for rank in (0, 1)] == [STEP_TOKENS // 2] * 2
 
 
 def test_two_processes_in_bf16_are_one(tmp_path: Path) -> None:

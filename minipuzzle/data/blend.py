@@ -31,8 +31,16 @@ class BlendedBlocks(Blocks):
         return int(self._starts[-1])
 
     def block(self, i: int) -> np.ndarray:
+        part, own = self._place(i)
+        return part.block(own)
+
+    def mask(self, i: int, ids_T: np.ndarray) -> np.ndarray:
+        part, own = self._place(i)
+        return part.mask(own, ids_T)
+
+    def _place(self, i: int) -> tuple[TokenBlocks, int]:
         part = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return self.parts[part].block(i - int(self._starts[part]))
+        return self.parts[part], i - int(self._starts[part])
 
     def first(self, count: int) -> np.ndarray:
         return np.concatenate([p.first(n) for p, n in zip(self.parts, self.shares(count), strict=True) if n])

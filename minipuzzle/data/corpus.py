@@ -1,8 +1,9 @@
-"""Documents, (name, text), of a source or of a blend, `stdlib=0.7,my/texts=0.3`.
+"""Documents, (name, text or chat), of a source or of a blend, `stdlib=0.7,my/texts=0.3`.
 
     stdlib                                      the source of Python's standard library
     hf:owner/name[:config][@revision][#split]   a data set of the Hub, by default its split train;
                                                 the only spelling that goes to the network
+    tokens:FOLDER                               tokens that `minipuzzle tokenize` wrote, no documents
     anything else                               a text, JSONL or parquet file, or a folder of them
 
 One in `HELD_OUT_EVERY` documents, chosen by the hash of its name, is set apart for evaluation and
@@ -30,10 +31,12 @@ from typing import Any
 
 from minipuzzle.core.errors import InputError, MinipuzzleError
 from minipuzzle.core.files import check_regular, our_error
+from minipuzzle.data.chat import Chat
 
-Document = tuple[str, str]
+Document = tuple[str, str | Chat]
 HELD_OUT_EVERY = 50
 PIECE = 2**13  # characters
+READ, ROWS = 2**20, 1024  # characters of a text file, and rows of parquet, that are held at once
 TEXT_KEYS = ("text", "content", "document")
 HUB, TOKENS = "hf:", "tokens:"
 _HUB_SOURCE = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?"
@@ -83,8 +86,31 @@ def check_sources(source: str) -> None:
     for name in parse_blend(source):
         if name.startswith(HUB):
             _hub_source(name)
+        elif folder := made_before(name):
+            _check_folder(name, folder)
         elif name != "stdlib":
             _files(name)
+
+
+def made_before(source: str) -> Path | None:
+    """The folder of `tokens:FOLDER`; None for sources of text."""
+    return Path(source.removeprefix(TOKENS)) if source.startswith(TOKENS) else None
+
+
+def _check_folder(source: str, folder: Path) -> None:
+    if not source.removeprefix(TOKENS).strip():
+        raise InputError(f"data {source!r}: write {TOKENS}FOLDER")
+    if not (folder / "tokens.json").is_file():
+        begun = (folder / "progress.json").is_file()
+        raise InputError(f"data {source!r}: {'they are not finished' if begun else 'no tokens there'}; 'minipuzzle "
+                         f"tokenize MODEL --data TEXTS -o {folder}' {'goes on' if begun else 'writes them'}")
+
+
+def size_bytes(source: str) -> int:
+    """Of the source's texts, about, to tell how much is left; 0 where that is not known."""
+    if source == "stdlib" or source.startswith(HUB):
+        return 0
+    return sum(_parquet_bytes(file) if file.suffix == ".parquet" else file.stat().st_size for file in _files(source))
 
 
 def documents(source: str) -> Iterator[Document]:
@@ -116,8 +142,6 @@ def _files(source: str) -> list[Path]:
     """
     if not source.strip():
         raise InputError("data is empty; name a file or a folder, 'stdlib' or hf:owner/name")
-    if source.startswith(TOKENS):
-        raise InputError(f"data {source!r}: tokens made before cannot be read yet; give the text")
     path = Path(source)
     try:
         path.stat()
@@ -173,10 +197,11 @@ def identity(source: str) -> str:
         return ", ".join(f"{identity(name)}={weight:g}" for name, weight in blend.items())
     if source == "stdlib":
         return f"stdlib of Python {platform.python_version()}"
-    if source.startswith(HUB) or not os.path.exists(source):
+    if source.startswith(HUB) or not os.path.exists(made_before(source) or source):
         return source
-    path = Path(source).resolve()
-    files = sorted(p for p in path.rglob("*") if p.suffix in _READERS) if path.is_dir() else [path]
+    path = (made_before(source) or Path(source)).resolve()
+    wanted = (".bin", ".json", ".skip") if made_before(source) else _READERS
+    files = sorted(p for p in path.rglob("*") if p.suffix in wanted) if path.is_dir() else [path]
     about = [f"{p.relative_to(path.parent)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files if p.is_file()]
     return f"{path.name} {hashlib.sha256(chr(10).join(about).encode()).hexdigest()[:12]}" if about else source
 
@@ -184,6 +209,8 @@ def identity(source: str) -> str:
 def absolute(source: str) -> str:
     """The source with absolute paths, so that it means the same from every working directory."""
     def one(name: str) -> str:
+        if folder := made_before(name):
+            return f"{TOKENS}{folder.absolute()}"
         known = name == "stdlib" or name.startswith(HUB) or not os.path.exists(name)
         return name if known else str(Path(name).absolute())
 
@@ -206,42 +233,56 @@ def _stdlib() -> Iterator[Document]:
 def _text(path: Path, name: str, least: int = 1) -> Iterator[Document]:
     """In pieces of PIECE to 2 PIECE characters; in shorter ones if there would be fewer than about
     `least`."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); data files are .txt, .md, .py, "
-                          ".jsonl or .parquet") from None
-    start, piece = 0, PIECE if least == 1 else min(PIECE, max(1, len(text) // least))
-    while len(text) - start > 2 * piece:
-        first, last = start + piece, start + 2 * piece
-        end = text.find("\n", first, last) + 1 or text.find(" ", first, last) + 1 or last
-        yield f"{name}#{start}", text[start:end]
-        start = end
-    if start < len(text):
-        yield f"{name}#{start}" if start else name, text[start:]
+    with path.open(encoding="utf-8") as file:
+        def more() -> str:
+            try:
+                return file.read(READ)
+            except UnicodeDecodeError:
+                raise InputError(f"{path} is not UTF-8 text; data files are .txt, .md, .py, .jsonl or .parquet"
+                                 ) from None
+
+        text, start, at = more(), 0, 0  # text[at:] is what is left, from character start + at of the file on
+        piece = PIECE if least == 1 else min(PIECE, max(1, len(text) // least))
+        while text:
+            while len(text) - at > 2 * piece:
+                first, last = at + piece, at + 2 * piece
+                end = text.find("\n", first, last) + 1 or text.find(" ", first, last) + 1 or last
+                yield f"{name}#{start + at}", text[at:end]
+                at = end
+            rest, start, at = text[at:], start + at, 0
+            if not (read := more()):
+                yield f"{name}#{start}" if start else name, rest
+                return
+            text = rest + read
 
 
-def _rows(rows: Iterator[dict[str, Any]], name: str) -> Iterator[Document]:
-    for number, row in enumerate(rows):
+def _rows(rows: Iterator[tuple[str, dict[str, Any]]], name: str) -> Iterator[Document]:
+    """`rows`: (where it is, the row) of each. Messages are a chat, whatever else the row holds."""
+    for number, (place, row) in enumerate(rows):
+        if isinstance(row.get("messages"), list):
+            yield f"{name}:{number}", Chat.read(row, place)
+            continue
         key = next((k for k in TEXT_KEYS if isinstance(row.get(k), str)), None)
         if key is None:
-            raise InputError(f"{name}, row {number}: no text; one of the keys {', '.join(TEXT_KEYS)} must hold it")
+            raise InputError(f"{place}: no text; one of the keys {', '.join(TEXT_KEYS)} must hold it, or "
+                             "messages a chat")
         # JSON may hold one half of a surrogate pair, which is no text
         yield f"{name}:{number}", row[key].encode("utf-8", "replace").decode()
 
 
 def _jsonl(path: Path, name: str) -> Iterator[Document]:
-    def parse() -> Iterator[dict[str, Any]]:
+    def parse() -> Iterator[tuple[str, dict[str, Any]]]:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
+                place = f"{path}, line {number}"
                 try:
                     row = json.loads(line) if line.strip() else None
                 except UnicodeDecodeError:
-                    raise InputError(f"{path}, line {number}: not UTF-8 text") from None
+                    raise InputError(f"{place}: not UTF-8 text") from None
                 except (ValueError, RecursionError) as error:
-                    raise InputError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from None
+                    raise InputError(f"{place}: not JSON ({getattr(error, 'msg', error)})") from None
                 if line.strip():
-                    yield row if isinstance(row, dict) else {}
+                    yield place, row if isinstance(row, dict) else {}
     yield from _rows(parse(), name)
 
 
@@ -249,10 +290,26 @@ def _parquet(path: Path, name: str) -> Iterator[Document]:
     import pyarrow as pa  # comes with `datasets`
     import pyarrow.parquet as pq
 
+    def parse() -> Iterator[tuple[str, dict[str, Any]]]:
+        rows = (row for batch in pq.ParquetFile(path).iter_batches(ROWS) for row in batch.to_pylist())
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))
+
     try:
-        yield from _rows((row for batch in pq.ParquetFile(path).iter_batches() for row in batch.to_pylist()), name)
+        yield from _rows(parse(), name)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise InputError(f"{path} cannot be read as parquet ({(str(error).splitlines() or [''])[0]})") from None
+
+
+def _parquet_bytes(path: Path) -> int:
+    """Of its columns as they are read, where that is written in it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        about = pq.ParquetFile(path).metadata
+        return sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+    except (pa.ArrowException, OSError, ValueError):  # said where it is read
+        return 0
 
 
 def _hub(source: str) -> Iterator[Document]:
@@ -262,7 +319,7 @@ def _hub(source: str) -> Iterator[Document]:
     try:
         stream = load_dataset(about["name"], about["config"], revision=about["revision"],
                               split=about["split"] or "train", streaming=True, trust_remote_code=False)
-        yield from _rows(iter(stream), source)
+        yield from _rows(((f"{source}, row {number}", row) for number, row in enumerate(stream)), source)
     except MinipuzzleError:
         raise
     except Exception as error:  # the library raises a different class for every way a name can be wrong

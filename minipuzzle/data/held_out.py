@@ -9,6 +9,8 @@ their place; then up to fifteen documents cross a border.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from minipuzzle.core.errors import InputError
@@ -16,6 +18,12 @@ from minipuzzle.data.blend import BlendedBlocks
 from minipuzzle.data.blocks import Blocks, TokenBlocks
 
 STRETCHES = 16
+READ_TOKENS = 2**20  # of a source's held-out part; more of it only for more samples
+
+
+def read_tokens(samples: int, sequence_length: int) -> int:
+    """Held-out tokens of a source with an end that two parts of so many samples are made of."""
+    return max(READ_TOKENS, 5 * samples * sequence_length)
 
 
 def two_parts(blocks: Blocks, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -39,6 +47,8 @@ def _two_parts(blocks: TokenBlocks, count: int) -> tuple[np.ndarray, np.ndarray]
         raise InputError(f"data {blocks.source!r}: the held_out part has {len(blocks.tokens)} tokens, less than two "
                           f"blocks of {blocks.sequence_length}, one to select by and one to report; give more data or "
                           "a smaller calibration.sequence_length")
+    # tokens made before may be far more than the parts need
+    blocks = replace(blocks, tokens=blocks.tokens[: read_tokens(count, blocks.sequence_length)])
     size, enough = blocks.sequence_length, min(count, max(1, len(blocks) // 4))
     parts = _share_out(_documents(blocks))
     if min(_length(p) for p in parts) < enough * size:

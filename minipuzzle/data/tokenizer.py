@@ -6,6 +6,7 @@ ask on stdin whether to import a class of the folder.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,17 @@ from minipuzzle.core.files import our_error, read_json
 
 # any of these is a tokenizer that transformers may know
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+
+# what decides the tokens of a text or of a chat
+_DECIDING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
+             "merges.txt", "added_tokens.json", "chat_template.jinja")
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """What tells the tokenizer of a model folder from another."""
+    parts = [folder / name for name in _DECIDING]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in parts if p.is_file())).hexdigest()[:16]
 
 
 class Tokenizer(Protocol):

@@ -68,13 +68,14 @@ class Batch:
 
     @classmethod
     def make(cls, blocks: Blocks, numbers: list[int], ranks: Ranks) -> Batch:
-        every = np.stack([blocks.block(n) for n in numbers])
-        mask = torch.from_numpy(blocks.mask(every))
-        labels = next_tokens(torch.from_numpy(every))
-        counts = max(1, int(mask.sum())), max(1, int((mask & (labels != NO_LABEL)).sum()))
-        own = slice(ranks.rank, None, ranks.size)
-        ids, mask, labels = (t[own].to(ranks.device) for t in (torch.from_numpy(every), mask, labels))
-        return cls(ids, mask, labels, numbers[own], *counts)
+        """Each process reads its own blocks; the places are counted together."""
+        own = ranks.share(numbers)
+        read = [blocks.block(n) for n in own]
+        ids = torch.from_numpy(np.stack(read))
+        mask = torch.from_numpy(np.stack([blocks.mask(n, block) for n, block in zip(own, read, strict=True)]))
+        labels = next_tokens(ids)
+        counts = ranks.add(torch.stack([mask.sum(), (mask & (labels != NO_LABEL)).sum()])).clamp(min=1).tolist()
+        return cls(ids.to(ranks.device), mask.to(ranks.device), labels.to(ranks.device), own, *counts)
 
     def split(self, count: int) -> list[Batch]:
         """Parts of `count` sequences."""

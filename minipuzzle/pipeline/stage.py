@@ -143,9 +143,9 @@ class Given:
     def token_folder(self, source: str) -> Path:
         return self._declared("tokenizer").token_folder(source)
 
-    def blocks(self, section: str, split: str, sequence_length: int) -> Blocks:
-        """Tokens of a section's data, `train` or `held_out`."""
-        return self._declared(f"{section}.data").blocks(section, split, sequence_length)
+    def blocks(self, section: str, split: str, sequence_length: int, loss_on: str = "all") -> Blocks:
+        """Tokens of a section's data, `train` or `held_out`; see World.blocks."""
+        return self._declared(f"{section}.data").blocks(section, split, sequence_length, loss_on)
 
     def calibration_ids(self, samples: int | None = None) -> torch.Tensor:
         """Calibration samples, [N, T]; as many as the recipe says if `samples` is left out."""

@@ -7,7 +7,6 @@ stages name those that they read (pipeline/stage.py).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,16 +19,16 @@ from minipuzzle.core.rundir import digest
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.data.blend import BlendedBlocks
 from minipuzzle.data.blocks import Blocks, load_blocks
-from minipuzzle.data.corpus import identity, parse_blend
+from minipuzzle.data.corpus import identity, made_before, parse_blend
 from minipuzzle.data.held_out import two_parts
-from minipuzzle.data.tokenizer import load_tokenizer
+from minipuzzle.data.tokenizer import load_tokenizer, tokenizer_hash
 from minipuzzle.distill.precision import compute_dtype, resolve
 from minipuzzle.evaluate.quality import Reference
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, Source
-from minipuzzle.models.weights import COMPANIONS, ModelFolder
+from minipuzzle.models.weights import ModelFolder
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.surgery.cut import Cutter
@@ -145,10 +144,7 @@ class World:
 
     @cached_property
     def tokenizer_hash(self) -> str:
-        parts = [self.folder.path / n for n in COMPANIONS
-                 if "token" in n or n in ("vocab.json", "merges.txt")]
-        data = b"".join(p.read_bytes() for p in parts if p.is_file())
-        return hashlib.sha256(data).hexdigest()[:16]
+        return tokenizer_hash(self.folder.path)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -162,13 +158,14 @@ class World:
         return str(getattr(self.recipe, section).data)
 
     def token_folder(self, source: str) -> Path:
-        """Where one source is tokenised to."""
-        return self.tokens / digest([identity(source), self.tokenizer_hash])
+        """Where one source is tokenised to, or where its tokens are."""
+        return made_before(source) or self.tokens / digest([identity(source), self.tokenizer_hash])
 
-    def blocks(self, section: str, split: str, sequence_length: int) -> Blocks:
-        """The tokens of a section's data, `train` or `held_out`, as blocks."""
+    def blocks(self, section: str, split: str, sequence_length: int, loss_on: str = "all") -> Blocks:
+        """The tokens of a section's data, `train` or `held_out`, as blocks. `loss_on`: all, or of
+        chats the assistant's words only."""
         blend = parse_blend(self.source(section))
-        parts = tuple(load_blocks(self.token_folder(n), split, sequence_length) for n in blend)
+        parts = tuple(load_blocks(self.token_folder(n), split, sequence_length, loss_on) for n in blend)
         return parts[0] if len(parts) == 1 else BlendedBlocks(parts, tuple(blend.values()))
 
     def calibration_ids(self, samples: int, sequence_length: int) -> torch.Tensor:

@@ -104,7 +104,7 @@ class WorkloadSection(_Section):
 
 
 _DATA = ("stdlib (the source of Python's standard library), a text, JSONL or parquet file or folder, "
-         "hf:owner/name, or several with weights: a=0.7,b=0.3.")
+         "hf:owner/name, tokens:FOLDER, or several with weights: a=0.7,b=0.3.")
 
 
 class CalibrationSection(_Section):
@@ -237,6 +237,9 @@ class DistillationSection(_Section):
     tokens: Decimal = _key(
         600_000, "Training of the winner, including its share of the tournament; one cosine spans all. "
         "0 prunes only. Decimal k, M, B.", "tokens", _MINIPUZZLE, ge=0, le=_TOKENS)
+    loss_on: Literal["all", "assistant"] = _key(
+        "all", "What is learnt of chats (rows with `messages`). assistant: only what the assistant says. Other "
+        "text is learnt whole either way.")
     sequence_length: Binary = _key(256, "Length of a training sequence. k is 1024.", "tokens",
                                    ge=2, le=_LENGTH)
     batch_tokens: Binary = _key(1024, "Tokens of one optimiser step, over all processes. k is 1024. The "

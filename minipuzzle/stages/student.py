@@ -140,7 +140,8 @@ def train_settings(given: Given, students: Sequence[Architecture] = ()) -> Train
 
 
 def training_blocks(given: Given) -> Blocks:
-    return given.blocks("distillation", "train", given.settings.distillation.sequence_length)
+    d = given.settings.distillation
+    return given.blocks("distillation", "train", d.sequence_length, d.loss_on)
 
 
 def look(given: Given, candidate: Candidate, reference: Reference, student: HybridLM) -> dict[str, float]:

@@ -10,18 +10,21 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+from minipuzzle.core.budget import human_count
 from minipuzzle.core.errors import InputError
-from minipuzzle.data.blocks import load_blocks, spread_tokens, tokenize
-from minipuzzle.data.corpus import has_end, parse_blend
-from minipuzzle.data.held_out import two_parts
+from minipuzzle.core.files import read_sealed
+from minipuzzle.data.blocks import AGAIN, load_blocks, spread_tokens
+from minipuzzle.data.corpus import has_end, made_before, parse_blend
+from minipuzzle.data.encoding import cores
+from minipuzzle.data.held_out import read_tokens, two_parts
+from minipuzzle.data.writer import check_made, tokenize
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.pipeline.plan import Estimate, Plan, refit_samples
 from minipuzzle.pipeline.stage import Given, Stage
 from minipuzzle.recipes.schema import DATA_SECTIONS, Recipe
 from minipuzzle.surgery.refit import check_samples
 
-HELD_OUT_TOKENS = 2**20  # of a source
-TOKENS_PER_SECOND = 10**6  # of one process, about
+TOKENS_PER_SECOND = 7 * 10**5  # of one core, about: benchmarks/results/tokenizing.json
 
 
 def tokenize_stage(sections: tuple[str, ...] = DATA_SECTIONS) -> Stage:
@@ -31,6 +34,7 @@ def tokenize_stage(sections: tuple[str, ...] = DATA_SECTIONS) -> Stage:
         "tokenize", partial(make_tokens, sections=sections), _estimate,
         settings=("calibration.samples", "calibration.sequence_length", "evaluation.samples", "surgery.refit",
                   "distillation.tokens", "distillation.batch_tokens", "distillation.sequence_length",
+                  "distillation.loss_on",
                   "quantization.distill"),
         world=("model", "tokenizer", *(f"{name}.data" for name in sections)),
         recorded=sections == DATA_SECTIONS)
@@ -42,15 +46,16 @@ def _estimate(plan: Plan) -> Estimate:
     limits = tokens_needed(plan.recipe, plan.parent, data)
     tokens = sum(n or 0 for source, splits in limits.items() if not has_end(source)
                  for n in splits.values())
-    return Estimate(seconds=5.0 + tokens / TOKENS_PER_SECOND,
+    return Estimate(seconds=5.0 + tokens / TOKENS_PER_SECOND / cores(),
                     disk_bytes=tokens * (2 if plan.parent.vocab_size <= 2**16 else 4))
 
 
 def tokens_needed(settings: Recipe, parent: Architecture,
                   data: Mapping[str, str]) -> dict[str, dict[str, int | None]]:
-    """source -> split -> tokens that do for what is read; None: all there are. `data`: section of
-    the recipe -> what it reads. Training goes over all of a source that has an end; calibration and
-    evaluation spread their blocks over the first `spread_tokens` and HELD_OUT_TOKENS of it."""
+    """source of text -> split -> tokens that do for what is read; None: all there are. `data`:
+    section of the recipe -> what it reads. Training goes over all of a source that has an end;
+    calibration and evaluation spread their blocks over the first `spread_tokens` and `read_tokens`
+    of it."""
     c, d = settings.calibration, settings.distillation
     # two parts, and a quarter more: documents are shared out whole
     held_out = 5 * settings.evaluation.samples * c.sequence_length // 2
@@ -62,29 +67,39 @@ def tokens_needed(settings: Recipe, parent: Architecture,
     out: dict[str, dict[str, int | None]] = {}
     for section, name in data.items():
         for source in parse_blend(name) if section != "distillation" or trained else ():
+            if made_before(source):
+                continue
             ends, limits = has_end(source), out.setdefault(source, {})
-            limits["held_out"] = max(HELD_OUT_TOKENS, 2 * held_out) if ends else held_out
+            limits["held_out"] = (
+                read_tokens(settings.evaluation.samples, c.sequence_length) if ends else held_out)
             if section in train:
                 limits["train"] = whole[section] if ends else (limits.get("train") or 0) + train[section]
     return out
 
 
 def make_tokens(given: Given, sections: tuple[str, ...]) -> list[Path]:
-    """Of each source the splits that are read.
+    """Of each source the splits that are read; tokens made before are compared, and stay where they
+    are.
 
     Raises:
         InputError: a part of the data is too short, or the tokenizer is not the model's.
+        CorruptArtifact: tokens made before were changed.
     """
     settings, files = given.settings, []
     needed = tokens_needed(settings, given.parent.arch, {n: given.source(n) for n in sections})
     for i, (source, limits) in enumerate(sorted(needed.items())):
-        def say(done: int, i: int = i, source: str = source) -> None:
-            given.update(i / len(needed), f"{source}: {done} documents")
+        def say(documents: int, tokens: int, part: float, i: int = i, source: str = source) -> None:
+            given.update((i + part) / len(needed), f"{source}: {documents:,} documents, {human_count(tokens)} tokens")
 
         folder = given.token_folder(source)
+        # the main process alone is here: the others leave it the machine's cores
         tokenize(source, given.tokenizer, folder, given.tokenizer_hash, say,
-                 enough=limits, least=2 * settings.calibration.sequence_length)
-        files += [folder / "tokens.json", *(folder / f"{split}.bin" for split in limits)]
+                 enough=limits, least=2 * settings.calibration.sequence_length, workers=cores())
+        names = read_sealed(folder / "tokens.json", AGAIN)["hashes"]
+        files += [folder / "tokens.json", *(folder / name for name in names)]
+    made = {source for section in sections for source in parse_blend(given.source(section)) if made_before(source)}
+    for source in sorted(made):
+        check_made(given.token_folder(source), given.tokenizer_hash, len(given.tokenizer), given.parent.folder.path)
     for section in sections:
         if section != "distillation" or settings.distillation.tokens or settings.quantization.distill:
             _check_tokens(given, section)
@@ -99,15 +114,17 @@ def _check_tokens(given: Given, section: str) -> None:
     for source in parse_blend(given.source(section)):
         folder = given.token_folder(source)
         try:
-            blocks = load_blocks(folder, split, length)
+            blocks = load_blocks(folder, split, length,
+                                 settings.distillation.loss_on if section == "distillation" else "all")
             if split == "held_out":
                 two_parts(blocks, 1)
-            largest = int(blocks.tokens.max())
+            largest = read_sealed(folder / "tokens.json", AGAIN)["largest"][split]
             if largest >= arch.vocab_size:
                 raise InputError(f"the tokenizer of {given.parent.folder.path} makes token {largest}, the model has "
                                   f"{arch.vocab_size}; put the model's own tokenizer there")
         except InputError:
-            shutil.rmtree(folder)
+            if not made_before(source):
+                shutil.rmtree(folder)
             raise
     if section == "calibration" and settings.surgery.refit == "ridge":
         check_samples(arch, len(given.blocks(section, split, length)), length)

@@ -55,8 +55,9 @@ def _text(model: str | Path) -> str:
     return os.fspath(model)
 
 
-def find_model(model: str | Path) -> Path:
-    """A folder as it is; "bundled"; a Hub id (owner/name) downloaded to the Hub's own cache.
+def find_model(model: str | Path, weights: bool = True) -> Path:
+    """A folder as it is; "bundled"; a Hub id (owner/name) downloaded to the Hub's own cache, with or
+    without its weights.
 
     Raises:
         InputError: none of them.
@@ -72,7 +73,8 @@ def find_model(model: str | Path) -> Path:
 
     with _hub(str(model), "it"):  # no file that is code
         return Path(snapshot_download(str(model), allow_patterns=[
-            "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]))
+            *(["*.safetensors"] if weights else []), "*.json", "*.model", "*.txt",
+             "*.jinja", "README.md", "LICENSE*", "NOTICE*"]))
 
 
 def config_of(model: str | Path) -> dict[str, Any]:

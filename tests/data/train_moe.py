@@ -27,8 +27,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minipuzzle.data.blocks import load_blocks, tokenize
+from minipuzzle.data.blocks import load_blocks
 from minipuzzle.data.corpus import documents, is_held_out
+from minipuzzle.data.writer import tokenize
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.mixers import attention, mamba2, rms_norm
 from minipuzzle.models.weights import open_model
