@@ -7,7 +7,7 @@ with threads of torch must not, and writes what it reads to a cache a second tim
 
 from __future__ import annotations
 
-import marshal
+import json
 import os
 import queue
 import subprocess
@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -115,22 +115,32 @@ def _start(settings: tuple[str, bool]) -> subprocess.Popen[bytes]:
     program = str(Path(__file__).with_name("worker.py"))
     child = subprocess.Popen([sys.executable, "-P", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                              start_new_session=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
-    assert child.stdin
-    marshal.dump(settings, child.stdin)
-    child.stdin.flush()
+    _write(child, settings)
     return child
 
 
-def _ask(child: subprocess.Popen[bytes], texts: list[Text], name: str) -> list[Encoded]:
+def _write(child: subprocess.Popen[bytes], value: Any) -> None:
     assert child.stdin
+    child.stdin.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+    child.stdin.flush()
+
+
+def _ask(child: subprocess.Popen[bytes], texts: list[Text], name: str) -> list[Encoded]:
     assert child.stdout
     try:
-        marshal.dump(texts, child.stdin)
-        child.stdin.flush()
-        answer: Any = marshal.load(child.stdout)  # noqa: S302 - of our own process
-    except (EOFError, OSError):
+        _write(child, texts)
+        answer = json.loads(child.stdout.readline())
+        if isinstance(answer, list):
+            return [(_exactly(child.stdout, ids), None if skip is None else _exactly(child.stdout, skip))
+                    for ids, skip in answer]
+    except (ValueError, OSError, EOFError):  # half an answer, or none
         raise ResourceError(f"a process that tokenises was ended (status {child.poll()}); if memory ran out, use "
                             "fewer cores, for example with taskset") from None
-    if isinstance(answer, str):
-        raise CorruptArtifact(f"{name}: its tokenizer cannot be used ({answer[:200]}); fetch the folder's files again")
-    return list(answer)
+    raise CorruptArtifact(f"{name}: its tokenizer cannot be used ({answer[:200]}); fetch the folder's files again")
+
+
+def _exactly(stream: IO[bytes], count: int) -> bytes:
+    data = stream.read(count)
+    if len(data) < count:
+        raise EOFError
+    return data

@@ -5,7 +5,7 @@ data/encoding.py. As such it is started by its path: it knows neither minipuzzle
 
 from __future__ import annotations
 
-import marshal
+import json
 import os
 import signal
 import sys
@@ -57,22 +57,25 @@ def open_backend(settings: str, splits_special: bool) -> Any:
 
 
 def main() -> None:
-    """Read (settings, splits_special), then lists of texts; answer each list with its tokens, or with
-    the words of an error. Ends with its input."""
+    """Read a line of JSON with (settings, splits_special), then a line for each list of texts. Answer
+    with a line that has the lengths of its tokens' bytes, and the bytes; or with the words of an
+    error. Ends with its input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     try:
-        backend = open_backend(*marshal.load(sys.stdin.buffer))  # noqa: S302 - of the process that started it
-        while True:
-            texts = marshal.load(sys.stdin.buffer)  # noqa: S302
+        backend = open_backend(*json.loads(sys.stdin.buffer.readline()))
+        for line in sys.stdin.buffer:
             try:
-                answer: list[Encoded] | str = encode_batch(backend, texts)
+                found = encode_batch(backend, json.loads(line))
             except BaseException as error:  # a panic of Rust is no Exception
-                answer = f"{type(error).__name__}: {error}"
-            marshal.dump(answer, answers)
+                answers.write(json.dumps(f"{type(error).__name__}: {error}").encode() + b"\n")
+            else:
+                lengths = [[None if part is None else len(part) for part in parts] for parts in found]
+                answers.write(json.dumps(lengths).encode() + b"\n")
+                answers.writelines(part for parts in found for part in parts if part)
             answers.flush()
-    except (EOFError, BrokenPipeError):
+    except (ValueError, BrokenPipeError):  # its input or output ended
         os._exit(0)
 
 
