@@ -690,6 +690,31 @@ def _quantised(data: dict[str, Any]) -> list[str]:
 
 
 @main.command()
+@model_argument
+@click.argument("repo", required=False)
+@click.option("--public", is_flag=True, help="Make a new repository that all may see. Default: private.")
+@click.option("--dry-run", is_flag=True, help="Name the files and stop; uses no network.")
+@json_option
+def push(model: str, repo: str | None, public: bool, dry_run: bool, as_json: bool) -> None:
+    """Upload the result of a run, with its card, to the Hugging Face Hub.
+
+    MODEL is a run, or a folder that minipuzzle wrote. REPO is owner/name; left out, the name of the
+    run in your account. The token is that of 'hf auth login', or HF_TOKEN.
+
+    \b
+    minipuzzle push runs/mine --dry-run
+    minipuzzle push runs/mine my-name/my-model-half --public
+    """
+    from minipuzzle.verbs.push import push as upload
+
+    told = upload(model, repo, not public, dry_run)
+    seen = "public" if public else "private"
+    _print(told, as_json, [*(f"            {name}" for name in told["files"]),
+                           f"{'would push' if dry_run else 'pushed'}  {len(told['files'])} files, "
+                           f"{human_bytes(told['bytes'])}, to {told['url'] or told['repo']} ({seen} if new)"])
+
+
+@main.command()
 @click.argument("runs", nargs=-1, required=True, type=_Path())
 @click.option("-o", "--output", type=_Path(), help="The comparison's file; default comparison.html.")
 @json_option

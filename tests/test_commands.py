@@ -32,7 +32,7 @@ from minipuzzle.verbs.source import bundled_model
 
 RECORDED = Path(__file__).parent / "data" / "commands.txt"
 # what the parts of a help must have; every verb also has an example (test_imports.py)
-JSON_VERBS = {"prune", "inspect", "fit", "devices", "score", "search", "evaluate", "distill", "quantize", "report", "doctor", "tokenize", "recipes ls", "recipes show",
+JSON_VERBS = {"prune", "inspect", "fit", "devices", "score", "search", "evaluate", "distill", "quantize", "report", "doctor", "tokenize", "push", "recipes ls", "recipes show",
               "recipes copy", "recipes explain", "recipes validate"}  # a schema is JSON as it is
 
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from nbclient import NotebookClient
 
 import minipuzzle
 from minipuzzle import Architecture, Run, distill_model, prune, score_layers, score_widths, search_architectures
+from minipuzzle.cli import main
+from minipuzzle.core.devices import find_device
 from minipuzzle.core.errors import InputError
 from minipuzzle.importance import layers
 from minipuzzle.models.walk import Model
@@ -129,18 +135,62 @@ def test_wrong_values_are_said_in_a_line(call: Any, said: str) -> None:
         call()
 
 
+def _settings(run: Run) -> dict[str, Any]:
+    """The run's recipe as `section.key` -> value."""
+    recipe = json.loads((run.path / "run.json").read_text())["recipe"]
+    return {f"{section}.{key}": value for section, values in recipe.items() if isinstance(values, dict)
+            for key, value in values.items() if section != "budget"}
+
+
+@pytest.mark.parametrize(("name", "shown"), [
+    ("quickstart", ("<svg", "predicted_damage", "agreement", "memory=0.8x")), ("research", ("full-width", "kl_stderr", "candidates; the best"))])
+def test_the_notebooks_run(name: str, shown: tuple[str, ...], run: Run, model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    """Cell by cell in a kernel of their own, on the small model and its finished run."""
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", 4)
+    nbformat.validate(notebook)
+    assert all(cell.get("outputs") for cell in notebook.cells if cell.cell_type == "code" and cell.source.endswith((")", "run", "second")))
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    budget = "memory=0.7x" if name == "research" else {"memory": "0.7x"}
+    folder = shutil.copytree(run.path, tmp_path / "run")
+    parameters.source += (f"\nMODEL, DATA, BUDGET, RUN = {str(model_folder)!r}, {str(texts)!r}, {budget!r}, {str(folder)!r}"
+                          f"\nSAMPLES, LENGTH, SETTINGS = 4, 32, {_settings(run)!r}")
+    NotebookClient(notebook, timeout=400, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    said = "".join(str(output) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
+    for part in shown:
+        assert part in said, part
+    assert "score: done earlier" in said  # progress, and nothing scored again
+
+
 @pytest.mark.usefixtures("without_gate_and_page")
-@pytest.mark.parametrize(("name", "values"), [
-    ("quickstart.py", "MODEL, RECIPE, RUN = {model!r}, {recipe!r}, {run!r}"),
-    ("own_scores.py", "MODEL, DATA, SAMPLES, LENGTH = {model!r}, {data!r}, 4, 32")])
-def test_the_examples_run(name: str, values: str, run: Run, model_folder: Path, texts: Path, tmp_path: Path,
-                          capsys: pytest.CaptureFixture[str]) -> None:
-    head, *cells = (EXAMPLES / name).read_text().split("# %% ")
-    assert len(cells) >= 3
-    given = values.format(model=str(model_folder), data=str(texts), recipe=str(_small(run, tmp_path)), run=str(run.path))
-    names: dict[str, Any] = {}
-    exec(head, names)
-    exec(given, names)
-    for cell in cells:
-        exec(cell.partition("\n")[2], names)
-    assert capsys.readouterr().out.count("\n") > 10
+def test_the_scripts_run(run: Run, model_folder: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                         monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(name: str, *words: str, **options: Any) -> str:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](*words, **options)
+        return capsys.readouterr().out
+
+    recipe = str(_small(run, tmp_path))
+    assert "It fits as it is." in script("prune_to_a_card", str(model_folder), "l4")
+    small = replace(find_device("l4"), memory_bytes=300_000)
+    monkeypatch.setattr("minipuzzle.core.devices.find_device", lambda name: small)
+    monkeypatch.setattr("minipuzzle.engines.fit.UTILISATION", 1.0)
+    said = script("prune_to_a_card", str(model_folder), "tiny", str(texts), str(tmp_path / "card"), recipe)
+    assert f"vllm serve {tmp_path / 'card' / 'model'}" in said
+    assert "-> " in script("sweep", str(run.path), "memory=0.7x,0.8x", "1e9")
+    assert "None is predicted" in script("sweep", str(run.path), "memory=0.7x,0.8x", "-1")
+    half = Path(shutil.copytree(texts, tmp_path / "half"))
+    monkeypatch.setattr("minipuzzle.prune", lambda model, recipe, folder: run if recipe.distillation.data == f"{texts}=0.6667,{half}=0.3333" else None)
+    assert "tokens" in script("own_data", str(model_folder), str(texts), str(half), recipe=recipe)
+
+
+def test_the_shell_script_asks_what_exists(tmp_path: Path) -> None:
+    """Run by sh with a minipuzzle that notes what it was given; each is then a command that parses."""
+    stub = tmp_path / "minipuzzle"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$*" >> "$NOTES"\n')
+    stub.chmod(0o755)
+    subprocess.run(["/bin/sh", str(EXAMPLES / "quantize.sh"), "runs/mine", "texts"], check=True,
+                   env={"PATH": f"{tmp_path}:/usr/bin:/bin", "NOTES": str(tmp_path / "notes")})
+    noted = (tmp_path / "notes").read_text().splitlines()
+    assert len(noted) == 3
+    for line in noted:
+        verb, *words = line.split()
+        main.commands[verb].make_context(verb, words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -91,18 +92,25 @@ def take_scores(runner: Runner, scores: str | Path) -> None:
             run.commit(stage, runner.identity(stage), [run.path / name for name in found["files"]], found["seconds"])
 
 
-def find_candidate(run: Path, name: str, recipe: Recipe) -> tuple[Candidate, Recipe | None]:
-    """(a candidate of the run, or of a later search of it; the run's recipe with what was asked
-    there, None: by the run).
+def find_candidate(run: Path, name: str | Candidate, recipe: Recipe) -> tuple[Candidate, Recipe | None]:
+    """(a candidate of the run, of a later search of it, or the caller's own; the run's recipe with
+    what was asked there, None: by the run).
 
     Raises:
-        InputError: the run has not come to its candidates, or there is none of that name.
+        InputError: the run has not come to its candidates, there is none of that name, or an own
+        one has the name of another.
     """
     held = RunDir(run, hold=False)
     manifest = held.manifest("search")
     if manifest is None or held.manifest("tournament") is None:
         raise InputError(f"{run} has no candidates yet; run it without --candidate first")
     known = read_candidates({file: run / file for file in manifest["files"]})
+    if isinstance(name, Candidate):
+        same = [c for c in known if c.name == name.name]
+        if not re.fullmatch(r"\w[\w.-]*", name.name) or any(c.architecture != name.architecture for c in same):
+            raise InputError(f"{run} needs another name for its folder than {name.name!r}: "
+                             "dataclasses.replace(candidate, name='mine')")
+        return name, recipe.model_copy()
     for candidate in known:
         if candidate.name == name:
             return candidate, None

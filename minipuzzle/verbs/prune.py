@@ -23,7 +23,7 @@ from minipuzzle.pipeline.progress import Reporter, Terminal
 from minipuzzle.pipeline.stage import Runner
 from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
-from minipuzzle.search.candidate import to_frame
+from minipuzzle.search.candidate import Candidate, to_frame
 from minipuzzle.stages.candidates import AGAIN, candidates_document, read_candidates
 from minipuzzle.stages.order import RESULT, stages_of
 from minipuzzle.stages.quantizing import check as check_quantization
@@ -45,17 +45,18 @@ from minipuzzle.verbs.source import bundled_model, find_model, recipe_of
 
 def prune(model: str | Path | None = None, recipe: Recipe | str | Path | None = None,
           output_dir: str | Path | None = None, *, seed: int = 0, device: str = "cpu", redo: bool = False,
-          fresh: bool = False, candidate: str | None = None, scores: str | Path | None = None,
+          fresh: bool = False, candidate: str | Candidate | None = None, scores: str | Path | None = None,
           reporter: Reporter | None = None, command: str = "", memory_bytes: int | None = None) -> Run:
     """Make a model smaller: the whole pipeline. Left out: the bundled model, the default recipe,
     their own folder. `reporter`: who hears of progress; left out, the terminal or notebook.
 
     A run as `model` goes on; with another recipe its model is pruned by that, from its scores, into
     RUN/budgets/NAME/. `candidate`: of a run that has come to its candidates (`output_dir`, or
-    `model` alone), or of a later search of it, distil this one too. It goes to RUN/candidates/NAME/
-    and the run's own result stays; the Run that comes back is that folder. `scores`: a run, or what
-    `score` made, to take the scores from. `memory_bytes`: what may be used (left out: the machine's); a parent that
-    does not fit is read from the disk layer by layer, by all stages but distillation.
+    `model` alone), or of a later search of it, by name, or one of your own: distil this one too. It
+    goes to RUN/candidates/NAME/ and the run's own result stays; the Run that comes back is that
+    folder. `scores`: a run, or what `score` made, to take the scores from. `memory_bytes`: what may be
+    used (left out: the machine's); a parent that does not fit is read from the disk layer by layer,
+    by all stages but distillation.
 
     Raises:
         MinipuzzleError: one of its kinds, each with its exit code (core/errors.py).

@@ -22,6 +22,7 @@ from minipuzzle.pages.html import render_head
 from minipuzzle.pages.svg import Draw, styled
 from minipuzzle.report import facts
 from minipuzzle.report.report import Report
+from minipuzzle.search.candidate import Candidate
 
 
 def _figure(draw: Draw) -> Callable[[Run], Figure | None]:
@@ -123,11 +124,12 @@ class Run:
         recipe = run_recipe(self._whole, budget_texts(budget), {f"space.{k}": v for k, v in settings.items()})
         return research(recipe, self._whole, None, None, None)[2]
 
-    def prune(self, candidate: str | None = None, budget: str | Mapping[str, str] | None = None, *,
+    def prune(self, candidate: str | Candidate | None = None, budget: str | Mapping[str, str] | None = None, *,
               settings: Mapping[str, Any] | None = None, **options: Any) -> Run:
-        """`prune RUN --candidate NAME`: also distil that candidate, of the run or of a search, into
-        RUN/candidates/NAME/. Or with another budget, or other `settings` ("distillation.tokens": "1M"),
-        prune from its scores into RUN/budgets/. `options` as of `minipuzzle.prune`."""
+        """`prune RUN --candidate NAME`: also distil that candidate (by name, of the run or of a search;
+        or one of your own) into RUN/candidates/NAME/. Or with another budget, or other `settings`
+        ({"distillation.tokens": "1M"}), prune from its scores into RUN/budgets/. `options` as of
+        `minipuzzle.prune`."""
         from minipuzzle.verbs.prune import prune
         from minipuzzle.verbs.search import budget_texts, run_recipe
 
@@ -137,6 +139,12 @@ class Run:
             return prune(self._whole, candidate=candidate, **options)
         recipe = run_recipe(self._whole, budget_texts(budget), settings or {})
         return prune(self._whole, recipe, **options)
+
+    def push_to_hub(self, repo: str | None = None, *, private: bool = True, dry_run: bool = False) -> dict[str, Any]:
+        """`minipuzzle push RUN`: model/ and its card to the Hugging Face Hub."""
+        from minipuzzle.verbs.push import push
+
+        return push(self.model_path, repo or self.path.resolve().name, private, dry_run)
 
     @property
     def _whole(self) -> Path:
