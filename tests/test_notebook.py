@@ -148,7 +148,6 @@ def test_the_notebooks_run(name: str, shown: tuple[str, ...], run: Run, model_fo
     """Cell by cell in a kernel of their own, on the small model and its finished run."""
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", 4)
     nbformat.validate(notebook)
-    assert all(cell.get("outputs") for cell in notebook.cells if cell.cell_type == "code" and cell.source.endswith((")", "run", "second")))
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     budget = "memory=0.7x" if name == "research" else {"memory": "0.7x"}
     folder = shutil.copytree(run.path, tmp_path / "run")
@@ -170,7 +169,7 @@ def test_the_scripts_run(run: Run, model_folder: Path, texts: Path, tmp_path: Pa
 
     recipe = str(_small(run, tmp_path))
     assert "It fits as it is." in script("prune_to_a_card", str(model_folder), "l4")
-    small = replace(find_device("l4"), memory_bytes=300_000)
+    small = replace(find_device("l4"), memory_bytes=60 * 2**20)
     monkeypatch.setattr("minipuzzle.core.devices.find_device", lambda name: small)
     monkeypatch.setattr("minipuzzle.engines.fit.UTILISATION", 1.0)
     said = script("prune_to_a_card", str(model_folder), "tiny", str(texts), str(tmp_path / "card"), recipe)
