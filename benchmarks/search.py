@@ -19,17 +19,14 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
-
 from minipuzzle.core.budget import Budget
 from minipuzzle.core.published import published
-from minipuzzle.core.scores import LayerScores, WidthCurves
+from minipuzzle.core.scores import LayerScores
 from minipuzzle.costs.cost import cost
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.damage import drop_order
 from minipuzzle.search.grid import search_architectures
-from minipuzzle.search.milp import solve_architectures
 from minipuzzle.search.space import resolve_space
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
@@ -41,12 +38,9 @@ CASES = {
     "56b_grid_of_the_recipe": ("grid", "nemotron-h-47b", "nemotron-h-56b", "nemotron_h_56b_fig9_layer_mse.csv", {}),
     "56b_grid": ("grid", "nemotron-h-47b", "nemotron-h-56b", "nemotron_h_56b_fig9_layer_mse.csv", WIDE),
     "56b_loop": ("loop", "nemotron-h-47b", "nemotron-h-56b", "nemotron_h_56b_fig9_layer_mse.csv", WIDE),
-    "56b_milp_uniform": ("uniform", "nemotron-h-47b", "nemotron-h-56b", "nemotron_h_56b_fig9_layer_mse.csv", WIDE),
-    "56b_milp_per_layer": ("per_layer", "nemotron-h-47b", "nemotron-h-56b", "nemotron_h_56b_fig9_layer_mse.csv", WIDE),
     "8b_grid": ("grid", "nemotron-h-4b", "nemotron-h-8b", "nemotron_h_8b_fig4_layer_kld.csv", {}),
     "8b_loop": ("loop", "nemotron-h-4b", "nemotron-h-8b", "nemotron_h_8b_fig4_layer_kld.csv", {}),
 }
-SOLUTIONS = 10
 
 
 def ask(recipe_name, parent_name, scores_name, changes):
@@ -93,18 +87,9 @@ def run_case(name):
         found = search_architectures(parent, space, budget, workload, scores, None, metric)
         out = {"points": found.points, "feasible": found.feasible,
                "least_damage": found.candidates[0].predicted["damage"], "candidates": len(found.candidates)}
-    elif kind == "loop":
+    else:
         points, seen, feasible, least = loop(parent, space, budget, workload, scores, metric)
         out = {"points": points, "seen": seen, "feasible": feasible, "least_damage": least}
-    else:
-        # no curve of the 56B is published: one that grows faster than the width falls
-        widths = space.widths["ffn_size"]
-        curves = WidthCurves(pd.DataFrame({"axis": "ffn_size", "width": widths,
-                                           metric: [0.6 * (1 - w / parent.ffn_size) ** 1.3 for w in widths]}))
-        solved = solve_architectures(parent, space, budget, workload, scores, curves, metric, SOLUTIONS,
-                                     kind == "per_layer")
-        out = {"points": f"{solved.points:.3g}", "candidates": len(solved.candidates),
-               "least_damage": solved.candidates[0].predicted["damage"]}
     out["seconds"] = time.perf_counter() - begin
     if kind == "loop" and out["seen"] < out["points"]:
         out["seconds_extrapolated"] = out["seconds"] * out["points"] / out["seen"]

@@ -31,7 +31,6 @@ from minipuzzle.models.passes import Pass
 from minipuzzle.models.selection import select
 from minipuzzle.models.walk import Model, final_hidden
 from minipuzzle.models.weights import open_model
-from minipuzzle.search.milp import solve_architectures
 from minipuzzle.search.space import resolve_space
 from minipuzzle.surgery.cut import Cutter
 
@@ -180,9 +179,6 @@ def test_pairs_go_together(folder: Path) -> None:
     for ask in (lambda: score_iteratively(Pass(model, ids), race), lambda: score(Pass(model, ids), race)):
         with pytest.raises(InputError, match="layers that go together"):
             ask()
-    with pytest.raises(InputError, match=r"use search\.strategy grid"):
-        solve_architectures(arch, space, page.Budget.parse({"params": "1x"}, cost(arch, Workload()).to_json()), Workload(),
-                            scores)
 
 
 def test_a_parallel_block_is_refitted_at_once(folder: Path) -> None:

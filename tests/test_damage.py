@@ -20,7 +20,7 @@ from minipuzzle.core.errors import CorruptArtifact
 from minipuzzle.core.partial import Partial
 from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline.progress import Reporter
-from minipuzzle.stages import choosing
+from minipuzzle.stages import tournament
 from minipuzzle.stages.order import NAMES as STAGES
 from minipuzzle.verbs.score import score
 
@@ -100,7 +100,7 @@ def test_a_tournament_made_again_may_have_another_winner(copy: Path, finished: P
     """Then the training and the export of the earlier winner are no result of this run."""
     first, second = (c["name"] for c in json.loads((finished / "candidates.json").read_text())["candidates"][:2])
     (copy / "stages" / "tournament.json").unlink()
-    monkeypatch.setattr(choosing, "rank", lambda found: sorted(found, key=lambda c: c.name != second))
+    monkeypatch.setattr(tournament, "rank", lambda found, by: sorted(found, key=lambda c: c.name != second))
     reporter = Reporter()
     run = prune(model_folder, recipe, copy, reporter=reporter)
     assert [name for name, seconds in reporter.seconds.items() if seconds > 0] == ["tournament", "distill", "export"]

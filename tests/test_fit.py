@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import pandas as pd
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
@@ -16,14 +15,12 @@ from minipuzzle.core.budget import Budget, Workload
 from minipuzzle.core.devices import devices, find_device
 from minipuzzle.core.errors import Infeasible, InputError
 from minipuzzle.core.published import published
-from minipuzzle.core.scores import LayerScores
 from minipuzzle.costs.cost import cost
 from minipuzzle.costs.paging import paged
 from minipuzzle.engines.fit import fit
 from minipuzzle.engines.speed import foretell, largest_batch
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.search.grid import search_architectures
-from minipuzzle.search.milp import solve_architectures
 from minipuzzle.search.space import resolve_space
 
 MILLION = Workload("nvfp4", "fp8", "fp32", (), 10**6, 1)
@@ -105,9 +102,6 @@ def test_the_search_prices_by_the_engine_where_fewer_layers_may_take_more():
     assert [(c.architecture.pattern.count("M"), c.cost.memory_bytes) for c in found.candidates] == [(6, six)]
     with pytest.raises(Infeasible, match=r"memory .*: the smallest has"):
         search_architectures(parent, space, Budget((("memory", six - 1),), (("memory", "x"),)), served)
-    scores = LayerScores(pd.DataFrame({"layer": range(10), "kind": list(parent.pattern), "mse": 1.0}))
-    with pytest.raises(InputError, match=r"use search.strategy grid, or engine ideal"):
-        solve_architectures(parent, space, Budget((("memory", six),), (("memory", "x"),)), served, scores)
     with pytest.raises(InputError, match=r"a cache of .* cannot be counted; lower context or batch"):
         cost(parent, dataclasses.replace(served, context=10**18))
 

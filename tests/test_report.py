@@ -266,15 +266,6 @@ def test_few_measured_shows_predictions() -> None:
     assert 'id="tradeoff"' in render_html(none)
 
 
-def test_an_integer_program_counts_no_feasible_architectures() -> None:
-    solved = build(count=12, measure=4)
-    solved["search"] = {"points": 122149566, "feasible": None, "measured": 4}
-    solved |= {"controls": [], "rank_correlation": {"measured": 0.8, "controls": None}}
-    page = render_html(solved)
-    assert "chose its candidates from 122,149,566 architectures; 4 of them were measured." in page
-    assert "drawn at random from all" not in page
-
-
 def test_budget_other_than_memory(report: dict[str, Any]) -> None:
     other = copy.deepcopy(report)
     other["budget"] = {"params": {"limit": 1_250_000, "asked": "1.25M"}}

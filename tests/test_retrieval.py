@@ -165,17 +165,16 @@ def test_keep_retrieval_changes_what_may_go(run: Run) -> None:
         keep_retrieval(True, 1, parent, must, both)
 
 
-def test_the_integer_program_keeps_the_same_layers(run: Run) -> None:
+def test_the_search_keeps_these_layers(run: Run) -> None:
     scores = LayerScores.read(run.path / "scores")
     cheap = replace(scores, table=scores.table.assign(kl=[3.0, 2.0, 3.0, 1.0]))  # by KL it would go first
     found = {}
-    for strategy in ("grid", "milp"):
-        for keep in (True, False):
-            recipe = Recipe().with_overrides(budget={"kv_cache": "0.5x"}, settings={
-                "search.strategy": strategy, "search.keep_retrieval": keep, "space.drop_attention": [0, 1]})
-            found[strategy, keep] = search_architectures(replace(ARCH, pattern="M*M*", vocab_size=64), cheap,
-                                                         recipe=recipe, budget="kv_cache=0.5x")[0].kept_layers
-    assert all((3 in kept) == keep and (1 in kept) != keep for (_, keep), kept in found.items()), found
+    for keep in (True, False):
+        recipe = Recipe().with_overrides(budget={"kv_cache": "0.5x"}, settings={
+            "search.keep_retrieval": keep, "space.drop_attention": [0, 1]})
+        found[keep] = search_architectures(replace(ARCH, pattern="M*M*", vocab_size=64), cheap,
+                                           recipe=recipe, budget="kv_cache=0.5x")[0].kept_layers
+    assert all((3 in kept) == keep and (1 in kept) != keep for keep, kept in found.items()), found
 
 
 def test_evaluate_tells_what_is_found_again(run: Run, copier: Path, recipe: Recipe) -> None:

@@ -307,7 +307,6 @@ class Axis:
     per_group: int = 1  # least that a group keeps
     each: str = ""  # axis: every index of it keeps as many, its own
     rounding: Callable[[int], int] = coarse  # of the parent's size -> what relative values are multiples of
-    per_layer: bool = False  # layers may differ
     fixed: str = ""  # why it cannot be cut
 
 

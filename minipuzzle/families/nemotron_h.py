@@ -41,7 +41,7 @@ _KINDS = (
 )
 _AXES = (
     Axis("hidden_size", "hidden size", "hidden", "hidden {hidden_size}"),
-    Axis("ffn_size", "FFN width", "FFN", "FFN {ffn_size}", per_layer=True),
+    Axis("ffn_size", "FFN width", "FFN", "FFN {ffn_size}"),
     Axis("num_experts", "experts", "experts", "MoE {experts_per_token} of {num_experts} experts of {moe_ffn_size} + "
          "shared {shared_ffn_size}", groups="router_groups", per_group=2),
     Axis("moe_ffn_size", "expert width", "expert", each="num_experts"),

@@ -147,10 +147,8 @@ def _note(report: Report, section: str) -> str:
     """A sentence with numbers under a heading."""
     search, training = report.search, report.distillation
     if section == "tradeoff" and search.points is not None:
-        found = (f"The integer program chose its candidates from {search.points:,} architectures"
-                 if search.feasible is None else
-                 f"{search.feasible:,} of {search.points:,} architectures meet the budget")
-        return f"{found}; {facts.number(search.measured, ',')} of them were measured."
+        return (f"{facts.number(search.feasible, ',')} of {search.points:,} architectures meet the "
+                f"budget; {facts.number(search.measured, ',')} of them were measured.")
     if section == "prediction":
         return facts.prediction(report)
     if section == "layers":

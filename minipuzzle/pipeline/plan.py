@@ -24,9 +24,6 @@ from minipuzzle.search.halving import entrants
 from minipuzzle.search.space import Space, resolve_space
 from minipuzzle.surgery.refit import refit_bytes, samples_needed
 
-# key, the only value that exists so far, and what to say. Accepting and ignoring a setting would be
-# a lie.
-_NOT_YET = (("search.export", "uniform"),)
 SPARE_BYTES = 2**30  # for activations, libraries, and what else a process holds
 
 
@@ -228,14 +225,9 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
     are read. `device`: where it will run, the CPU if left out. `processes`: that share the students.
 
     Raises:
-        InputError: a setting that is wrong, does not fit the parent, or is not built yet.
+        InputError: a setting that is wrong or does not fit the parent.
         Infeasible: nothing in the space meets the budget.
     """
-    values = recipe.model_dump()
-    for path, only in _NOT_YET:
-        section, key = path.split(".")
-        if values[section][key] != only:
-            raise InputError(f"{path} = {values[section][key]!r} is not built yet; the only value is {only!r}")
     if recipe.scores.racing and recipe.scores.iterative:
         raise InputError("scores.racing and scores.iterative exclude each other: a race ends with the first round")
     d = recipe.distillation
@@ -245,7 +237,7 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
     if d.top_k > parent.vocab_size:
         raise InputError(f"distillation.top_k {d.top_k} exceeds the vocabulary of {parent.vocab_size} tokens; 0 takes "
                           "all")
-    for name in dict.fromkeys(values[section]["data"] for section in reads):
+    for name in dict.fromkeys(getattr(recipe, section).data for section in reads):
         check_sources(name)
     workload = recipe.workload.build()
     parent_cost = cost(parent, workload)

@@ -63,7 +63,6 @@ _MINIPUZZLE = "Nemotron-H (arXiv:2504.03624), section 3"
 _GROUP_AWARE = "Group-Aware SSM Pruning (arXiv:2504.11409)"
 _MINITRON = "Minitron (arXiv:2407.14679)"
 _REAP = "REAP (arXiv:2510.13999)"
-_PUZZLE = "Puzzle (arXiv:2411.19146), section 4"
 _NANO_2 = "Nemotron Nano 2 (arXiv:2508.14444)"
 _OURS = "ours"
 _MODELOPT = "nvidia-modelopt"
@@ -171,16 +170,13 @@ class SearchSection(_Section):
     """How candidates are found and thinned out: all that fit, ranked by predicted damage; then
     `measure` of them are cut and measured, and `finalists` of those distilled a little."""
 
-    strategy: Literal["grid", "milp"] = _key(
-        "grid", "grid: price and rank every architecture of the space. milp: an integer program, for "
-        "spaces too large for that and for FFN widths that differ from layer to layer.", "",
-        f"grid: {_MINIPUZZLE}; milp: {_PUZZLE}")
+    strategy: Literal["grid"] = _key(
+        "grid", "grid: price and rank every architecture of the space.", "", _MINIPUZZLE)
     damage: Literal["auto", "additive", "quadratic"] = _key(
         "auto", "How the damage of several layers is predicted. additive: the sum of their scores; "
         "quadratic: with what pairs do together; auto: quadratic where that was measured.")
-    export: Literal["uniform", "per_layer"] = _key(
-        "uniform", "uniform: the same widths in every layer, which every engine serves. per_layer: FFN "
-        "widths differ; needs strategy milp.", "", f"per_layer: {_PUZZLE}")
+    export: Literal["uniform"] = _key(
+        "uniform", "uniform: the same widths in every layer, which every engine serves.")
     measure: int = _key(
         48, "How many of the best predicted candidates are cut and measured on held-out text, without "
         "training; at most an eighth of them of one shape. The paper: 130 of about 400.", "candidates",

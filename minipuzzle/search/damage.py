@@ -91,13 +91,6 @@ class Damage:
                                  lambda pairs_LL: _dropped_pairs(pairs_LL, self.orders, space))
         return found if self.together is None else found * self.together.ratios(space)
 
-    def set_stderr(self, gone_L: np.ndarray) -> float:
-        """The same for any set of layers, a mask [L], without interactions."""
-        assert self.stderr_L is not None
-        if self.values_NL is None:
-            return float(np.sqrt((self.stderr_L[gone_L] ** 2).sum()))
-        return float(self._stderr(lambda values_L: values_L[gone_L].sum(), lambda pairs_LL: np.zeros(())))
-
     def _stderr(self, singles: Callable[[np.ndarray], np.ndarray], pairs: Callable[[np.ndarray], np.ndarray]
                 ) -> np.ndarray:
         """Of an estimate that is linear in means over samples.

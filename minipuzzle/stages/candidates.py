@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from minipuzzle.core.budget import Budget, Workload
-from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import CANDIDATES_BYTES, read_json, reading, write_atomic
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.costs.cost import cost
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.search.candidate import Candidate
-from minipuzzle.search.grid import search_architectures
+from minipuzzle.search.grid import SearchResult, search_architectures
 from minipuzzle.search.keep import keep_retrieval
-from minipuzzle.search.milp import solve_architectures
 from minipuzzle.search.rank import rank
 from minipuzzle.search.space import Space
 
@@ -90,30 +88,12 @@ def _parsed(path: Path, mtime_ns: int, size: int) -> tuple[Candidate, ...]:
 
 
 def find_candidates(recipe: Recipe, parent: Architecture, space: Space, budget: Budget, workload: Workload,
-                    scores: LayerScores | None, curves: WidthCurves | None) -> tuple[list[Candidate], int, int | None]:
-    """(candidates best predicted first, architectures of the space, those within the budget) by the
-    recipe's strategy.
-
-    The grid enumerates all and keeps search.keep. The integer program finds as many as will be
-    measured, and does not count the feasible (null).
-
-    Raises:
-        InputError: settings that exclude each other or are not built; as search_architectures.
-        Infeasible: no architecture meets the budget.
-    """
-    search, metric = recipe.search, recipe.scores.layer_metric
+                    scores: LayerScores | None, curves: WidthCurves | None) -> SearchResult:
+    """What `search_architectures` finds by the recipe's settings; raises what it raises."""
+    search = recipe.search
     space, scores = keep_retrieval(search.keep_retrieval, workload.context, parent, space, scores)
-    if search.strategy == "milp":
-        if search.damage == "quadratic":
-            raise InputError("search.damage quadratic needs search.strategy grid; the integer program adds them up")
-        solved = solve_architectures(parent, space, budget, workload, scores, curves, metric,
-                                     min(search.measure, search.keep), search.export == "per_layer")
-        return solved.candidates, solved.points, None
-    if search.export == "per_layer":
-        raise InputError("search.export per_layer needs search.strategy milp; the grid has one FFN width for all")
-    found = search_architectures(parent, space, budget, workload, scores, curves, metric, search.keep,
-                                 search.damage)
-    return found.candidates, found.points, found.feasible
+    return search_architectures(parent, space, budget, workload, scores, curves, recipe.scores.layer_metric,
+                                search.keep, search.damage)
 
 
 def candidates_document(budget: Budget, workload: Workload, parent_name: str, parent: Architecture,

@@ -30,14 +30,13 @@ CONTROLS = 8  # random architectures that are measured beside the best predicted
 def search(given: Given) -> list[Path]:
     """All architectures of the space within the budget, ranked by predicted damage."""
     r, arch = given.settings, given.parent.arch
-    found, points, feasible = find_candidates(r, arch, resolve_space(dict(r.space), arch), budget_of(r, arch),
-                                              r.workload.build(), *_scores(given))
-    given.update(1, f"{points:,} architectures, {len(found) if feasible is None else feasible:,} "
-                    f"{'solved for' if feasible is None else 'within the budget'}")
+    found = find_candidates(r, arch, resolve_space(dict(r.space), arch), budget_of(r, arch),
+                            r.workload.build(), *_scores(given))
+    given.update(1, f"{found.points:,} architectures, {found.feasible:,} within the budget")
     folder = given.folder / "search"
     folder.mkdir(exist_ok=True)
-    write_candidates(folder / "predicted.json", found)
-    write_json(folder / "space.json", {"points": points, "feasible": feasible})
+    write_candidates(folder / "predicted.json", found.candidates)
+    write_json(folder / "space.json", {"points": found.points, "feasible": found.feasible})
     return [folder / "predicted.json", folder / "space.json"]
 
 
@@ -91,9 +90,8 @@ def _measure_estimate(plan: Plan) -> Estimate:
 _LAYERS_AND_WIDTHS = ("score", "curves")
 SEARCH = Stage(
     "search", search, lambda plan: Estimate(seconds=1.0),
-    settings=lambda recipe: (
-        "budget", "workload", "space", "scores.layer_metric", "search.strategy", "search.damage", "search.export",
-        "search.keep", "search.keep_retrieval", *(("search.measure",) if recipe.search.strategy == "milp" else ())),
+    settings=("budget", "workload", "space", "scores.layer_metric", "search.damage", "search.keep",
+              "search.keep_retrieval"),
     world=("model",), after=_LAYERS_AND_WIDTHS)
 MEASURE = Stage(
     "measure", measure_candidates, _measure_estimate,

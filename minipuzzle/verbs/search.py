@@ -55,13 +55,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one budget allows. `feasible` counts the architectures within it; null where they are
-    not enumerated."""
+    """What one budget allows. `feasible` counts the architectures within it."""
 
     budget: Budget
     candidates: list[Candidate]
     points: int
-    feasible: int | None
+    feasible: int
     seconds: float
     note: str = ""
 
@@ -128,8 +127,9 @@ def search_architectures(model: str | Path | Architecture, scores: str | Path | 
     layers, curves = ((scores, None) if isinstance(scores, LayerScores) else
                       read_scores(None if scores is None else Path(scores)))
     workload = chosen.workload.build()
-    return find_candidates(chosen, parent, resolve_space(chosen.space.model_dump(), parent),
-                           Budget.parse(chosen.budget, cost(parent, workload).to_json()), workload, layers, curves)[0]
+    limits = Budget.parse(chosen.budget, cost(parent, workload).to_json())
+    return find_candidates(chosen, parent, resolve_space(chosen.space.model_dump(), parent), limits,
+                           workload, layers, curves).candidates
 
 
 def budget_texts(budget: str | Mapping[str, str] | None) -> dict[str, str]:
@@ -275,11 +275,11 @@ def _answer(question: Question, texts: Mapping[str, str]) -> Answer:
     q = question
     budget, begin = Budget.parse(texts, cost(q.parent, q.workload).to_json()), time.perf_counter()
     try:
-        found, points, feasible = find_candidates(q.recipe, q.parent, q.space, budget, q.workload, q.scores, q.curves)
+        found = find_candidates(q.recipe, q.parent, q.space, budget, q.workload, q.scores, q.curves)
     except Infeasible as error:
         return Answer(budget, [], q.space.num_points, 0, time.perf_counter() - begin, str(error))
     prefix = _prefix(q, texts)
-    return Answer(budget, [replace(c, name=prefix + c.name) for c in found], points, feasible,
+    return Answer(budget, [replace(c, name=prefix + c.name) for c in found.candidates], found.points, found.feasible,
                   time.perf_counter() - begin)
 
 
