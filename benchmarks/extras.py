@@ -1,7 +1,7 @@
 """Use each extra that installs without CUDA once; `make test-extras` runs this in an environment of
 its own.
 
-    eval        lm-eval on a task file that needs no network (tests/data/lm_eval)
+    eval        lm-eval on a task file that needs no network (tests/data/lm_eval): evaluate, and a prune that ranks by it
     track       a short distillation that tensorboard and wandb (offline) write down, read again
     quantize    modelopt takes the bundled model to FP8 (simulated on a CPU) and its loss hardly moves
     docs        pdoc writes pages
@@ -48,7 +48,15 @@ def evaluate(work: Path) -> dict[str, Any]:
                            "--tasks", task, "--json"))["tasks"]
     accuracy = found["results"]["continuation"]["acc,none"]
     assert accuracy >= 0.75, found  # of 8; chance is 0.5
-    return {"task": task, "samples": found["n_samples"], "accuracy": accuracy}
+    small = [f"--set={key}" for key in ("evaluation.samples=4", "calibration.samples=4", "distillation.tokens=0",
+                                        "search.measure=4", "evaluation.task_candidates=2", "search.rank=tasks")]
+    report = json.loads(run("minipuzzle", "prune", MODEL, "--data", "docs", "-o", str(work / "run"), "--json", "-q",
+                            f"--set=evaluation.tasks=[{task}]", *small))
+    scores = {name: one["of"]["continuation"] for name, one in report["tasks"].items()}
+    assert scores["parent"]["value"] == accuracy, scores
+    candidates = [c["measured"] for c in report["candidates"] if c["measured"]]
+    assert sum("tasks" in c for c in candidates) == 2 < len(candidates)
+    return {"task": task, "samples": found["n_samples"], "accuracy": accuracy, "pruned": scores}
 
 
 def track(work: Path) -> dict[str, Any]:

@@ -62,16 +62,24 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def check_tasks(names: list[str]) -> None:
-    """Raise InputError if lm-eval is not installed, or has no such task."""
+def check_tasks(names: list[str], asked: str = "--tasks", load: bool = False) -> None:
+    """Raise InputError if lm-eval is not installed, has no such task, or (with `load`) does not get
+    its questions: without a network, those that are not in the Hub's cache. `asked`: by what."""
     try:
-        from lm_eval.tasks import TaskManager
+        from lm_eval.tasks import TaskManager, get_task_dict
     except ImportError:
-        raise InputError("--tasks needs lm-eval: pip install 'minipuzzle[eval]'") from None
-    known = TaskManager().all_tasks
+        raise InputError(f"{asked} needs lm-eval: pip install 'minipuzzle[eval]'") from None
+    manager = TaskManager()
+    known = manager.all_tasks
     unknown = [name for name in names if name not in known and not Path(name).is_file()]
     if unknown:
         raise InputError(f"lm-eval has no task {', '.join(unknown)}; 'lm-eval ls tasks' lists them")
+    for name in names if load else ():
+        try:
+            get_task_dict([name], manager)
+        except Exception as error:  # of a task's own code, datasets, the Hub and its HTTP library
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{asked}: the task {name} cannot be loaded ({reason})") from None
 
 
 def tasks(path: Path, names: list[str], device: str, limit: int | None = None) -> dict[str, Any]:
@@ -81,5 +89,36 @@ def tasks(path: Path, names: list[str], device: str, limit: int | None = None) -
 
     served = HFLM(pretrained=open_served(path, device), tokenizer=load_tokenizer(path, False))
     found = simple_evaluate(model=served, tasks=names, limit=limit)
-    keys = {"results": "results", "versions": "versions", "n_samples": "n-samples"}
+    keys = {"results": "results", "versions": "versions", "n_samples": "n-samples",
+            "group_subtasks": "group_subtasks", "higher_is_better": "higher_is_better"}
     return dict(json.loads(json.dumps({name: found.get(key) for name, key in keys.items()}, default=float)))
+
+
+def task_scores(path: Path, names: list[str], device: str, limit: int | None = None) -> dict[str, Any]:
+    """`score`: the mean over tasks (of a group its own mean) of the metric that lm-eval leads with,
+    acc_norm before acc, and its standard error; `of` each task.
+
+    Raises:
+        InputError: a task has no metric of which more is better.
+    """
+    found = tasks(path, names, device, limit)
+    inside = {name for some in (found["group_subtasks"] or {}).values() for name in some}
+    of = {name: _main_metric(name, row, (found["higher_is_better"] or {}).get(name) or {})
+          for name, row in found["results"].items() if name not in inside}
+    values, errors = ([one[key] for one in of.values()] for key in ("value", "stderr"))
+    known = [error for error in errors if error is not None]
+    return {"score": sum(values) / len(values),
+            "score_stderr": sum(e * e for e in known) ** 0.5 / len(values) if len(known) == len(values) else None,
+            "of": {name: one | {"version": (found["versions"] or {}).get(name)} for name, one in of.items()}}
+
+
+def _main_metric(task: str, row: dict[str, Any], better: dict[str, Any]) -> dict[str, Any]:
+    """Of one task's results, whose keys are `metric,filter`."""
+    numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and "," in key
+               and "_stderr," not in key and better.get(key.split(",")[0], True)}
+    if not numbers:
+        raise InputError(f"lm-eval's task {task} has no metric of which more is better; it has {', '.join(better)}")
+    key = min(numbers, key=lambda key: not key.startswith("acc_norm,"))  # else the first
+    metric, _, kept = key.partition(",")
+    error = row.get(f"{metric}_stderr,{kept}")
+    return {"metric": metric, "value": numbers[key], "stderr": error if isinstance(error, int | float) else None}

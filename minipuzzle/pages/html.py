@@ -106,6 +106,8 @@ def _tables(report: Report) -> list[dict[str, Any]]:
     return [
         {"name": "retrieval", "heading": "What is found again in the context", "note": facts.retrieval_note(report),
          "rows": facts.retrieval_rows(report)},
+        {"name": "tasks", "heading": "Tasks", "note": "By lm-eval; with one standard error.",
+         "rows": facts.task_rows(report)},
         {"name": "experts", "heading": "Where the router sends tokens",
          "note": "The busiest expert's load over an even share (1 is even), by layer of the parent.",
          "rows": facts.expert_rows(report)}]

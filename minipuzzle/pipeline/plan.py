@@ -230,6 +230,9 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
     """
     if recipe.scores.racing and recipe.scores.iterative:
         raise InputError("scores.racing and scores.iterative exclude each other: a race ends with the first round")
+    if recipe.search.rank == "tasks" and not recipe.evaluation.tasks:
+        raise InputError("search.rank tasks needs tasks, and evaluation.tasks names none; for example "
+                         "--set evaluation.tasks=[mmlu]")
     d = recipe.distillation
     if d.batch_tokens < d.sequence_length:
         raise InputError(f"distillation.batch_tokens {d.batch_tokens} is less than one sequence of "

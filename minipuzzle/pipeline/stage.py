@@ -215,13 +215,13 @@ def restrict(recipe: Recipe, keys: Iterable[str]) -> Recipe:
 
 
 def values(recipe: Recipe, keys: Iterable[str]) -> dict[str, Any]:
-    """The values of these keys as plain data, `section.key` -> value; not how data are called."""
+    """The values of these keys as plain data, `section.key` -> value; not how data and tasks are called."""
     data, out = recipe.model_dump(), dict[str, Any]()
     for key in sorted(keys):
         section, _, name = key.partition(".")
         for k in [name] if name else data[section]:
             out[f"{section}.{k}"] = data[section][k]
-    return {key: value for key, value in out.items() if not key.endswith(".data")}
+    return {key: value for key, value in out.items() if not key.endswith((".data", ".tasks"))}
 
 
 class Runner:

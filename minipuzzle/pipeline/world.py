@@ -120,7 +120,9 @@ class World:
                 for section in ("calibration", "evaluation", "distillation")}
         return data | {"model": lambda: self.folder.fingerprint, "tokenizer": lambda: self.tokenizer_hash,
                        "seed": lambda: self.seed, "candidate": self._chosen,
-                       "precision": lambda: self.precision}
+                       "precision": lambda: self.precision,
+                       "tasks": lambda: [digest(Path(name).read_text("utf-8")) if Path(name).is_file() else name
+                                         for name in self.recipe.evaluation.tasks]}
 
     def _chosen(self) -> str:
         """Names of a later search say what was asked, not of which scores."""

@@ -207,6 +207,13 @@ class EvaluationSection(_Section):
     """Held-out documents, about every 50th, never calibrated or trained on."""
 
     data: str = _key("stdlib", f"Texts to evaluate on: {_DATA}", min_length=1)
+    tasks: list[str] = _key(
+        [], "lm-eval's tasks, by name or YAML file, that the best measured candidates, the finalists, the "
+        "parent and the result are asked; needs minipuzzle[eval].", "", _MINIPUZZLE)
+    task_candidates: int = _key(8, "So many measured candidates, the best by KL, are asked the tasks. The paper: "
+                                "130.", "candidates", _MINIPUZZLE, ge=1, le=100_000)
+    task_questions: int | None = _key(None, "At most so many questions of each task; null: all.", "questions",
+                                      ge=1, le=_SAMPLES)
     samples: int = _key(64, "Blocks that select candidates and weights; as many of other documents are "
                         "only for the report.", "blocks", ge=2, le=_SAMPLES)
 

@@ -113,6 +113,8 @@ def _numbers(report: Report) -> str:
         ("KL to the parent (nats per token)", "", number(result.kl_distilled, ".4f")),
         ("same most likely token as the parent", "", facts.percent(result.agreement_distilled)),
     ]
+    rows += [(f"lm-eval {_plain(row['task'])} ({_plain(row['metric'])})", row.get("parent", ""), row["result"])
+             for row in facts.task_rows(report) if "result" in row]
     lines = ["| | parent | this model |", "|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows if row[2] != facts.ABSENT]
     return "\n".join(lines) if len(lines) > 2 else "None yet."

@@ -332,8 +332,8 @@ def retrieval_rows(report: Report) -> list[dict[str, Any]]:
     return rows
 
 
-def _with_error(found: Mapping[str, Any], name: str, form: Callable[[float | None], str]) -> str:
-    error = found.get(f"{name}_stderr")
+def _with_error(found: Mapping[str, Any], name: str, form: Callable[[float | None], str], error_name: str = "") -> str:
+    error = found.get(error_name or f"{name}_stderr")
     return form(found[name]) + ("" if error is None else f" \N{PLUS-MINUS SIGN} {form(error)}")
 
 
@@ -350,3 +350,12 @@ def retrieval_note(report: Report) -> str:
             f"{_with_error(row, 'retrieval_lost', percent)}"
             for row in sorted(lost, key=lambda row: -float(row["retrieval_lost"]))[:5]]
     return text + f"The share of the parent's right answers that is lost without one layer: {', '.join(some)}."
+
+
+def task_rows(report: Report) -> list[dict[str, Any]]:
+    """A row per task, a column per model."""
+    models = {name: report.tasks[name]["of"] for name in RETRIEVAL if (report.tasks.get(name) or {}).get("of")}
+    names = list(dict.fromkeys(task for of in models.values() for task in of))
+    return [{"task": task, "metric": next(of[task]["metric"] for of in models.values() if task in of),
+             **{RETRIEVAL[name]: _with_error(of.get(task) or {"value": None}, "value", number, "stderr")
+                for name, of in models.items()}} for task in names]

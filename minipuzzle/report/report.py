@@ -205,6 +205,8 @@ class Report(Part):
     expert_load: dict[str, dict[str, list[float]]] = {}
     # of the parent, the candidate before training and the result, as evaluate/retrieval.py gives it
     retrieval: dict[str, dict[str, Any]] = {}
+    # the same, and lm-eval's: `score`, and of each task
+    tasks: dict[str, dict[str, Any]] = {}
     recipe: str | None = None
     versions: dict[str, str] = {}
     hashes: dict[str, str | None] = {}

@@ -23,6 +23,7 @@ from minipuzzle.search.rank import diverse
 from minipuzzle.search.space import resolve_space
 from minipuzzle.stages.candidates import find_candidates, read_candidates, write_candidates
 from minipuzzle.stages.student import cutter_of
+from minipuzzle.stages.tasks import ask_weights
 
 CONTROLS = 8  # random architectures that are measured beside the best predicted, to judge the prediction
 
@@ -59,6 +60,12 @@ def measure_candidates(given: Given) -> list[Path]:
     again = given.passes(probe.ids_NT, f"retrieval of {len(chosen)} candidates", part="retrieval")
     retrieved = retrieval.measure_variants(probe, cutter, whole, variants, again)[1:]
     measured = [{**quality, "retrieval": found} for quality, found in zip(found, retrieved, strict=True)]
+    asked = given.settings.evaluation
+    with given.ranks.together():
+        best = sorted(zip(measured, chosen, strict=False), key=lambda pair: (pair[0]["kl"], pair[1].name))
+        for i, (quality, c) in enumerate(best[: asked.task_candidates] if asked.tasks and given.ranks.main else []):
+            given.update(i / asked.task_candidates, f"{c.name} is asked {', '.join(asked.tasks)}")
+            quality["tasks"] = ask_weights(given, c.architecture, cutter.pieces(c.architecture, c.kept_layers))
     folder = given.folder / "search"
     files = [folder / "measured.json", folder / "controls.json"]
     if given.ranks.main:
@@ -97,6 +104,7 @@ MEASURE = Stage(
     "measure", measure_candidates, _measure_estimate,
     settings=("budget", "workload", "space", "scores.layer_metric", "search.strategy", "search.damage",
               "search.measure", "search.keep_retrieval", "surgery.hidden", "evaluation.samples",
+              "evaluation.tasks", "evaluation.task_candidates", "evaluation.task_questions",
               "calibration.sequence_length", "calibration.retrieval_context"),
-    world=("model", "tokenizer", "evaluation.data", "seed", "precision"), after=(*_LAYERS_AND_WIDTHS, "search"),
-    shared=True)
+    world=("model", "tokenizer", "evaluation.data", "seed", "precision", "tasks"),
+    after=(*_LAYERS_AND_WIDTHS, "search"), shared=True)

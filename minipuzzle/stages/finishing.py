@@ -51,6 +51,7 @@ from minipuzzle.stages.student import (
     training_flops,
     write_student,
 )
+from minipuzzle.stages.tasks import ask_folder
 from minipuzzle.surgery.gate import reload_gate
 
 
@@ -141,6 +142,11 @@ def export(given: Given) -> list[Path]:
                 samples["parent"] = parent.source
             result["samples"] = _samples(given, ids[0], samples)
             result["expert_load"] = expert_loads(samples, candidate.kept_layers, ids)
+            if given.settings.evaluation.tasks:
+                given.update(0.8, "the parent and the result are asked")
+                result["tasks"] = {"parent": ask_folder(given, parent.folder.path),
+                                   "candidate": (candidate.measured or {}).get("tasks"),
+                                   "result": ask_folder(given, unchecked)}
             path.parent.mkdir(exist_ok=True)
             write_json(path, result)
             for name, text in model_card_files(make_report(given, result)).items():
@@ -201,5 +207,5 @@ DISTILL = Stage(
 EXPORT = Stage(
     "export", export, _export_estimate,
     settings=tuple(Recipe.model_fields.keys() - {"recipe"}),
-    world=(*TRAINING[1], "candidate"), after=(*_BEFORE, "distill"), strict=True,
+    world=(*TRAINING[1], "candidate", "tasks"), after=(*_BEFORE, "distill"), strict=True,
     shared=True)

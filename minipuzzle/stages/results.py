@@ -82,6 +82,7 @@ def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, 
         "defaults": _defaults(recipe),
         "samples": found["samples"],
         "expert_load": found.get("expert_load", {}),
+        "tasks": {name: one for name, one in found.get("tasks", {}).items() if one},
         "retrieval": {name: one for name, one in found["retrieval"].items() if one},
     })
 

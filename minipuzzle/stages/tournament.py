@@ -20,6 +20,7 @@ from minipuzzle.core.files import write_json
 from minipuzzle.distill.loop import distill_together
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.teacher import LiveTeacher
+from minipuzzle.distill.trained import load_best
 from minipuzzle.distill.trainer import Diverged, Pupil
 from minipuzzle.models.walk import Model
 from minipuzzle.pipeline.plan import Estimate, Plan
@@ -28,11 +29,12 @@ from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.halving import entrants, marks_of, stay
 from minipuzzle.search.rank import apart, rank
 from minipuzzle.stages.candidates import Qualities, read_candidates
-from minipuzzle.stages.mend import forget_damaged_training, look_at
+from minipuzzle.stages.mend import forget_damaged_training, look_at, steps_done
 from minipuzzle.stages.student import (
     TRAINING,
     look,
     refit_flops,
+    rounded,
     say_training,
     state_folder,
     student_of,
@@ -41,6 +43,7 @@ from minipuzzle.stages.student import (
     training_blocks,
     training_flops,
 )
+from minipuzzle.stages.tasks import ask_weights
 
 Looked = dict[str, Any]
 
@@ -79,6 +82,13 @@ def tournament(given: Given) -> list[Path]:
         names = stay({name: np.array(seen["losses"], float) if seen else None
                       for name, seen in looks.items()}, marks[i:], spare)
         left = [c for name in names for c in left if c.name == name] if len(names) > 1 else []
+    for c in finalists if given.settings.evaluation.tasks else ():
+        folder = state_folder(given, c, given.key)
+        if found[c.name].get("tokens") == marks[-1] * step_tokens and steps_done(folder) == marks[-1]:
+            student = student_of(given, c, given.key, how)
+            load_best(folder, student, given.ranks)
+            dtypes = given.parent.folder.dtypes(c.kept_layers)
+            found[c.name]["tasks"] = ask_weights(given, c.architecture, rounded(student, dtypes))
     if diverged := [name for name, quality in found.items() if quality["loss"] is None]:
         said = f"{len(diverged)} of {len(finalists)} finalists diverged in the tournament ({', '.join(diverged)})"
         if len(diverged) == len(finalists):
@@ -143,5 +153,5 @@ def _tournament_estimate(plan: Plan) -> Estimate:
 
 TOURNAMENT = Stage(
     "tournament", tournament, _tournament_estimate,
-    settings=("search.finalists", "search.tournament", "search.rank", *TRAINING[0]), world=TRAINING[1],
+    settings=("search.finalists", "search.tournament", "search.rank", *TRAINING[0]), world=(*TRAINING[1], "tasks"),
     after=("score", "curves", "search", "measure"), shared=True)

@@ -14,6 +14,7 @@ from minipuzzle.core.devices import Device, find_device
 from minipuzzle.core.errors import InputError, MinipuzzleError, ResourceError
 from minipuzzle.core.rundir import RunDir, refuse_foreign
 from minipuzzle.distill.precision import check_precision
+from minipuzzle.evaluate.served import check_tasks
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.weights import ModelFolder, open_model
@@ -49,6 +50,8 @@ def dry_run(model: str | None, recipe: Recipe, output_dir: Path | None = None, *
     if card is None:
         check_precision(recipe.distillation.precision, where)
         check_quantization(recipe.quantization, where)
+        if recipe.evaluation.tasks:  # their questions are fetched by the run
+            check_tasks(recipe.evaluation.tasks, "evaluation.tasks")
         memory_bytes = machine.memory_to_use(memory_bytes, where)
     folder, arch = _find(model)
     plan = make_plan(arch, recipe, memory_bytes=cluster.usable(card) if card else memory_bytes,

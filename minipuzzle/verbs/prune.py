@@ -14,6 +14,7 @@ from minipuzzle.core import environment
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import machine_errors, read_json, restore_folder, write_atomic, write_json
 from minipuzzle.distill.precision import check_precision
+from minipuzzle.evaluate.served import check_tasks
 from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.pages.html import write_report
 from minipuzzle.pipeline.forecast import check_disk, check_memory, estimates
@@ -116,6 +117,8 @@ def prepare(model: str | Path | None, recipe: Recipe, device: str = "cpu",
     where = find_device(device)
     check_precision(recipe.distillation.precision, where)
     check_quantization(recipe.quantization, where)
+    if recipe.evaluation.tasks:
+        check_tasks(recipe.evaluation.tasks, "evaluation.tasks", load=True)
     folder = open_model(find_model(model) if model is not None else bundled_model())
     return folder, make_plan(folder.arch, recipe, memory_bytes=memory_to_use(memory_bytes, where), device=where,
                              processes=environment.world_size()), where
