@@ -201,7 +201,8 @@ def _as_on_a_gpu() -> Iterator[None]:
     """The branches that the product takes there."""
     plain = torch.optim.AdamW
     changes: list[tuple[Any, str, Any]] = [
-        (mixers, "ssd", lambda x, dt, a, b, c, d: _Scan.apply(x, dt, a, b, c, d)),  # type: ignore[no-untyped-call]
+        (mixers, "ssd", lambda x, dt, a, b, c, d, *, dt_bias_H, dt_softplus: _Scan.apply(  # type: ignore[no-untyped-call]
+            x, F.softplus(dt + dt_bias_H), a, b, c, d)),
         (F, "scaled_dot_product_attention", lambda q, k, v, **how: _Attention.apply(q, k, v)),  # type: ignore[no-untyped-call]
         (loss_module, "wide_product", _product), (logits_module, "wide_product", _product),
         (loss_module, "chunk_tokens", lambda vocab, device: max(64, loss_module.CHUNK_FLOATS["cuda"] // vocab)),

@@ -6,6 +6,7 @@ import sys
 import types
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from test_family import MatrixProducts
 from tiny import ARCH, FAMILY, tiny_model
 
 from minipuzzle.core.errors import InputError
-from minipuzzle.distill import precision
+from minipuzzle.distill import loop, precision, trainer
 from minipuzzle.distill.precision import Products, check_precision, fp8_note, quantise, use_fp8
 from minipuzzle.models.module import HybridLM
 from minipuzzle.models.selection import Selection
@@ -36,23 +37,26 @@ def test_current_scaling(dtype: torch.dtype, largest: float) -> None:
     t = torch.randn(40, 7, generator=torch.Generator().manual_seed(0)) * 1e-3
     values, scale = quantise(t, dtype)
     assert float(scale) == pytest.approx(largest / float(t.abs().max()))
+    assert values.dtype == dtype
     assert float(values.float().abs().max()) == largest  # the largest value fills the range
     assert torch.equal(values.float(), nearest(t * scale, dtype))
-    assert torch.equal(quantise(t * 2**20, dtype)[0], values)  # the scale is this tensor's own
+    assert torch.equal(quantise(t * 2**20, dtype)[0].float(), values.float())  # the scale is this tensor's own
     zero, one = quantise(torch.zeros(3), dtype)
     assert float(one) == 1
-    assert zero.tolist() == [0, 0, 0]
+    assert zero.float().tolist() == [0, 0, 0]
     tiny, finite = quantise(torch.full((3,), 1e-44), dtype)
     assert torch.isfinite(finite)
-    assert torch.isfinite(tiny).all()
+    assert torch.isfinite(tiny.float()).all()
 
 
 def test_products_and_gradients_are_of_the_rounded_values() -> None:
     g = torch.Generator().manual_seed(1)
     x, w = torch.randn(2, 5, 16, generator=g).requires_grad_(), torch.randn(24, 16, generator=g).requires_grad_()
+    other = torch.randn(24, 16, generator=g)
     out = torch.randn(2, 5, 24, generator=g)
-    with Products(precision._emulated):
+    with Products(precision.Product(), {"w": w}):
         y = F.linear(x, w)
+        assert torch.equal(F.linear(x, other), x @ other.T)  # no weight of the block
     y.backward(out.bfloat16())
 
     def rounded(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -71,16 +75,16 @@ def test_products_and_gradients_are_of_the_rounded_values() -> None:
 
 def test_the_first_and_last_two_layers_stay_out_of_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four matrix products at each end: of the M-M* and *-MM kind two layers have at most that."""
-    shapes: list[torch.Size] = []
-    real = precision._emulated
-    monkeypatch.setattr(precision, "_emulated", lambda x, w: (shapes.append(w.shape), real(x, w))[1])
+    names: list[str] = []
+    real = precision.Product.__call__
+    monkeypatch.setattr(precision.Product, "__call__", lambda self, n, x, w: (names.append(n), real(self, n, x, w))[1])
     pupil = student()
     use_fp8(pupil, CPU)
     pupil.compute_in(torch.bfloat16)
     pupil(torch.arange(16)[None])
     inner = list(pupil.blocks)[2:-2]
-    expected = [w.shape for b in inner for n, w in b.weights().items() if n.endswith("proj.weight")]
-    assert sorted(shapes) == sorted(expected)
+    expected = [n for b in inner for n in b.weights() if n.endswith("proj.weight")]
+    assert sorted(names) == sorted(expected)
     assert len(expected) >= 8
     few = tiny_model().slice(ARCH.keep((0, 1, 2, 3)), Selection((0, 1, 2, 3)))
     with pytest.raises(InputError, match="this student has 4"):
@@ -137,11 +141,87 @@ def test_checkpointing_changes_nothing_but_memory(tmp_path: Path, monkeypatch: p
     assert all(torch.equal(on[n], weights(train(tmp_path / "fp32", settings=SHORT))[n]) for n in on)
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The interface of Transformer Engine that is used, with the emulation's products; the shapes
-    it multiplied."""
-    inside: list[object] = []
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of the weights that are quantised from here on."""
     shapes: list[torch.Size] = []
+    real = precision.Quantised.of
+    monkeypatch.setattr(precision.Quantised, "of", lambda weight: (shapes.append(weight.shape), real(weight))[1])
+    return shapes
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weights_are_quantised_once_for_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
+    """However many passes a step has, and also where the backward pass computes again; of the
+    weights as they are then."""
+    shapes = counted(monkeypatch)
+    settings = replace(SHORT, precision="fp8", activation_checkpointing=recompute)
+    monkeypatch.setattr(loop, "pass_tokens", lambda device: 0)  # one sequence each
+    pupil = train(tmp_path / "parts", settings=settings)
+    products = sum(n.endswith("proj.weight") for b in list(pupil.blocks)[2:-2] for n in b.weights())
+    assert len(shapes) == 4 * products
+    monkeypatch.setattr(trainer, "use_fp8", lambda pupil, device, keep: use_fp8(pupil, device, keep=False))
+    anew = train(tmp_path / "anew", settings=settings)  # quantised in every pass: the same numbers
+    assert len(shapes) > 8 * products
+    assert all(torch.equal(weights(pupil)[name], weight) for name, weight in weights(anew).items())
+
+
+def test_shards_keep_no_quantised_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = counted(monkeypatch)
+    pupil = student()
+    products = use_fp8(pupil, CPU, keep=False)
+    pupil.compute_in(torch.bfloat16)
+    for _ in range(2):
+        pupil(torch.arange(16)[None])
+    assert [p.kept for p in products] == [{}] * len(products)
+    assert len(shapes) == 2 * sum(n.endswith("proj.weight") for b in list(pupil.blocks)[2:-2] for n in b.weights())
+
+
+def test_evaluation_is_never_in_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a pupil that trains so: without gradients it computes what the bf16 model does."""
+    seen: list[torch.Tensor] = []
+    ids = torch.arange(16)[None]
+
+    def look(pupil: HybridLM) -> dict[str, float]:
+        with torch.no_grad():
+            seen.append(pupil(ids))
+        return {"loss": 1.0}
+
+    pupil = student()
+    train(tmp_path, pupil, replace(SHORT, precision="fp8"), evaluate=look)
+    assert len(seen) == 2
+    plain = HybridLM(FAMILY, pupil.arch, weights(pupil))
+    plain.compute_in(torch.bfloat16)
+    assert torch.equal(seen[-1], plain(ids).detach())
+    assert not torch.equal(pupil(ids).detach(), seen[-1])  # with gradients it is fp8
+
+
+def test_operands_lie_as_a_gpu_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLASLt's rules for FP8, which the CPU does not ask for: rows times columns, both sides of
+    the second and the inner side multiples of 16, never two E5M2."""
+    real, calls = torch._scaled_mm, []
+
+    def strict(a: torch.Tensor, b: torch.Tensor, **more: Any) -> torch.Tensor:
+        assert a.stride() == (a.shape[1], 1)
+        assert b.stride() == (1, b.shape[0])
+        assert a.shape[1] % 16 == b.shape[0] % 16 == b.shape[1] % 16 == 0
+        assert b.dtype == torch.float8_e4m3fn
+        assert more["scale_a"].dtype == more["scale_b"].dtype == torch.float32
+        calls.append((a.dtype, more["use_fast_accum"]))
+        return real(a, b, **more)
+
+    monkeypatch.setattr(torch, "_scaled_mm", strict)
+    x, w = torch.randn(3, 7, 32).bfloat16().requires_grad_(), torch.randn(48, 32).bfloat16().requires_grad_()
+    precision.Product()("w", x, w).sum().backward()
+    assert calls == [(torch.float8_e4m3fn, True), (torch.float8_e5m2, False), (torch.float8_e5m2, False)]
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[bool | None]:
+    """The interface of Transformer Engine that is used, with our own products; of each call,
+    whether its weight is quantised anew."""
+    inside: list[object] = []
+    firsts: list[bool | None] = []
 
     class Autocast:
         def __init__(self, enabled: bool, recipe: object) -> None:
@@ -159,10 +239,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
             super().__init__(columns, rows, bias, device, params_dtype)
             assert self.weight.is_meta
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, is_first_microbatch: bool | None) -> torch.Tensor:
             assert inside == [("current", "hybrid")]
-            shapes.append(self.weight.shape)
-            return precision._emulated(x, self.weight)
+            firsts.append(is_first_microbatch)
+            return precision.Product(keep=False)("", x, self.weight)
 
     engine, modules, recipes = (types.ModuleType(n) for n in ("te", "te.pytorch", "te.recipe"))
     engine.__version__ = "2.20"  # type: ignore[attr-defined]
@@ -174,13 +254,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     monkeypatch.setitem(sys.modules, "transformer_engine.common", types.ModuleType("te.common"))
     monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", recipes)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    return shapes
+    return firsts
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_transformer_engine_gets_the_students_own_weights(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
-    """With the emulation's products behind its interface, the gradients are the emulation's."""
-    shapes = stand_in(monkeypatch)
+    """With our products behind its interface, the gradients are ours."""
+    firsts = stand_in(monkeypatch)
     check_precision("fp8", CUDA)
     assert "Transformer Engine 2.20" in fp8_note(CUDA)
     monkeypatch.setattr(precision, "FP8_MULTIPLE", 2)  # the small model's widths
@@ -198,18 +278,26 @@ def test_transformer_engine_gets_the_students_own_weights(monkeypatch: pytest.Mo
     for name, gradient in emulated.items():
         torch.testing.assert_close(engine[name], gradient, rtol=0, atol=0)
     products = sum(n.endswith("proj.weight") for b in list(student().blocks)[2:-2] for n in b.weights())
-    assert len(shapes) == products * 2 * (1 + recompute)
+    assert len(firsts) == products * 2 * (1 + recompute)
+    assert sum(first is True for first in firsts) == products  # of one step of two passes
     monkeypatch.setattr(precision, "FP8_MULTIPLE", 1024)
     with pytest.raises(InputError, match=r"proj.weight is \(.*need multiples of 1024"):
         use_fp8(student(), CUDA)
+
+
+def wide_student() -> HybridLM:
+    """Its widths are multiples of 16, in_proj's too."""
+    arch = replace(ARCH, n_groups=2, mamba_num_heads=16)
+    return HybridLM(FAMILY, arch, tiny_model(arch).by_name())
 
 
 def test_what_a_gpu_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
-    with pytest.raises(InputError, match=r"Transformer Engine.*minipuzzle\[fp8\]"):
-        check_precision("fp8", CUDA)
+    check_precision("fp8", CUDA)
+    assert "by torch._scaled_mm (no Transformer Engine: " in fp8_note(CUDA)
+    assert {type(product) for product in use_fp8(wide_student(), CUDA)} == {precision.Product}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(InputError, match=r"a GPU has none .*8\.9"):
         check_precision("fp8", CUDA)

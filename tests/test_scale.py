@@ -13,15 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from test_distill import SETTINGS, STEP_TOKENS, blocks, student, weights
+from test_distill import SETTINGS, STEP_TOKENS, blocks, weights
 from test_prune import quick_gate, recipe_for  # noqa: F401 (a fixture)
 from tiny import ARCH, FAMILY, tiny_model, tokens, trained_like, write_folder
 
 from minipuzzle import prune
 from minipuzzle.core.errors import ResourceError
 from minipuzzle.distill.loop import distill_model
-from minipuzzle.distill.optimizer import make_optimizer
-from minipuzzle.distill.precision import compute_dtype, resolve
+from minipuzzle.distill.precision import check_training, compute_dtype, resolve
 from minipuzzle.families import mixers
 from minipuzzle.models.logits import compare
 from minipuzzle.models.module import HybridLM
@@ -127,7 +126,7 @@ def test_eight_bit_moments_need_torchao_and_a_compiler(monkeypatch: pytest.Monke
     low = replace(SETTINGS, optimizer="adamw8bit")
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(ResourceError, match=r"needs torchao .*minipuzzle\[low-memory\]'"):
-        make_optimizer(list(student().parameters()), low, torch.device("cpu"))
+        check_training("fp32", low.optimizer, False, torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "torchao.optim", types.ModuleType("torchao.optim"))
 
     def broken(*args: Any, **how: Any) -> Any:
@@ -135,7 +134,7 @@ def test_eight_bit_moments_need_torchao_and_a_compiler(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(ResourceError, match=r"a compiler .*No working C\+\+ compiler found\)") as error:
-        make_optimizer(list(student().parameters()), low, torch.device("cpu"))
+        check_training("fp32", low.optimizer, False, torch.device("cpu"))
     assert error.value.exit_code == 6
     assert "\n" not in str(error.value)
 

@@ -26,7 +26,7 @@ from minipuzzle.core.errors import InputError
 from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loss import Target
-from minipuzzle.distill.precision import check_precision
+from minipuzzle.distill.precision import check_training
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import shard
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher, Teacher
@@ -94,7 +94,7 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
         Diverged: all of them did. The rest as `distill_model`.
     """
     ranks = ranks or Ranks(pupils[0].student.head.device)
-    check_precision(settings.precision, ranks.device)
+    check_training(settings.precision, settings.optimizer, settings.compile, ranks.device)
     seq, size = blocks.sequence_length, settings.batch(blocks.sequence_length)
     if size % ranks.size:
         raise InputError(f"a step has {size} sequences (distillation.batch_tokens / sequence_length), which "

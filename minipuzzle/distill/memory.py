@@ -36,6 +36,8 @@ def forecast(teacher: Architecture, student: Architecture, settings: TrainSettin
     sizes = _parameters(student)
     moments = 2.1 if settings.optimizer == "adamw8bit" else 8
     held = (width * _parameters(teacher) + (8 + moments) * sizes) / shards
+    if settings.precision == "fp8" and ranks.size == 1:  # weights in FP8, and with their sides exchanged
+        held += 2 * sizes
     if settings.sync_last and ranks.size > 1:
         held += 4 * sizes
     if ranks.size > 1:  # both heads, in the dtype of the products

@@ -26,13 +26,8 @@ BETAS = (0.9, 0.95)
 
 def make_optimizer(parameters: Collection[nn.Parameter], settings: TrainSettings,
                    device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that `settings.optimizer` names.
-
-    Raises:
-        ResourceError: torchao is not installed, or nothing compiles here.
-    """
+    """The optimizer that `settings.optimizer` names; `check_8bit` says if there is torchao."""
     if settings.optimizer == "adamw8bit":
-        check_8bit(device)
         made: torch.optim.Optimizer = _rows_of_codes()(parameters, lr=settings.learning_rate, betas=BETAS,
                                                        weight_decay=settings.weight_decay)
         return made
@@ -87,12 +82,17 @@ def check_8bit(device: torch.device) -> None:
         importlib.import_module("torchao.optim")
     except ImportError as error:
         raise ResourceError(f"{wanted} torchao ({error}): pip install 'minipuzzle[low-memory]', or use adamw") from None
+    check_compiler(wanted, "adamw", device)
+
+
+def check_compiler(wanted: str, instead: str, device: torch.device) -> None:
+    """Raise ResourceError if torch.compile finds no compiler for this device."""
     try:
         torch.compile(torch.neg, fullgraph=True)(torch.zeros(1, device=device))
     except (RuntimeError, ImportError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ResourceError(f"{wanted} a compiler that torch.compile finds ({reason[:150]}); install one, or use "
-                            "adamw") from None
+        raise ResourceError(f"{wanted} a compiler that torch.compile finds ({reason[:150]}); "
+                            f"install one, or use {instead}") from None
 
 
 def _rows_of_codes() -> Any:

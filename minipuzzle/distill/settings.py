@@ -27,6 +27,7 @@ class TrainSettings:
     precision: str = "fp32"
     activation_checkpointing: bool | None = False
     optimizer: str = "adamw"
+    compile: bool = False
     sync_last: bool = False
     shards: int | None = None
     warmup: float = 0.05
@@ -52,5 +53,5 @@ class TrainSettings:
 
     def resumable(self) -> dict[str, Any]:
         """What must be the same when a run goes on: all that changes its numbers."""
-        plain = {"optimizer": "adamw"}  # states of earlier versions do not say
+        plain = {"optimizer": "adamw", "compile": False}  # states of earlier versions do not say
         return {k: v for k, v in asdict(self).items() if k not in CHANGES_NOTHING and plain.get(k) != v}

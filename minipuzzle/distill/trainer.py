@@ -24,6 +24,7 @@ from minipuzzle.distill.optimizer import make_optimizer, moments, set_rate
 from minipuzzle.distill.precision import compute_dtype, use_fp8
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import shard, whole
+from minipuzzle.families.kernels import usable
 from minipuzzle.models.module import Block, HybridLM
 from minipuzzle.models.ranks import Ranks
 
@@ -98,8 +99,8 @@ class Trainer:
         for block in student.blocks:
             assert isinstance(block, Block)
             block.recompute = bool(settings.activation_checkpointing)
-        if settings.precision == "fp8":
-            use_fp8(student, ranks.device)
+            block.compiled = settings.compile and _compiles(block, ranks.device)
+        self.products = use_fp8(student, ranks.device, ranks.size == 1) if settings.precision == "fp8" else []
         dtype = None if settings.precision == "fp32" else compute_dtype(settings.precision, ranks.device)
         student.compute_in(dtype)
         if ranks.size > 1 and not isinstance(student, FSDPModule):
@@ -120,6 +121,8 @@ class Trainer:
     def begin(self) -> None:
         self.sums = torch.zeros(3, dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
+        for product in self.products:
+            product.forget()
 
     def backward(self, part: Batch, target: Target | None, teacher_streams: dict[int, torch.Tensor],
                  last: bool = True) -> None:
@@ -237,6 +240,13 @@ class Trainer:
         if self.adam_steps:
             for p in self.parameters.values():
                 self.optimizer.state[p]["step"] = torch.tensor(float(self.adam_steps))
+
+
+def _compiles(block: Block, device: torch.device) -> bool:
+    """Whether torch.compile takes a layer: of grouped products it knows those in bf16 alone, and it
+    must not look into mamba-ssm's kernels."""
+    kind = block.arch.family.kinds[block.kind]
+    return not kind.routed and not (kind.has_state and usable("scan", device))
 
 
 def _number(value: float) -> float | None:

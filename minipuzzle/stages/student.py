@@ -134,7 +134,8 @@ def train_settings(given: Given, students: Sequence[Architecture] = ()) -> Train
     again = None if d.activation_checkpointing == "auto" else d.activation_checkpointing
     made = TrainSettings(d.tokens, d.batch_tokens, d.learning_rate, d.temperature, lm_loss_weight=d.lm_loss_weight,
                          hidden_loss_weight=d.hidden_loss_weight, top_k=d.top_k, precision=given.precision,
-                         activation_checkpointing=again, optimizer=d.optimizer, seed=given.seed)
+                         activation_checkpointing=again, optimizer=d.optimizer, compile=d.compile,
+                         seed=given.seed)
     return fitted(made, given.parent.arch, students, given.ranks, max(pass_tokens(given.ranks.device),
                   d.sequence_length), memory or machine_memory(given.ranks.device))
 

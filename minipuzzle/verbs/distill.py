@@ -13,7 +13,7 @@ from minipuzzle.core.files import read_json, reading, replace_folder, restore_fo
 from minipuzzle.core.rundir import digest
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loop import Trained, distill_model
-from minipuzzle.distill.precision import check_precision
+from minipuzzle.distill.precision import check_training
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import read_sharded, reshard
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher
@@ -75,7 +75,8 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
     small, big = open_model(find_model(student)), open_model(find_model(teacher))
     layers = _layer_map(small, big)
     _check(recipe, small, big, layers, cache_teacher is not None)
-    check_precision(recipe.distillation.precision, find_device(device))
+    d = recipe.distillation
+    check_training(d.precision, d.optimizer, d.compile, find_device(device))
     tracker = open_tracker(track, output_dir)
     _check_alone(recipe, big, reads=SECTIONS)
     ranks, run = open_run(output_dir, find_device(device))

@@ -13,7 +13,7 @@ import torch
 from minipuzzle.core.devices import Device, find_device
 from minipuzzle.core.errors import InputError, MinipuzzleError, ResourceError
 from minipuzzle.core.rundir import RunDir, refuse_foreign
-from minipuzzle.distill.precision import check_precision
+from minipuzzle.distill.precision import check_training
 from minipuzzle.evaluate.served import check_tasks
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.models.ranks import Ranks
@@ -48,7 +48,8 @@ def dry_run(model: str | None, recipe: Recipe, output_dir: Path | None = None, *
     card = None if gpu is None else find_device(gpu)
     where = torch.device("cuda") if card else machine.find_device(device)
     if card is None:
-        check_precision(recipe.distillation.precision, where)
+        d = recipe.distillation
+        check_training(d.precision, d.optimizer, d.compile, where)
         check_quantization(recipe.quantization, where)
         if recipe.evaluation.tasks:  # their questions are fetched by the run
             check_tasks(recipe.evaluation.tasks, "evaluation.tasks")

@@ -13,7 +13,7 @@ import torch
 from minipuzzle.core import environment
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import machine_errors, read_json, restore_folder, write_atomic, write_json
-from minipuzzle.distill.precision import check_precision
+from minipuzzle.distill.precision import check_training
 from minipuzzle.evaluate.served import check_tasks
 from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.pages.html import write_report
@@ -115,7 +115,8 @@ def prepare(model: str | Path | None, recipe: Recipe, device: str = "cpu",
         MinipuzzleError: what `prune` refuses before it opens its folder.
     """
     where = find_device(device)
-    check_precision(recipe.distillation.precision, where)
+    d = recipe.distillation
+    check_training(d.precision, d.optimizer, d.compile, where)
     check_quantization(recipe.quantization, where)
     if recipe.evaluation.tasks:
         check_tasks(recipe.evaluation.tasks, "evaluation.tasks", load=True)
