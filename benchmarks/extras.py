@@ -1,7 +1,7 @@
 """Use each extra that installs without CUDA once; `make test-extras` runs this in an environment of
 its own.
 
-    eval        lm-eval on a task file that needs no network (tests/data/lm_eval): evaluate, and a prune that ranks by it
+    eval        lm-eval on a task file that needs no network (tests/data/lm_eval): evaluate, and prune by it
     track       a short distillation that tensorboard and wandb (offline) write down, read again
     quantize    modelopt takes the bundled model to FP8 (simulated on a CPU) and its loss hardly moves
     docs        pdoc writes pages

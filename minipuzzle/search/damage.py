@@ -42,7 +42,6 @@ class Damage:
     pairs_NLL: np.ndarray | None = None
     together: Together | None = None
     axis_names: tuple[str, ...] = ()
-    keep: frozenset[int] = frozenset()  # layers that may not go
 
     def widths(self, index_WA: np.ndarray) -> np.ndarray | None:
         """[W] damage by the widths at these indices of the axes."""
@@ -154,7 +153,7 @@ def predict(parent: Architecture, space: Space, scores: LayerScores | None, curv
         if f"{metric}_stderr" in curves.table.columns:
             axes_stderr = tuple(curves.damage(axis, f"{metric}_stderr", np.array(values), _whole(parent, axis, values))
                                 for axis, values in space.widths.items())
-    found = replace(known, orders=orders, keep=keep, axes=axes, axes_stderr=axes_stderr,
+    found = replace(known, orders=orders, axes=axes, axes_stderr=axes_stderr,
                     axis_names=tuple(space.widths))
     if damage != "auto" or curves is None or known.values_L is None:
         return found
