@@ -87,7 +87,7 @@ def main():
             if (row["name"], row["learning_rate"]) == (name, settings.learning_rate):
                 result["runs"].append(row)
                 return row["loss"]
-        looks = max(1, settings.steps(d.sequence_length) // 20)
+        looks = max(1, settings.schedule(d.sequence_length).steps // 20)
         begin = time.perf_counter()
         distill_model(student, parent, blocks, settings, args.work / name, evaluate_every=looks,
                       evaluate=lambda s: {"loss": measure(as_written(s), reference)["loss"]},

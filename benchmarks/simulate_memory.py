@@ -273,7 +273,7 @@ def step(teacher: Architecture, student: Architecture, processes: int, sequences
             small = HybridLM(student.family, student, weights(student, torch.float32))
             if mesh is not None:
                 shard(small, ranks, compute, mesh)
-            trainer = Trainer(Pupil(small, Path(folder)), settings, length, ranks)
+            trainer = Trainer(Pupil(small, Path(folder)), settings.schedule(length), ranks)
             if mesh is None:
                 big: Model | HybridLM = Model.build(teacher.family, teacher,
                                                     weights(teacher, compute or torch.float32).items())
@@ -302,7 +302,7 @@ def step(teacher: Architecture, student: Architecture, processes: int, sequences
                         del target
                         live.release()
                     counter.note("backward")
-                    trainer.end(0)
+                    trainer.end()
                     for p in trainer.parameters.values():
                         for t in trainer.optimizer.state[p].values():
                             if isinstance(t, torch.Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,12 +32,13 @@ def test_memory_is_what_the_run_itself_would_decide_by(plans):
     """Blocks computed again where they must be, 8-bit moments where they are asked for; the
     forecast itself is held against the simulation in test_memory.py."""
     card, plan = find_device("h100"), plans["4b"]
-    whole, small = (cluster.training_bytes(plan, card, 1, name) for name in ("adamw", "adamw8bit"))
-    saved = (8 - 2.1) * plan.largest.parameters
-    assert whole - small == pytest.approx(saved, rel=0.01)
-    assert whole > cluster.usable(card) >= small
-    more = cluster.training_bytes(plan, find_device("b200"), 1)
-    assert more >= whole  # a larger card keeps what the smaller one computes again
+    low = replace(plan, recipe=plan.recipe.with_overrides(settings={"distillation.optimizer": "adamw8bit"}))
+    whole, small = (cluster.training(p, card, 1)[1] for p in (plan, low))
+    assert whole["moments"] - small["moments"] == pytest.approx((8 - 2.1) * plan.largest.parameters, rel=0.01)
+    assert sum(whole.values()) > cluster.usable(card) >= sum(small.values())
+    how, more = cluster.training(plan, find_device("b200"), 1)
+    assert sum(more.values()) >= sum(whole.values())  # a larger card has larger passes
+    assert (how.activation_checkpointing, how.pass_tokens, how.loss_tokens) == (True, None, None)
 
 
 def test_more_gpus_take_less_each_and_less_time(plans):
@@ -56,7 +58,15 @@ def run(*args):
 @pytest.mark.parametrize(("model", "recipe", "gpu", "gpus", "code", "said"), [
     ("nemotron-h-8b", "nemotron-h-4b", "h100", "1", 6, "it fits with distillation.optimizer=adamw8bit"),
     ("nemotron-h-8b", "nemotron-h-4b", "h100", "8", 0, None),
-    ("nemotron-h-56b", "nemotron-h-47b", "h100", "8", 6, "it fits on --gpus 64"),
+    ("nemotron-h-8b", "nemotron-h-4b-1xh100", "h100", "1", 0, None),
+    ("nemotron-h-8b", "nemotron-h-4b-1xh100", "rtx4090", "1", 6, "it does not fit by 41.99 GiB; it fits with --gpus 8"),
+    ("nemotron-h-8b", "nemotron-h-4b-8xh100", "h100", "8", 0, None),
+    ("nemotron-h-8b", "nemotron-h-4b-8xh100", "rtx4090", "8", 6, "it fits with --gpus 256"),
+    ("nemotron-3-nano-30b-a3b", "nemotron-3-nano-22b-8xh100", "h100", "8", 0, None),
+    ("nemotron-3-nano-30b-a3b", "nemotron-3-nano-22b-8xh100", "rtx5090", "8", 6, "it fits with --gpus 64"),
+    ("nemotron-h-56b", "nemotron-h-47b-64xh100", "h100", "64", 0, None),
+    ("nemotron-h-56b", "nemotron-h-47b-64xh100", "h100", "16", 6, "it fits with distillation.optimizer=adamw8bit"),
+    ("nemotron-h-56b", "nemotron-h-47b", "h100", "8", 6, "it fits with --gpus 32"),
     ("nemotron-h-56b", "nemotron-h-47b", "h100", "64", 0, None),
     ("nemotron-h-56b", "nemotron-h-47b", "rtx4090", "64", 6, "no number of them is enough")])
 def test_recipes_are_accepted_and_refused_on_the_right_cards(model, recipe, gpu, gpus, code, said):
@@ -66,6 +76,18 @@ def test_recipes_are_accepted_and_refused_on_the_right_cards(model, recipe, gpu,
     assert told["fits"] is (code == 0)
     assert {"name", "seconds", "gpu_bytes", "host_bytes", "disk_bytes"} <= told["stages"][0].keys()
     assert [stage["name"] for stage in told["stages"]] == [stage.name for stage in STAGES]
+    trained = [stage for stage in told["stages"] if "memory" in stage]
+    assert [stage["name"] for stage in trained] == ["tournament", "distill"]
+    for stage in trained:
+        assert stage["gpu_bytes"] == sum(stage["memory"].values())
+        assert {"teacher", "weights", "gradients", "moments", "activations", "loss"} <= stage["memory"].keys()
+    for stage in told["stages"]:
+        if phases := stage.get("phases"):
+            assert [(p["tokens"], p["sequence_length"]) for p in phases] == [
+                (p["tokens"], p["sequence_length"]) for p in told["recipe"]["distillation"]["phases"]]
+            tournament = next(s["seconds"] for s in told["stages"] if s["name"] == "tournament")
+            assert stage["seconds"] < sum(p["seconds"] for p in phases) < stage["seconds"] + tournament
+    assert any("phases" in stage for stage in told["stages"]) is bool(told["recipe"]["distillation"]["phases"])
     if said:
         assert said in told["refusal"]
         assert said in result.stderr

@@ -218,16 +218,17 @@ def test_the_loss_goes_down(tmp_path: Path) -> None:
 
 def test_schedule() -> None:
     s = TrainSettings(tokens=100 * STEP_TOKENS, batch_tokens=STEP_TOKENS, learning_rate=1.0, warmup=0.1, final_rate=0.02)
-    assert s.steps(SEQ) == 100
-    assert s.steps(SEQ, 10 * STEP_TOKENS + 1) == 11
-    rates = [s.rate(step, 100) for step in range(100)]
+    whole = s.schedule(SEQ)
+    assert whole.steps == 100
+    assert whole.steps_of(10 * STEP_TOKENS + 1) == 11
+    rates = [whole.rate(step) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert max(rates) == pytest.approx(1.0)
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[55] == pytest.approx(0.02 + 0.98 * 0.5)
     assert rates[-1] == pytest.approx(0.02, abs=0.001)
     assert min(TrainSettings(64, 64, 1.0).rate(0, 1), *(s.rate(i, 3) for i in range(3))) > 0
-    assert TrainSettings(1, 8, 1.0).batch(16) == 1
+    assert TrainSettings(1, 8, 1.0).schedule(16).phases[0].batch == 1
 
 
 # what goes wrong

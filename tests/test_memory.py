@@ -152,7 +152,7 @@ def test_the_simulation_foretells_a_real_step(precision: str, monkeypatch: pytes
 
 def test_what_is_foretold_is_what_is_simulated() -> None:
     """The numbers that a run decides by, against the committed simulation: never less, little more."""
-    from minipuzzle.distill.memory import forecast
+    from minipuzzle.distill.memory import forecast, table
     from minipuzzle.models.ranks import Ranks
 
     rows = json.loads((BENCHMARKS / "results" / "memory.json").read_text())["rows"]
@@ -162,21 +162,31 @@ def test_what_is_foretold_is_what_is_simulated() -> None:
         ranks = Ranks(torch.device("cuda"), 0, row["processes"])
         found = forecast(big, small, SETTINGS, ranks, row["sequences"] * row["length"]) / 2**30
         assert 0.97 * row["peak_GiB"] <= found <= 1.3 * row["peak_GiB"], (row, found)
+        told = table(big, small, SETTINGS, ranks, row["sequences"] * row["length"])
+        for name, simulated in (("teacher", "teacher weights"), ("weights", "weights"), ("gradients", "gradients"),
+                                ("moments", "moments")):
+            there = row["at_the_peak_GiB"].get(simulated, 0.0)
+            assert told[name] / 2**30 == pytest.approx(there, rel=0.03, abs=0.06), (row, name, told)
 
 
-@pytest.mark.parametrize(("processes", "local", "gib", "expected"), [
-    (1, 1, 141, (True, False, 1)), (1, 1, 10_000, (False, False, 1)), (8, 8, 80, (True, True, 8)),
-    (8, 8, 35, (True, False, 8)), (32, 8, 80, (True, True, 8)), (32, 8, 24, (True, False, 16)), (8, 8, 1, (True, False, 8))])
-def test_what_a_plan_leaves_open_follows_from_the_memory(processes: int, local: int, gib: int,
-                                                         expected: tuple[bool, bool, int]) -> None:
-    """(blocks are computed again; gradients are added up once a step; processes that share the weights)"""
+@pytest.mark.parametrize(("processes", "local", "gib", "expected", "smaller"), [
+    (1, 1, 141, (True, False, 1), (None, None)), (1, 1, 10_000, (False, False, 1), (None, None)),
+    (8, 8, 80, (True, True, 8), (None, None)), (8, 8, 35, (True, False, 8), (None, None)),
+    (32, 8, 80, (True, True, 8), (None, None)), (32, 8, 27, (True, False, 8), (8192, None)),
+    (32, 8, 24, (True, False, 8), (8192, 512)), (32, 8, 19, (True, False, 16), (8192, 512)),
+    (8, 8, 1, (True, False, 8), (8192, 128))])
+def test_what_a_plan_leaves_open_follows_from_the_memory(
+        processes: int, local: int, gib: int, expected: tuple[bool, bool, int], smaller: tuple[int | None, int | None]) -> None:
+    """(blocks are computed again; gradients are added up once a step; processes that share the weights);
+    tokens of a pass, and of a chunk of the loss"""
     from minipuzzle.distill.memory import fitted
     from minipuzzle.models.ranks import Ranks
 
     big, small = (Architecture.from_config(published(name)) for name in ("nemotron-h-8b", "nemotron-h-4b"))
     ranks, open_ = Ranks(torch.device("cuda"), 0, processes, local), replace(SETTINGS, activation_checkpointing=None)
-    found = fitted(open_, big, [small], ranks, 8192, gib * 2**30)
+    found = fitted(open_, big, [small], ranks, gib * 2**30, 8192)
     assert (found.activation_checkpointing, found.sync_last, found.shards) == expected
+    assert (found.pass_tokens, found.loss_tokens) == smaller
     assert found.resumable() == open_.resumable()
-    said = fitted(replace(open_, activation_checkpointing=True), big, [small], ranks, 8192, 10**15)
+    said = fitted(replace(open_, activation_checkpointing=True), big, [small], ranks, 10**15, 8192)
     assert said.activation_checkpointing is True  # what the user wrote stays

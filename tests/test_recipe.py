@@ -264,7 +264,7 @@ def test_the_json_schema_is_as_strict(tmp_path: Path) -> None:
         assert len(list(check.iter_errors(yaml.safe_load(bad)))) >= 1, bad
     keys = {name: set(part["properties"]) for name, part in schema["$defs"].items()}
     assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
-    assert len(keys) == len(CONTRACT) - 1  # budget is a mapping
+    assert len(keys) == len(CONTRACT)  # budget is a mapping; a phase has keys of its own
     for section, names in CONTRACT.items():
         if section != "budget":
             assert names <= keys[f"{section.capitalize()}Section"]
@@ -304,8 +304,20 @@ def test_shipped_recipes_say_what_they_need() -> None:
         for part in ("minipuzzle ", "# Needs: ", "# Source: "):
             assert part in head, file.name
         written = [line for line in lines if line and not line.startswith("#")]
-        assert all(re.fullmatch(r"\w+:( \d)?(  # .+)?|  \w+: [^#{}]+(  # .+)?", line) for line in written), file.name
+        assert all(re.fullmatch(r"\w+:( \d)?(  # .+)?|  phases:|(  |    - |      )\w+: [^#{}]+(  # .+)?", line)
+                   for line in written), file.name
         assert sum("  # " in line for line in written) >= 5, file.name
+        if re.search(r"\dxh100\.yaml$", file.name):  # to be copied and changed: each key is explained
+            assert [line for line in written if ": " in line and "  # " not in line] == ["recipe: 1"], file.name
+
+
+def test_recipes_for_a_machine_search_what_the_published_ones_do() -> None:
+    for name, of in (("nemotron-h-4b-1xh100", "nemotron-h-4b"), ("nemotron-h-4b-8xh100", "nemotron-h-4b"),
+                     ("nemotron-3-nano-22b-8xh100", "nemotron-3-nano-22b"), ("nemotron-h-47b-64xh100", "nemotron-h-47b")):
+        mine, published = Recipe.load(name), Recipe.load(of)
+        for section in ("budget", "workload", "space", "scores"):
+            assert getattr(mine, section) == getattr(published, section), (name, section)
+        assert mine.distillation.tokens < published.distillation.tokens
 
 
 def test_every_key_is_explained() -> None:

@@ -140,7 +140,7 @@ def train(
     reset_memory(run.device)
     at("while the trainer was made")
     trainer = Trainer(
-        Pupil(student, run.scratch / f"training{count}"), settings, length, Ranks(device)
+        Pupil(student, run.scratch / f"training{count}"), settings.schedule(length), Ranks(device)
     )
     gen = torch.Generator(device).manual_seed(2)
     rows: list[dict[str, Any]] = attempt.setdefault("rows", [])
@@ -160,7 +160,7 @@ def train(
         for part in batch.split(count):
             target, streams = teacher.look(part.ids_BT, part.numbers, [])
             trainer.backward(part, target, streams)
-        rows.append(trainer.end(ids.numel()))
+        rows.append(trainer.end())
         at(f"after {len(rows)} steps")
 
     at("while kernels were compiled")

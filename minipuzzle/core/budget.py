@@ -165,6 +165,11 @@ def _human(count: float, step: int, units: tuple[str, ...]) -> str:
     return f"{count:.4g}{largest}"
 
 
+def human_length(tokens: int) -> str:
+    """8192 -> '8k'."""
+    return f"{tokens:,}" if tokens % 1024 else f"{tokens // 1024:,}k"
+
+
 def human_budget(key: str, value: int) -> str:
     """A budget's value in its own units."""
     return human_bytes(value) if BUDGET_KEYS[key][1] == "bytes" else human_count(value)

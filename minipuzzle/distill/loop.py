@@ -27,7 +27,7 @@ from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data.blocks import Blocks
 from minipuzzle.distill.loss import Target
 from minipuzzle.distill.precision import check_training
-from minipuzzle.distill.settings import TrainSettings
+from minipuzzle.distill.settings import Schedule, TrainSettings
 from minipuzzle.distill.sharding import shard
 from minipuzzle.distill.teacher import CachedTeacher, LiveTeacher, Teacher
 from minipuzzle.distill.trainer import Batch, Diverged, Pupil, Row, Trainer
@@ -57,8 +57,8 @@ class Trained:
     best_step: int | None = None
 
 
-def distill_model(student: HybridLM, teacher: Model | Teacher | None, blocks: Blocks, settings: TrainSettings,
-                  folder: Path, stop_at_tokens: int | None = None,
+def distill_model(student: HybridLM, teacher: Model | Teacher | None, blocks: Blocks | Sequence[Blocks],
+                  settings: TrainSettings, folder: Path, stop_at_tokens: int | None = None,
                   evaluate: Callable[[HybridLM], dict[str, float]] | None = None, evaluate_every: int = 0,
                   progress: Callable[[int, Row], None] = lambda tokens, row: None, layers: Sequence[int] = (),
                   ranks: Ranks | None = None, track: Callable[[Row], None] = lambda row: None) -> Trained:
@@ -68,6 +68,7 @@ def distill_model(student: HybridLM, teacher: Model | Teacher | None, blocks: Bl
     `folder` gets the state, the best weights, and metrics.jsonl. `evaluate(student)` looks before
     the first step, every `evaluate_every` steps and at the end, and adds `eval_*` fields to the
     metrics of those steps; the weights with the least `kl` (or `loss`) of them are kept as `best`.
+    `blocks`: of each phase of the settings, in their order; one where they name no phases.
     `progress` hears (tokens done, the metrics of the step), `track` the metrics. Under several
     `ranks` each takes its part of every batch, and student and teacher are sharded.
 
@@ -81,10 +82,11 @@ def distill_model(student: HybridLM, teacher: Model | Teacher | None, blocks: Bl
                             evaluate_every, progress, ranks, track)[0]
 
 
-def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, blocks: Blocks,
-                     settings: TrainSettings, stop_at_tokens: int | None = None, evaluate_every: int = 0,
-                     progress: Callable[[int, Row], None] = lambda tokens, row: None, ranks: Ranks | None = None,
-                     track: Callable[[Row], None] = lambda row: None) -> list[Trained]:
+def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None,
+                     blocks: Blocks | Sequence[Blocks], settings: TrainSettings,
+                     stop_at_tokens: int | None = None, evaluate_every: int = 0,
+                     progress: Callable[[int, Row], None] = lambda tokens, row: None,
+                     ranks: Ranks | None = None, track: Callable[[Row], None] = lambda row: None) -> list[Trained]:
     """`distill_model` for several students on the same batches: each learns what it would learn
     alone. `progress` hears the metrics of the one with the least training loss.
 
@@ -95,24 +97,29 @@ def distill_together(pupils: Sequence[Pupil], teacher: Model | Teacher | None, b
     """
     ranks = ranks or Ranks(pupils[0].student.head.device)
     check_training(settings.precision, settings.optimizer, settings.compile, ranks.device)
-    seq, size = blocks.sequence_length, settings.batch(blocks.sequence_length)
-    if size % ranks.size:
-        raise InputError(f"a step has {size} sequences (distillation.batch_tokens / sequence_length), which "
-                          f"{ranks.size} processes cannot share evenly; change one of them")
+    data = [blocks] if isinstance(blocks, Blocks) else list(blocks)
+    schedule = settings.schedule(data[0].sequence_length)
+    assert [b.sequence_length for b in data] == [p.sequence_length for p in schedule.phases]
+    for number, phase in enumerate(schedule.phases, 1):
+        if phase.batch % ranks.size:
+            which = f" of phase {number}" if settings.phases else ""
+            raise InputError(f"a step{which} has {phase.batch} sequences (distillation.batch_tokens / "
+                             f"sequence_length), which {ranks.size} processes cannot share evenly; change one of them")
     source = _teacher(teacher, settings, ranks)
-    trainers = [Trainer(pupil, settings, seq, ranks) for pupil in pupils]
+    trainers = [Trainer(pupil, schedule, ranks) for pupil in pupils]
     try:
-        return _train(trainers, source, blocks, settings, stop_at_tokens, evaluate_every, progress, ranks, track)
+        return _train(trainers, source, data, stop_at_tokens, evaluate_every, progress, ranks, track)
     finally:
         for trainer in trainers:
             trainer.writer.close()
 
 
-def _train(trainers: list[Trainer], source: Teacher | None, blocks: Blocks, settings: TrainSettings,
+def _train(trainers: list[Trainer], source: Teacher | None, data: Sequence[Blocks],
            stop_at_tokens: int | None, evaluate_every: int, progress: Callable[[int, Row], None], ranks: Ranks,
            track: Callable[[Row], None]) -> list[Trained]:
-    pupils, seq = [trainer.pupil for trainer in trainers], blocks.sequence_length
-    size, last = settings.batch(seq), settings.steps(seq, stop_at_tokens)
+    pupils, schedule, settings = [t.pupil for t in trainers], trainers[0].schedule, trainers[0].settings
+    last, most = schedule.steps_of(stop_at_tokens), settings.pass_tokens or pass_tokens(ranks.device)
+    begins = first_places(schedule, data)
     first = min(pupil.step for pupil in pupils)
     begin = time.perf_counter()
     for trainer in trainers:
@@ -122,12 +129,14 @@ def _train(trainers: list[Trainer], source: Teacher | None, blocks: Blocks, sett
         active = [t for t in trainers if t.pupil.step == step]
         if not active:
             continue
-        numbers = blocks.numbers(settings.seed, step * size, size)
-        batch = Batch.make(blocks, numbers, ranks)
+        at = schedule.phase(step)
+        phase, own = schedule.phases[at], data[at]
+        place = begins[at] + (step - schedule.starts[at]) * phase.batch
+        batch = Batch.make(own, own.numbers(settings.seed, place, phase.batch), ranks)
         for trainer in active:
             trainer.begin()
         layers = sorted({layer for t in active for layer in t.layers})
-        parts = batch.split(max(1, pass_tokens(ranks.device) // seq))
+        parts = batch.split(max(1, most // phase.sequence_length))
         for part in parts:
             target: Target | None = None
             streams: dict[int, torch.Tensor] = {}
@@ -137,11 +146,12 @@ def _train(trainers: list[Trainer], source: Teacher | None, blocks: Blocks, sett
                 trainer.backward(part, target, streams, part is parts[-1])
             if isinstance(source, LiveTeacher):
                 source.release()
-        tokens, speed = (step + 1) * size * seq, (step + 1 - first) * size * seq / (time.perf_counter() - begin)
+        tokens = schedule.tokens(step + 1)
+        speed = (tokens - schedule.tokens(first)) / (time.perf_counter() - begin)
         rows: list[Row] = []
         for trainer in list(active):
             try:
-                row = trainer.end(tokens) | {"tokens_per_second": speed}
+                row = trainer.end() | {"tokens_per_second": speed}
             except Diverged:
                 if all(pupil.diverged for pupil in pupils):
                     raise
@@ -173,7 +183,19 @@ def _train(trainers: list[Trainer], source: Teacher | None, blocks: Blocks, sett
         if signum:
             raise stop or Interrupted(signum)
     seconds = time.perf_counter() - begin
-    return [Trained(max(last, p.step) * size * seq, seconds, p.skipped, p.best.get("step")) for p in pupils]
+    return [Trained(schedule.tokens(max(last, p.step)), seconds, p.skipped, p.best.get("step")) for p in pupils]
+
+
+def first_places(schedule: Schedule, data: Sequence[Blocks]) -> list[int]:
+    """Where each phase begins in the training order of its blocks: one that reads the same blocks as
+    an earlier phase goes on where that ended."""
+    read: dict[tuple[str, int], int] = {}
+    out = []
+    for phase, blocks in zip(schedule.phases, data, strict=True):
+        which = blocks.corpus_hash, blocks.sequence_length
+        out.append(read.get(which, 0))
+        read[which] = out[-1] + phase.steps() * phase.batch
+    return out
 
 
 def _agree(ranks: Ranks, signum: int, save: bool, busy: bool) -> tuple[int, bool, bool]:

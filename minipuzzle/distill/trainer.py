@@ -22,7 +22,7 @@ from minipuzzle.distill import state
 from minipuzzle.distill.loss import NO_LABEL, Target, cosine_loss, distillation_loss, next_tokens
 from minipuzzle.distill.optimizer import make_optimizer, moments, set_rate
 from minipuzzle.distill.precision import compute_dtype, use_fp8
-from minipuzzle.distill.settings import TrainSettings
+from minipuzzle.distill.settings import Schedule
 from minipuzzle.distill.sharding import shard, whole
 from minipuzzle.families.kernels import usable
 from minipuzzle.models.module import Block, HybridLM
@@ -88,9 +88,9 @@ class Batch:
 class Trainer:
     """A pupil with its optimizer, from the state in its folder on."""
 
-    def __init__(self, pupil: Pupil, settings: TrainSettings, sequence_length: int, ranks: Ranks) -> None:
-        self.pupil, self.settings, self.ranks = pupil, settings, ranks
-        self.steps = settings.steps(sequence_length)
+    def __init__(self, pupil: Pupil, schedule: Schedule, ranks: Ranks) -> None:
+        settings = schedule.settings
+        self.pupil, self.settings, self.schedule, self.ranks = pupil, settings, schedule, ranks
         self.layers = tuple(pupil.layers) if settings.hidden_loss_weight else ()
         if settings.hidden_loss_weight and len(self.layers) != pupil.student.arch.num_layers:
             raise InputError(f"distillation.hidden_loss_weight: the teacher's layers of {len(self.layers)} of the "
@@ -142,7 +142,7 @@ class Trainer:
             target = None if target is None else target[where]
         loss, sums = student.lm_head(hidden, lambda h, head: distillation_loss(
             h, head, target, labels, temperature=s.temperature, kl_scale=s.kl_weight / part.kl_count * share,
-            lm_scale=s.lm_loss_weight / part.lm_count * share))
+            lm_scale=s.lm_loss_weight / part.lm_count * share, chunk=s.loss_tokens))
         found = [*sums.double().cpu(), torch.zeros(())]
         if self.layers:
             cosine = cosine_loss(list(streams.values()), [teacher_streams[i] for i in self.layers], part.mask_BT)
@@ -151,7 +151,7 @@ class Trainer:
         loss.backward()
         self.sums += torch.stack(found) / torch.tensor([part.kl_count, part.lm_count, part.kl_count])
 
-    def end(self, tokens: int) -> Row:
+    def end(self) -> Row:
         """Take the step, or skip it; its row of the metrics.
 
         Raises:
@@ -164,7 +164,7 @@ class Trainer:
             self.sums = sums.cpu()
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), s.clip)))
         weights = torch.tensor([s.kl_weight, s.lm_loss_weight, s.hidden_loss_weight], dtype=torch.float64)
-        value, rate = float(self.sums @ weights), s.rate(pupil.step, self.steps)
+        value, rate = float(self.sums @ weights), self.schedule.rate(pupil.step)
         set_rate(self.optimizer, rate)
         if math.isfinite(value) and math.isfinite(norm):
             self.optimizer.step()
@@ -178,7 +178,9 @@ class Trainer:
                 raise pupil.diverged
         pupil.step += 1
         kl, lm, hidden = (_number(float(x)) for x in self.sums)
-        row = {"step": pupil.step, "tokens": tokens, "lr": rate, "loss": lm, "grad_norm": _number(norm)}
+        row = {"step": pupil.step, "phase": self.schedule.phase(pupil.step - 1) + 1,
+               "tokens": self.schedule.tokens(pupil.step), "lr": rate, "loss": lm,
+               "grad_norm": _number(norm)}
         row |= {"kl": kl} if s.kl_weight else {}
         row |= {"hidden": hidden} if s.hidden_loss_weight else {}
         row |= {"objective": _number(value)} if (s.kl_weight and s.lm_loss_weight) or s.hidden_loss_weight else {}

@@ -159,6 +159,7 @@ def _note(report: Report, section: str) -> str:
         speed = training.tokens_per_second
         return (f"{facts.count(training.tokens)} tokens in {facts.duration(training.seconds)}"
                 + (f", {speed:,.0f} tokens per second." if speed is not None else ".")
+                + (f" In phases: {facts.phases(training.phases)}." if training.phases else "")
                 + f" {facts.exported(report)}").rstrip()
     return ""
 

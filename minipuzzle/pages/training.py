@@ -4,6 +4,7 @@ nothing to draw."""
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -76,6 +77,9 @@ def distillation(report: Report) -> Figure | None:
         points(left, [(a, b, f"{human_count(a)} tokens: held-out KL {b:.4g}")
                       for a, b in zip(x, y, strict=True)],
                s=22, c=CHOSEN, edgecolors=INK, linewidths=0.5, zorder=3)
+    for before, after in pairwise(report.distillation.curve):
+        if before.get("phase", 1) != after.get("phase", 1):
+            left.axvline(before["tokens"], color=MUTED, lw=0.8, ls=":")
     _kl_over_tokens(left, "KL to the parent", train + y)
     _losses(right, report)
     return figure

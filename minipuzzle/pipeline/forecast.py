@@ -10,6 +10,7 @@ import torch
 
 from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.errors import ResourceError
+from minipuzzle.pipeline.cluster import remedy_here
 from minipuzzle.pipeline.machine import machine_memory, matmul_flops_per_second
 from minipuzzle.pipeline.plan import Plan
 from minipuzzle.pipeline.stage import Stage
@@ -59,7 +60,7 @@ def check_memory(plan: Plan, stages: Iterable[Stage], device: torch.device) -> N
         raise ResourceError(f"the host has {human_bytes(machine_memory())} for each process, the copy of the student "
                             f"that is written while it trains needs {human_bytes(host)}; use more processes, or a "
                             "machine with more memory")
-    if plan.resident or plan.memory_bytes >= needed:
+    if plan.usable_bytes >= needed:
         return
     if not plan.feasible:
         raise ResourceError(f"scoring holds up to three layers in {plan.held_in}, {human_bytes(needed)} of this model; "
@@ -70,5 +71,7 @@ def check_memory(plan: Plan, stages: Iterable[Stage], device: torch.device) -> N
             "a student in float32")
     refit = f", {human_bytes(plan.refit_bytes)} of it to refit" if plan.refit_bytes else ""
     less = "; --set distillation.tokens=0 prunes only, and reads the parent layer by layer" if trains else ""
-    raise ResourceError(f"{device} has {human_bytes(plan.memory_bytes)} to use, the run needs about "
-                        f"{human_bytes(needed)} for {what}{refit}; use a machine with more memory{less}")
+    fits = f"; it fits with --set {words}" if trains and (words := remedy_here(plan)) else less
+    raise ResourceError(f"{device} has {human_bytes(plan.usable_bytes)} to use, the run needs about "
+                        f"{human_bytes(needed)} for {what}{refit}; use a machine with more memory, by "
+                        f"{human_bytes(needed - plan.usable_bytes)}{fits}")

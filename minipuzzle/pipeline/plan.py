@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from minipuzzle.core.budget import Budget, Workload, human_budget, human_bytes, human_count
+from minipuzzle.core import environment
+from minipuzzle.core.budget import Budget, Workload, human_budget, human_bytes, human_count, human_length
 from minipuzzle.core.errors import InputError
 from minipuzzle.costs.cost import Cost, cost, layer_parameters
 from minipuzzle.data.corpus import check_sources
-from minipuzzle.distill.precision import compute_dtype
+from minipuzzle.distill.loop import pass_tokens
+from minipuzzle.distill.memory import SPARE, fitted, table
+from minipuzzle.distill.precision import compute_dtype, resolve
+from minipuzzle.distill.settings import Phase, TrainSettings
 from minipuzzle.evaluate.retrieval import SAMPLES, TASKS
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.models.passes import STREAM_BYTES
+from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import samples_per_walk
 from minipuzzle.pipeline.machine import machine_memory
 from minipuzzle.pipeline.world import Memory
-from minipuzzle.recipes.schema import DATA_SECTIONS, Recipe
+from minipuzzle.recipes.schema import DATA_SECTIONS, DistillationSection, Recipe
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.halving import entrants
 from minipuzzle.search.space import Space, resolve_space
@@ -38,6 +43,18 @@ def refit_samples(settings: Recipe, parent: Architecture) -> int:
     return 0 if settings.surgery.refit == "none" else max(c.samples, samples_needed(parent, c.sequence_length))
 
 
+def phases_of(settings: Recipe) -> tuple[Phase, ...]:
+    """The phases of the training; none where the recipe names none."""
+    d = settings.distillation
+    return tuple(Phase(*values) for values in d.parts("tokens", "sequence_length", "batch_tokens", "learning_rate")
+                 ) if d.phases else ()
+
+
+def longest_sequence(settings: Recipe) -> int:
+    """Tokens of the longest sequence that is trained on."""
+    return int(max(length for length, in settings.distillation.parts("sequence_length")))
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What a stage is thought to take. seconds: apart from its FLOPs; memory_bytes: at its peak,
@@ -54,7 +71,7 @@ class Estimate:
 class Plan:
     """The resolved request. `points` and `feasible` count architectures of the space and those
     within the budget; `memory_bytes` is what each of the `processes` may use, `weight_bytes` what a
-    weight of the parent takes of it; `on_host`: it is the host's, not a GPU's."""
+    weight of the parent takes of it."""
 
     parent: Architecture
     recipe: Recipe
@@ -69,7 +86,12 @@ class Plan:
     memory_bytes: int
     weight_bytes: int
     processes: int = 1
-    on_host: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def on_host(self) -> bool:
+        """Whether its memory is the host's, not a GPU's."""
+        return self.device.type == "cpu"
 
     @property
     def refit_samples(self) -> int:
@@ -79,7 +101,8 @@ class Plan:
     def finalists(self) -> int:
         """Candidates that begin the tournament."""
         search, d = self.recipe.search, self.recipe.distillation
-        steps = -(-min(d.tournament_tokens, d.tokens) // d.batch_tokens)
+        (batch,), *_ = d.parts("batch_tokens")
+        steps = -(-min(d.tournament_tokens, d.tokens) // batch)
         halving = search.tournament == "halving" and steps
         return min(entrants(search.finalists, steps) if halving else search.finalists, self.feasible)
 
@@ -99,18 +122,25 @@ class Plan:
 
     @property
     def parent_flops(self) -> float:
-        """Of the parent's forward pass, for a token of a training sequence."""
-        return self._flops(self.parent)
+        """Of the parent's forward pass, for a token of a calibration sample."""
+        return _flops(self.parent, self.recipe.calibration.sequence_length)
 
     @property
     def student_flops(self) -> float:
         """The same of the largest student."""
-        return self._flops(self.largest_arch)
+        return _flops(self.largest_arch, self.recipe.calibration.sequence_length)
 
-    def _flops(self, arch: Architecture) -> float:
-        length = self.recipe.distillation.sequence_length
-        found = cost(arch, Workload(context=length)).prefill_flops_per_token
-        return float(found + 2 * arch.vocab_size * arch.hidden_size)  # the head sees every token
+    def trained_flops(self, first: int, last: int) -> float:
+        """Of a training from one token of its budget to another: the teacher's forward pass, and the
+        student three times."""
+        parts = self.recipe.distillation.parts("tokens", "sequence_length")
+        begin, found = 0, 0.0
+        for number, (tokens, length) in enumerate(parts, 1):
+            end = begin + tokens if number < len(parts) else max(last, begin)
+            inside = max(0, min(last, end) - max(first, begin))
+            found += inside * (_flops(self.parent, length) + 3 * _flops(self.largest_arch, length))
+            begin = end
+        return found
 
     @property
     def held_in(self) -> str:
@@ -133,10 +163,33 @@ class Plan:
 
     @property
     def student_stage_bytes(self) -> int:
-        """Of a stage that makes students: those, the teacher where they are trained, a refit."""
-        trains = self.recipe.distillation.tokens > 0
-        return self.students_bytes + self.refit_bytes + (
-            self.weight_bytes * self.parent_cost.parameters // self.processes if trains else self.layers_bytes)
+        """Of a stage that makes students: a training step, or the students and what is read of the parent; a
+        refit."""
+        if self.recipe.distillation.tokens and self.feasible:
+            return sum(self.training()[1].values()) + self.refit_bytes
+        return self.students_bytes + self.refit_bytes + self.layers_bytes
+
+    @property
+    def usable_bytes(self) -> int:
+        """Of a GPU's memory a part stays free, for its context, collectives and fragmentation."""
+        return int(self.memory_bytes * SPARE) if self.device.type == "cuda" else self.memory_bytes
+
+    def training(self, ranks: Ranks | None = None, memory_bytes: int | None = None
+                 ) -> tuple[TrainSettings, dict[str, int]]:
+        """How the largest student would be trained by such processes, and what one of them holds at the peak of a
+        step, in bytes (distill/memory.py). Left out: those of the plan."""
+        d, per_host = self.recipe.distillation, environment.number("LOCAL_WORLD_SIZE", 1)
+        precision = resolve(d.precision, self.device)
+        if ranks is not None and d.precision == "auto":
+            precision = "bf16"  # of cards that are not here, all of which have it
+        ranks = ranks or Ranks(self.device, 0, self.processes, min(self.processes, per_host))
+        again = None if d.activation_checkpointing == "auto" else d.activation_checkpointing
+        settings = TrainSettings(d.tokens, d.batch_tokens, d.learning_rate, optimizer=d.optimizer,
+                                 precision=precision, activation_checkpointing=again)
+        length = longest_sequence(self.recipe)
+        made = fitted(settings, self.parent, [self.largest_arch], ranks,
+                      self.memory_bytes if memory_bytes is None else memory_bytes, length)
+        return made, table(self.parent, self.largest_arch, made, ranks, max(pass_tokens(ranks.device), length))
 
     @property
     def state_bytes(self) -> int:
@@ -195,8 +248,10 @@ class Plan:
         p, w, d = self.parent_cost, self.workload, self.recipe.distillation
         search = self.recipe.search
         measured = min(search.measure, self.feasible)
-        training = (f"tournament of {self.finalists}, distill the winner on {human_count(d.tokens)} "
-                    "tokens" if d.tokens else "nothing is trained")
+        phases = ", then ".join(f"{human_count(tokens)} tokens" + (f" of {human_length(length)}" if d.phases else "")
+                                for tokens, length in d.parts("tokens", "sequence_length"))
+        training = (f"tournament of {self.finalists}, distill the winner on {phases}" if d.tokens else
+                    "nothing is trained")
         return [
             f"parent     {self.parent}",
             f"           {human_count(p.parameters)} parameters; {human_bytes(p.memory_bytes)} in memory "
@@ -217,6 +272,25 @@ class Plan:
                 "feasible": self.feasible, "largest": self.largest.to_json(), "recipe": self.recipe.model_dump()}
 
 
+def _flops(arch: Architecture, length: int) -> float:
+    """Of a forward pass, for a token of a sequence."""
+    found = cost(arch, Workload(context=length)).prefill_flops_per_token
+    return float(found + 2 * arch.vocab_size * arch.hidden_size)  # the head sees every token
+
+
+def check_phases(d: DistillationSection) -> None:
+    """Raise InputError for a phase that has no whole sequence in a step, and for a tournament longer
+    than the first."""
+    for number, (tokens, length, batch) in enumerate(d.parts("tokens", "sequence_length", "batch_tokens"), 1):
+        which = f"distillation.phases, phase {number} of {len(d.phases)}: " if d.phases else "distillation."
+        if batch < length:
+            raise InputError(f"{which}batch_tokens {batch} is less than one sequence of {length} tokens; raise it or "
+                             f"lower {'' if d.phases else 'distillation.'}sequence_length")
+        if d.phases and d.tokens and number == 1 and d.tournament_tokens > tokens:
+            raise InputError(f"distillation.tournament_tokens {d.tournament_tokens:,} exceeds the {tokens:,} tokens of "
+                             f"the first of {len(d.phases)} phases, to which the tournament belongs; lower it")
+
+
 def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
               memory_bytes: int | None = None, reads: tuple[str, ...] = DATA_SECTIONS,
               device: torch.device | None = None, processes: int = 1) -> Plan:
@@ -234,13 +308,11 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
         raise InputError("search.rank tasks needs tasks, and evaluation.tasks names none; for example "
                          "--set evaluation.tasks=[mmlu]")
     d = recipe.distillation
-    if d.batch_tokens < d.sequence_length:
-        raise InputError(f"distillation.batch_tokens {d.batch_tokens} is less than one sequence of "
-                          f"{d.sequence_length} tokens; raise it or lower distillation.sequence_length")
+    check_phases(d)
     if d.top_k > parent.vocab_size:
         raise InputError(f"distillation.top_k {d.top_k} exceeds the vocabulary of {parent.vocab_size} tokens; 0 takes "
                           "all")
-    for name in dict.fromkeys(getattr(recipe, section).data for section in reads):
+    for name in dict.fromkeys(source for section in reads for source in recipe.sources(section)):
         check_sources(name)
     workload = recipe.workload.build()
     parent_cost = cost(parent, workload)
@@ -251,13 +323,13 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
                           f"space.hidden_size = {parent.hidden_size}, or set it to 0")
     memory = machine_memory() if memory_bytes is None else memory_bytes
     device = device or torch.device("cpu")
-    weight, on_host = compute_dtype(d.precision, device).itemsize, device.type == "cpu"
+    weight = compute_dtype(d.precision, device).itemsize
     if not need_budget:
         return Plan(parent, recipe, workload, budget, parent_cost, space, space.num_points, 0, parent_cost,
-                    parent, memory, weight, processes, on_host)
+                    parent, memory, weight, processes, device)
     # without scores the search only enumerates and prices, largest first
     found = search_architectures(parent, space, budget, workload, keep=1)
     return Plan(parent, recipe, workload, budget, parent_cost, space, found.points, found.feasible,
-                found.candidates[0].cost, found.candidates[0].architecture, memory, weight, processes, on_host)
+                found.candidates[0].cost, found.candidates[0].architecture, memory, weight, processes, device)
 
 

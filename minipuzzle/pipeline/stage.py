@@ -143,9 +143,10 @@ class Given:
     def token_folder(self, source: str) -> Path:
         return self._declared("tokenizer").token_folder(source)
 
-    def blocks(self, section: str, split: str, sequence_length: int, loss_on: str = "all") -> Blocks:
-        """Tokens of a section's data, `train` or `held_out`; see World.blocks."""
-        return self._declared(f"{section}.data").blocks(section, split, sequence_length, loss_on)
+    def blocks(self, section: str, split: str, sequence_length: int, loss_on: str = "all",
+               source: str | None = None) -> Blocks:
+        """Tokens of a section's data, or of one `source` that it names; see World.blocks."""
+        return self._declared(f"{section}.data").blocks(section, split, sequence_length, loss_on, source)
 
     def calibration_ids(self, samples: int | None = None) -> torch.Tensor:
         """Calibration samples, [N, T]; as many as the recipe says if `samples` is left out."""
@@ -201,7 +202,7 @@ def restrict(recipe: Recipe, keys: Iterable[str]) -> Recipe:
     wanted: dict[str, set[str]] = {}
     for key in keys:
         section, _, name = key.partition(".")
-        wanted.setdefault(section, set()).add(name)
+        wanted.setdefault(section, set()).add(name.partition(".")[0])
     view = recipe.model_copy()
     for section in type(recipe).model_fields.keys() - {"recipe"}:
         if section not in wanted:
@@ -215,12 +216,17 @@ def restrict(recipe: Recipe, keys: Iterable[str]) -> Recipe:
 
 
 def values(recipe: Recipe, keys: Iterable[str]) -> dict[str, Any]:
-    """The values of these keys as plain data, `section.key` -> value; not how data and tasks are called."""
+    """The values of these keys as plain data, `section.key` -> value; of a list of parts,
+    `section.list.key` -> values. Not how data and tasks are called."""
     data, out = recipe.model_dump(), dict[str, Any]()
+    for phase in data["distillation"]["phases"]:
+        del phase["data"]
     for key in sorted(keys):
         section, _, name = key.partition(".")
         for k in [name] if name else data[section]:
-            out[f"{section}.{k}"] = data[section][k]
+            head, _, part = k.partition(".")
+            value = data[section][head]
+            out[f"{section}.{k}"] = [v[part] for v in value] if part else value
     return {key: value for key, value in out.items() if not key.endswith((".data", ".tasks"))}
 
 

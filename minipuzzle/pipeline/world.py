@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.stream import StreamedModel
 from minipuzzle.models.walk import Model, Source
 from minipuzzle.models.weights import ModelFolder
-from minipuzzle.recipes.schema import Recipe
+from minipuzzle.recipes.schema import DATA_SECTIONS, Recipe
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.surgery.cut import Cutter
 from minipuzzle.surgery.rotate import Rotation
@@ -116,8 +116,11 @@ class World:
     @property
     def identities(self) -> dict[str, Callable[[], Any]]:
         """What stages may name, and how this state of it is told from another."""
-        data = {f"{section}.data": lambda s=section: identity(self.source(s))
-                for section in ("calibration", "evaluation", "distillation")}
+        def told(section: str) -> Any:
+            found = [identity(source) for source in self.recipe.sources(section)]
+            return found[0] if len(found) == 1 else found
+
+        data: dict[str, Callable[[], Any]] = {f"{section}.data": partial(told, section) for section in DATA_SECTIONS}
         return data | {"model": lambda: self.folder.fingerprint, "tokenizer": lambda: self.tokenizer_hash,
                        "seed": lambda: self.seed, "candidate": self._chosen,
                        "precision": lambda: self.precision,
@@ -163,10 +166,11 @@ class World:
         """Where one source is tokenised to, or where its tokens are."""
         return made_before(source) or self.tokens / digest([identity(source), self.tokenizer_hash])
 
-    def blocks(self, section: str, split: str, sequence_length: int, loss_on: str = "all") -> Blocks:
+    def blocks(self, section: str, split: str, sequence_length: int, loss_on: str = "all",
+               source: str | None = None) -> Blocks:
         """The tokens of a section's data, `train` or `held_out`, as blocks. `loss_on`: all, or of
-        chats the assistant's words only."""
-        blend = parse_blend(self.source(section))
+        chats the assistant's words only. `source`: data of the section, left out its own."""
+        blend = parse_blend(source or self.source(section))
         parts = tuple(load_blocks(self.token_folder(n), split, sequence_length, loss_on) for n in blend)
         return parts[0] if len(parts) == 1 else BlendedBlocks(parts, tuple(blend.values()))
 

@@ -30,6 +30,11 @@ def explained() -> dict[str, Entry]:
         for key, field in section.get("properties", {}).items():
             out[f"{name}.{key}"] = {"key": f"{name}.{key}", "description": field["description"],
                                     **_facts(field, defaults[name][key])}
+            if "$ref" in field.get("items", {}):  # a list of parts with keys of their own
+                part = schema["$defs"][field["items"]["$ref"].rsplit("/", 1)[1]]
+                out |= {f"{name}.{key}.{k}": {"key": f"{name}.{key}.{k}", "description": f["description"],
+                                              **_facts(f, "needed" if k in part["required"] else "of the section")}
+                        for k, f in part["properties"].items()}
         if name == "budget":
             for key, (_, units) in BUDGET_KEYS.items():
                 out[f"budget.{key}"] = {"key": f"budget.{key}", "description": BUDGET_WORDS[key],
@@ -96,7 +101,7 @@ def _facts(field: dict[str, Any], default: Any) -> Entry:
 
 def _values(field: dict[str, Any]) -> str:
     """What a key may be, of its JSON schema."""
-    parts = field.get("anyOf", [field])
+    parts = [inner for part in field.get("anyOf", [field]) for inner in part.get("anyOf", [part])]
     if any(part.get("type") == "boolean" for part in parts):
         return ", ".join(["true, false", *(str(part["const"]) for part in parts if "const" in part)])
     if choices := [choice for part in parts for choice in part.get("enum", [])]:
@@ -109,7 +114,7 @@ def _values(field: dict[str, Any]) -> str:
         return "a number, also as 64k"
     found = [f"{word} {field[name]:,}" for name, word in (
         ("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"),
-        ("exclusiveMaximum", "below")) if name in field]
+        ("exclusiveMaximum", "below")) for field in parts if name in field]
     return ", ".join(found) or "text"
 
 

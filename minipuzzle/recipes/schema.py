@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -21,6 +21,7 @@ from pydantic import (
     PlainSerializer,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 
 from minipuzzle.core.budget import (
@@ -230,6 +231,20 @@ class SurgerySection(_Section):
         "before training.")
 
 
+class PhaseSection(_Section):
+    """A part of the distillation; what it leaves out comes from the section."""
+
+    tokens: Decimal = Field(description="Training of this phase. Decimal k, M, B.", gt=0, le=_TOKENS,
+                            json_schema_extra={"unit": "tokens", "source": _OURS})
+    sequence_length: Binary | None = _key(None, "Length of a training sequence. k is 1024.", "tokens", ge=2, le=_LENGTH)
+    data: str | None = _key(None, "Texts to train on. A phase with the data and length of an earlier one goes on "
+                            "where that ended.", min_length=1)
+    learning_rate: float | None = _key(
+        None, "Peak of the phase. Phases with the same peak share one warm-up and cosine; another peak begins its own.",
+        gt=0, le=1)
+    batch_tokens: Binary | None = _key(None, "Tokens of one optimiser step. k is 1024.", "tokens", ge=1, le=2**32)
+
+
 class DistillationSection(_Section):
     """How candidates learn from their parent: forward KL of the logits."""
 
@@ -239,10 +254,15 @@ class DistillationSection(_Section):
         _MINIPUZZLE, ge=0, le=_TOKENS)
     tokens: Decimal = _key(
         600_000, "Training of the winner, including its share of the tournament; one cosine spans all. "
-        "0 prunes only. Decimal k, M, B.", "tokens", _MINIPUZZLE, ge=0, le=_TOKENS)
+        "0 prunes only. With `phases` leave it out: it is their sum. Decimal k, M, B.", "tokens", _MINIPUZZLE,
+        ge=0, le=_TOKENS)
     loss_on: Literal["all", "assistant"] = _key(
         "all", "What is learnt of chats (rows with `messages`). assistant: only what the assistant says. Other "
         "text is learnt whole either way.")
+    phases: list[PhaseSection] = _key(
+        [], "Parts of the training one after the other, such as a long one at 8k and a short one at 32k; none: one, of "
+        "the keys beside. The tournament belongs to the first.", "", "long context last: Nemotron Nano 2 "
+        "(arXiv:2508.14444), NVIDIA Model-Optimizer", max_length=32)
     sequence_length: Binary = _key(256, "Length of a training sequence. k is 1024.", "tokens",
                                    ge=2, le=_LENGTH)
     batch_tokens: Binary = _key(1024, "Tokens of one optimiser step, over all processes. k is 1024. The "
@@ -273,6 +293,25 @@ class DistillationSection(_Section):
     compile: bool = _key(
         False, "Compile the student's layers for training (torch.compile; needs a C++ compiler on a CPU, Triton on a "
         "GPU). The bundled model's steps take 16 % less on a CPU, after 48 s of compiling; losses are the same.")
+
+    @model_validator(mode="after")
+    def _sum_up(self) -> Self:
+        """`tokens` is the sum of the phases; 0 prunes only."""
+        total = sum(phase.tokens for phase in self.phases)
+        if self.phases and "tokens" not in self.model_fields_set:
+            self.__dict__["tokens"] = total
+        if self.phases and self.tokens not in (0, total):
+            raise ValueError(f"its phases have {' + '.join(f'{p.tokens:,}' for p in self.phases)} = {total:,} tokens, "
+                             f"distillation.tokens is {self.tokens:,}: leave it out, or change distillation.phases "
+                             "([]: none)")
+        return self
+
+    def parts(self, *keys: str) -> list[tuple[Any, ...]]:
+        """Of each phase the values of these keys, its own or the section's; one where there are no
+        phases."""
+        phases: list[Any] = [*self.phases] or [self]
+        return [tuple(getattr(self, k) if (value := getattr(phase, k)) is None else value for k in keys)
+                for phase in phases]
 
 
 class QuantizationSection(_Section):
@@ -362,6 +401,8 @@ class Recipe(_Section):
         if data is not None:
             for section in DATA_SECTIONS:
                 values[section]["data"] = data
+            for phase in values["distillation"]["phases"]:
+                phase["data"] = None
         if budget:
             values["budget"] = dict(budget)
         for path, value in (settings or {}).items():
@@ -370,14 +411,30 @@ class Recipe(_Section):
             if not key or not isinstance(target, dict) or (section != "budget" and key not in target):
                 names = [f"{s}.{k}" for s, v in values.items() if isinstance(v, dict) for k in v]
                 raise InputError(f"--set {path}: no such key{_suggest(path, names)}")
+            if section == "distillation" and key in PhaseSection.model_fields.keys() - {"tokens"} and (
+                    phases := values[section]["phases"]) and all(phase[key] is not None for phase in phases):
+                raise InputError(f"--set {path}: each of the {len(phases)} distillation.phases has its own {key}; set "
+                                 "distillation.phases, or [] for none")
             target[key] = value
+        if (settings or {}).get("distillation.phases") and "distillation.tokens" not in (settings or {}):
+            del values["distillation"]["tokens"]  # the sum of the new ones
         return _validate(values, "settings", {})
+
+    def sources(self, section: str) -> list[str]:
+        """What a section of DATA_SECTIONS reads: of the distillation what each phase does, and what
+        quantised weights learn from."""
+        if section != "distillation":
+            return [getattr(self, section).data]
+        found = [data for data, in self.distillation.parts("data")]
+        return list(dict.fromkeys([*found, *([self.distillation.data] if self.quantization.distill else [])]))
 
     def located(self) -> Recipe:
         """A copy with absolute paths of data: it means the same from every working directory."""
         values = self.model_dump()
         for section in DATA_SECTIONS:
             values[section]["data"] = absolute(values[section]["data"])
+        for phase in values["distillation"]["phases"]:
+            phase["data"] = phase["data"] and absolute(phase["data"])
         return _validate(values, "settings", {})
 
     def dump(self) -> str:
@@ -441,14 +498,15 @@ def _where(origin: str, lines: dict[tuple[Any, ...], int], path: tuple[Any, ...]
 def _explain(error: ValidationError, origin: str, lines: dict[tuple[Any, ...], int]) -> str:
     """The first problem of a ValidationError, with its line number and the nearest known key."""
     first = error.errors()[0]
-    path = tuple(first["loc"][:2])  # further parts are places in a list, and pydantic's names of union members
+    # further parts are places in a list, and pydantic's names of union members
+    path = tuple(first["loc"][: 4 if first["loc"][1:2] == ("phases",) else 2])
     name = ".".join(str(part) for part in path)
     where = _where(origin, lines, path)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in path[:-1]:
-            section = section.model_fields[part].annotation
+            section = PhaseSection if isinstance(part, int) else section.model_fields[part].annotation
         known = list(section.model_fields)
         return f"{where}: unknown key {name!r}{_suggest(str(path[-1]), known)}; known: {', '.join(known)}{more}"
     if path[0] == "space" and len(path) > 1:
@@ -471,4 +529,8 @@ def _line_numbers(node: yaml.Node | None, path: tuple[Any, ...] = ()) -> dict[tu
                 raise yaml.MarkedYAMLError(problem=f"{'.'.join(here)} is given twice", problem_mark=key.start_mark)
             out[here] = key.start_mark.line + 1
             out |= _line_numbers(value, here)
+    elif isinstance(node, yaml.SequenceNode):
+        for place, value in enumerate(node.value):
+            out[(*path, place)] = value.start_mark.line + 1
+            out |= _line_numbers(value, (*path, place))
     return out

@@ -94,7 +94,8 @@ def _sources(report: Report) -> list[str]:
     except yaml.YAMLError:
         return []
     sections = [recipe.get(part) for part in DATA] if isinstance(recipe, dict) else []
-    return list(dict.fromkeys(str(s["data"]) for s in sections if isinstance(s, dict) and s.get("data")))
+    phases = [{"data": phase.data} for phase in report.distillation.phases]
+    return list(dict.fromkeys(str(s["data"]) for s in [*sections, *phases] if isinstance(s, dict) and s.get("data")))
 
 
 def _architecture(report: Report) -> str:
@@ -126,6 +127,7 @@ def _made(report: Report) -> str:
     if report.trained:
         text = "Layers and channels were removed, then the model" if report.cut else "The model"
         text += " was distilled from its parent" + ("" if tokens is None else f" on {facts.count(tokens)} tokens")
+        text += f", {facts.phases(report.distillation.phases)}" if report.distillation.phases else ""
         text += " (forward KL on the logits)."
     text += f" {facts.exported(report)}" if facts.exported(report) else ""
     if evaluation.tokens is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from minipuzzle.core.budget import human_bytes, human_count
+from minipuzzle.core.budget import human_bytes, human_count, human_length
 from minipuzzle.families import registry
 from minipuzzle.families.base import Axis, Kind
-from minipuzzle.report.report import Candidate, Report
+from minipuzzle.report.report import Candidate, Report, TrainingPhase
 
 KINDS = registry.kinds()
 WIDTHS = registry.widths()
@@ -58,6 +58,12 @@ def size(value: float | None) -> str:
 
 def count(value: float | None) -> str:
     return ABSENT if value is None else human_count(value)
+
+
+def phases(found: Sequence[TrainingPhase]) -> str:
+    """'2.5B tokens of 8k, then 500M of 32k'."""
+    return ", then ".join(f"{count(p.tokens)}{'' if i else ' tokens'} of {human_length(p.sequence_length)}"
+                          for i, p in enumerate(found))
 
 
 def duration(seconds: float | None) -> str:

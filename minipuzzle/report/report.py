@@ -149,9 +149,18 @@ class Training(Part):
     curve: Rows = []
 
 
+class TrainingPhase(Part):
+    tokens: int = 0
+    sequence_length: int = 0
+    batch_tokens: int = 0
+    learning_rate: float = 0.0
+    data: str = ""
+
+
 class Distillation(Part):
     tokens: int | None = None
     tokens_all: int | None = None  # with those of the finalists that did not win
+    phases: list[TrainingPhase] = []
     seconds: float | None = None
     tokens_per_second: float | None = None
     curve: Rows = []

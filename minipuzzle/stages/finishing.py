@@ -75,11 +75,11 @@ def distill(given: Given) -> list[Path]:
                     ranks=given.ranks, layers=candidate.kept_layers,
                     evaluate=partial(look, given, candidate, reference),
                     progress=say_training(given, candidate.name, 0, 1 / d.tokens))
-    reached = (candidate.after_distillation or {}).get("tokens") or 0
+    reached, schedule = (candidate.after_distillation or {}).get("tokens") or 0, how.schedule(d.sequence_length)
     for mark in about["marks"]:
-        if steps_done(folder) < how.steps(d.sequence_length, mark) and mark <= reached:
+        if steps_done(folder) < schedule.steps_of(mark) and mark <= reached:
             train(mark)  # what it learned in the tournament is gone: the same again
-    train(evaluate_every=max(1, how.steps(d.sequence_length) // EVALUATIONS))
+    train(evaluate_every=max(1, schedule.steps // EVALUATIONS))
     if given.ranks.main:
         write_atomic(metrics, (folder / "metrics.jsonl").read_text())
     return [metrics]
@@ -189,7 +189,7 @@ def _samples(given: Given, ids_T: torch.Tensor, models: dict[str, Model], prompt
 
 def _distill_estimate(plan: Plan) -> Estimate:
     d = plan.recipe.distillation
-    return Estimate(training_flops(plan, d.tokens - min(d.tournament_tokens, d.tokens), EVALUATIONS),
+    return Estimate(training_flops(plan, min(d.tournament_tokens, d.tokens), d.tokens, EVALUATIONS),
                     trains=d.tokens > 0, memory_bytes=plan.student_stage_bytes,
                     disk_bytes=plan.state_bytes)
 

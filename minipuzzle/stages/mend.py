@@ -13,7 +13,7 @@ from minipuzzle.distill import state
 from minipuzzle.distill.trained import read_metrics
 from minipuzzle.pipeline.stage import Given, Runner
 from minipuzzle.stages.candidates import chosen_one, read_tournament
-from minipuzzle.stages.student import state_folder, train_settings
+from minipuzzle.stages.student import schedule_of, state_folder
 
 
 def steps_done(folder: Path) -> int:
@@ -78,6 +78,6 @@ def forget_unusable_training(runner: Runner, given: Given) -> None:
         run.drop("export")
     folder = state_folder(given, candidate, read_tournament(given.files)["key"])
     forget_damaged_training(given, folder)
-    if steps_done(folder) < train_settings(given).steps(d.sequence_length) and run.manifest("distill") is not None:
+    if steps_done(folder) < schedule_of(given).steps and run.manifest("distill") is not None:
         given.say(f"{folder} has no state of the finished training, which the export needs: it is trained again")
         run.drop("distill")

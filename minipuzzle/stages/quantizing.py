@@ -32,7 +32,7 @@ from minipuzzle.pipeline.plan import Estimate, Plan
 from minipuzzle.pipeline.stage import Given, Stage
 from minipuzzle.report.card import quantised_card
 from minipuzzle.stages.results import licence_of
-from minipuzzle.stages.student import EVALUATIONS, TRAINING, to_train, train_settings, training_blocks, training_flops
+from minipuzzle.stages.student import EVALUATIONS, TRAINING, to_train, train_settings, training_flops
 from minipuzzle.stages.student import rounded as rounded_to
 
 SECTIONS = ("quantization", "workload", "calibration", "evaluation", "distillation")
@@ -150,10 +150,11 @@ def train(given: Given, source: ModelFolder, plan: engine.Plan, folder: Path) ->
         weights = ((n, rounded(n, p).detach().to(given.parent.dtype)) for n, p in student.parameters_by_name().items())
         return measure(Model.build(source.family, source.arch, weights), reference)
 
-    how = dataclasses.replace(train_settings(given), tokens=tokens)
-    blocks, state = training_blocks(given), folder / "distillation" / given.key
+    d, state = given.settings.distillation, folder / "distillation" / given.key
+    how = dataclasses.replace(train_settings(given), tokens=tokens, phases=())
+    blocks = given.blocks("distillation", "train", d.sequence_length, d.loss_on)
     distill_model(student, teacher, blocks, how, state, evaluate=look,
-                  evaluate_every=max(1, how.steps(blocks.sequence_length) // EVALUATIONS),
+                  evaluate_every=max(1, how.schedule(d.sequence_length).steps // EVALUATIONS),
                   progress=lambda done, row: given.update(0.1 + 0.3 * done / tokens, say(row)))
     load_best(state, student)
     dtypes = source.dtypes(tuple(range(source.arch.num_layers)))
@@ -165,7 +166,7 @@ def _estimate(plan: Plan) -> Estimate:
     """The result at 16 bit twice in float32, modelopt's copy on the disk, and the folder."""
     tokens = plan.calibration_tokens + 2 * plan.held_out_tokens
     flops = 2.0 * tokens * plan.largest.flops_per_token
-    flops += training_flops(plan, plan.recipe.quantization.distill, EVALUATIONS)
+    flops += training_flops(plan, 0, plan.recipe.quantization.distill, EVALUATIONS)
     parameters = plan.largest.parameters
     return Estimate(flops, seconds=20.0, memory_bytes=8 * parameters, disk_bytes=6 * parameters)
 

@@ -104,7 +104,7 @@ def distilled_report(given: Given, student: Architecture, kept_layers: Sequence[
                    "architecture": student.to_json(), "cost": price.to_json(),
                    "kept_layers": list(kept_layers) or None, "exported": dict(exported)},
         "paired": _paired(final) | {"pruned": _paired(pruned)},
-        "distillation": {"tokens": trained.tokens, "seconds": trained.seconds},
+        "distillation": {"tokens": trained.tokens, "seconds": trained.seconds, "phases": phases_told(given.settings)},
         "alerts": alerts,
         "warnings": (alerts + list(filter(None, [mtp_note(student)])) + held_out_notes(given)
                      + kernel_notes(student, given.parent.device)
@@ -234,6 +234,7 @@ def _distillation(given: Given, candidates: list[Candidate], seconds: dict[str, 
     return {"tokens": tokens, "tokens_all": tokens + others,
             "seconds": seconds.get("tournament", 0.0) + seconds.get("distill", 0.0),
             "tokens_per_second": curve[-1]["tokens_per_second"] if curve else None, "curve": curve,
+            "phases": phases_told(given.settings),
             "tournament": [{"candidate": name, "curve": [row for row in rows if row["tokens"] <= 1.1 * share]}
                            for name, rows in logs]}
 
@@ -242,6 +243,12 @@ def _tokens(finalist: Candidate, rows: list[dict[str, Any]]) -> int:
     """That it was trained on in the tournament; of one that diverged, until then."""
     found = (finalist.after_distillation or {}).get("tokens") or (rows[-1]["tokens"] if rows else 0)
     return int(found)
+
+
+def phases_told(recipe: Recipe) -> list[dict[str, Any]]:
+    """The phases of the training, with what comes from the section; none where the recipe names none."""
+    d, keys = recipe.distillation, ("tokens", "sequence_length", "batch_tokens", "learning_rate", "data")
+    return [dict(zip(keys, values, strict=True)) for values in d.parts(*keys)] if d.phases and d.tokens else []
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:
@@ -319,13 +326,14 @@ def held_out_notes(given: Given) -> list[str]:
 def training_notes(recipe: Recipe, device: torch.device) -> list[str]:
     """What a user may not expect of the training that is asked for."""
     d, out = recipe.distillation, []
-    step = d.batch_tokens // d.sequence_length * d.sequence_length
-    if step != d.batch_tokens:
-        out.append(f"a step has {step:,} tokens: distillation.batch_tokens {d.batch_tokens:,} is no multiple of "
-                   f"sequence_length {d.sequence_length:,}")
-    if 0 < d.tokens < step:
-        out.append(f"one step of {step:,} tokens is trained, more than distillation.tokens {d.tokens:,}; lower "
-                   "distillation.batch_tokens for less")
+    for number, (tokens, length, batch) in enumerate(d.parts("tokens", "sequence_length", "batch_tokens"), 1):
+        step, which = batch // length * length, f"phase {number}: " if d.phases else ""
+        if step != batch:
+            out.append(f"{which}a step has {step:,} tokens: distillation.batch_tokens {batch:,} is no multiple of "
+                       f"sequence_length {length:,}")
+        if 0 < tokens < step and d.tokens:
+            out.append(f"{which}one step of {step:,} tokens is trained, more than distillation.tokens {tokens:,}; "
+                       "lower distillation.batch_tokens for less")
     if d.precision == "fp8":
         out.append(fp8_note(device))
     return out

@@ -13,9 +13,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from minipuzzle.data.blocks import Blocks
-from minipuzzle.distill.loop import pass_tokens
 from minipuzzle.distill.memory import fitted
-from minipuzzle.distill.settings import TrainSettings
+from minipuzzle.distill.settings import Schedule, TrainSettings
 from minipuzzle.distill.sharding import local_part, read_sharded, reshard, whole
 from minipuzzle.distill.teacher import LiveTeacher
 from minipuzzle.distill.trained import say
@@ -27,7 +26,7 @@ from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import ModelFolder, held, open_model, write_model
 from minipuzzle.pipeline.machine import machine_memory
-from minipuzzle.pipeline.plan import Plan, refit_samples
+from minipuzzle.pipeline.plan import Plan, longest_sequence, phases_of, refit_samples
 from minipuzzle.pipeline.stage import Given
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.surgery.cut import Cutter
@@ -40,13 +39,11 @@ TRAINING = (("distillation", "surgery", "calibration", "evaluation"),
             ("model", "tokenizer", "calibration.data", "evaluation.data", "distillation.data", "seed", "precision"))
 
 
-def training_flops(plan: Plan, tokens: int, looks: int) -> float:
-    """Of the teacher once and the student three times over the tokens, and of looks at the held-out
-    blocks."""
+def training_flops(plan: Plan, first: int, last: int, looks: int) -> float:
+    """Of a training from one token of its budget to another, and of looks at the held-out blocks."""
     if plan.recipe.distillation.tokens == 0:
         return 0.0
-    student = plan.student_flops
-    return float(tokens * (plan.parent_flops + 3 * student) + looks * plan.held_out_tokens * student)
+    return plan.trained_flops(first, last) + looks * plan.held_out_tokens * plan.student_flops
 
 
 def refit_flops(plan: Plan) -> float:
@@ -135,14 +132,21 @@ def train_settings(given: Given, students: Sequence[Architecture] = ()) -> Train
     made = TrainSettings(d.tokens, d.batch_tokens, d.learning_rate, d.temperature, lm_loss_weight=d.lm_loss_weight,
                          hidden_loss_weight=d.hidden_loss_weight, top_k=d.top_k, precision=given.precision,
                          activation_checkpointing=again, optimizer=d.optimizer, compile=d.compile,
-                         seed=given.seed)
-    return fitted(made, given.parent.arch, students, given.ranks, max(pass_tokens(given.ranks.device),
-                  d.sequence_length), memory or machine_memory(given.ranks.device))
+                         seed=given.seed, phases=phases_of(given.settings))
+    return fitted(made, given.parent.arch, students, given.ranks, memory or machine_memory(given.ranks.device),
+                  longest_sequence(given.settings))
 
 
-def training_blocks(given: Given) -> Blocks:
+def schedule_of(given: Given) -> Schedule:
+    """The steps of the whole training."""
+    return train_settings(given).schedule(given.settings.distillation.sequence_length)
+
+
+def training_blocks(given: Given) -> list[Blocks]:
+    """Of each phase."""
     d = given.settings.distillation
-    return given.blocks("distillation", "train", d.sequence_length, d.loss_on)
+    return [given.blocks("distillation", "train", length, d.loss_on, data)
+            for length, data in d.parts("sequence_length", "data")]
 
 
 def look(given: Given, candidate: Candidate, reference: Reference, student: HybridLM) -> dict[str, float]:

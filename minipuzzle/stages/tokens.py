@@ -33,17 +33,17 @@ def tokenize_stage(sections: tuple[str, ...] = DATA_SECTIONS) -> Stage:
     return Stage(
         "tokenize", partial(make_tokens, sections=sections), _estimate,
         settings=("calibration.samples", "calibration.sequence_length", "evaluation.samples", "surgery.refit",
-                  "distillation.tokens", "distillation.batch_tokens", "distillation.sequence_length",
-                  "distillation.loss_on",
-                  "quantization.distill"),
+                  "distillation.data", "distillation.tokens", "distillation.batch_tokens",
+                  "distillation.sequence_length", "distillation.loss_on", "distillation.phases.tokens",
+                  "distillation.phases.batch_tokens", "distillation.phases.sequence_length", "quantization.distill"),
         world=("model", "tokenizer", *(f"{name}.data" for name in sections)),
         recorded=sections == DATA_SECTIONS)
 
 
 def _estimate(plan: Plan) -> Estimate:
     """Of sources that go on, what is asked of them; of a file it is not known before it is read."""
-    data = {name: getattr(plan.recipe, name).data for name in DATA_SECTIONS}
-    limits = tokens_needed(plan.recipe, plan.parent, data)
+    limits = tokens_needed(plan.recipe, plan.parent,
+                           {name: getattr(plan.recipe, name).data for name in DATA_SECTIONS})
     tokens = sum(n or 0 for source, splits in limits.items() if not has_end(source)
                  for n in splits.values())
     return Estimate(seconds=5.0 + tokens / TOKENS_PER_SECOND / cores(),
@@ -53,28 +53,43 @@ def _estimate(plan: Plan) -> Estimate:
 def tokens_needed(settings: Recipe, parent: Architecture,
                   data: Mapping[str, str]) -> dict[str, dict[str, int | None]]:
     """source of text -> split -> tokens that do for what is read; None: all there are. `data`:
-    section of the recipe -> what it reads. Training goes over all of a source that has an end;
+    section of the recipe -> its data. Training goes over all of a source that has an end;
     calibration and evaluation spread their blocks over the first `spread_tokens` and `read_tokens`
     of it."""
-    c, d = settings.calibration, settings.distillation
+    c = settings.calibration
     # two parts, and a quarter more: documents are shared out whole
     held_out = 5 * settings.evaluation.samples * c.sequence_length // 2
     samples = max(c.samples, refit_samples(settings, parent))
-    trained = max(d.tokens, settings.quantization.distill)
-    whole = {"calibration": spread_tokens(samples, c.sequence_length), "distillation": None}
-    train = {"calibration": samples * c.sequence_length,
-             "distillation": trained + d.batch_tokens + d.sequence_length}
+    # data, the tokens to train on of a source that has an end, and of one that goes on
+    reads: list[tuple[str, int | None, int | None]] = []
+    if "calibration" in data:
+        reads.append((data["calibration"], spread_tokens(samples, c.sequence_length), samples * c.sequence_length))
+    if "evaluation" in data:
+        reads.append((data["evaluation"], None, None))
+    if "distillation" in data:
+        reads += [(name, None, tokens) for name, _, tokens in trained_on(settings, data["distillation"])]
     out: dict[str, dict[str, int | None]] = {}
-    for section, name in data.items():
-        for source in parse_blend(name) if section != "distillation" or trained else ():
+    for name, whole, tokens in reads:
+        for source in parse_blend(name):
             if made_before(source):
                 continue
             ends, limits = has_end(source), out.setdefault(source, {})
             limits["held_out"] = (
                 read_tokens(settings.evaluation.samples, c.sequence_length) if ends else held_out)
-            if section in train:
-                limits["train"] = whole[section] if ends else (limits.get("train") or 0) + train[section]
+            if tokens is not None:
+                limits["train"] = whole if ends else (limits.get("train") or 0) + tokens
     return out
+
+
+def trained_on(settings: Recipe, data: str) -> list[tuple[str, int, int]]:
+    """(data, length of a sequence, tokens and a batch more) of each phase of the training and of
+    that with rounded weights. `data`: of the section."""
+    d, q = settings.distillation, settings.quantization
+    parts = d.parts("data", "sequence_length", "tokens", "batch_tokens") if d.tokens else []
+    rounded = (data, d.sequence_length, q.distill, d.batch_tokens)
+    if q.distill and (d.phases or q.distill > d.tokens):
+        parts = [*parts, rounded] if d.phases else [rounded]
+    return [(name, length, tokens + batch + length) for name, length, tokens, batch in parts]
 
 
 def make_tokens(given: Given, sections: tuple[str, ...]) -> list[Path]:
@@ -97,21 +112,30 @@ def make_tokens(given: Given, sections: tuple[str, ...]) -> list[Path]:
                  enough=limits, least=2 * settings.calibration.sequence_length, workers=cores())
         names = read_sealed(folder / "tokens.json", AGAIN)["hashes"]
         files += [folder / "tokens.json", *(folder / name for name in names)]
-    made = {source for section in sections for source in parse_blend(given.source(section)) if made_before(source)}
+    made = {source for name in _names(given, sections) for source in parse_blend(name) if made_before(source)}
     for source in sorted(made):
         check_made(given.token_folder(source), given.tokenizer_hash, len(given.tokenizer), given.parent.folder.path)
     for section in sections:
-        if section != "distillation" or settings.distillation.tokens or settings.quantization.distill:
-            _check_tokens(given, section)
+        if section == "distillation":
+            for data, length, _ in trained_on(settings, given.source(section)):
+                _check_tokens(given, section, data, length)
+        else:
+            _check_tokens(given, section, given.source(section), settings.calibration.sequence_length)
     return files
 
 
-def _check_tokens(given: Given, section: str) -> None:
+def _names(given: Given, sections: tuple[str, ...]) -> list[str]:
+    """What the data of these sections are called, those of phases too."""
+    names = [given.source(section) for section in sections]
+    return names + ([data for data, _, _ in trained_on(given.settings, given.source("distillation"))]
+                    if "distillation" in sections else [])
+
+
+def _check_tokens(given: Given, section: str, data: str, length: int) -> None:
     """Raise InputError if the section's data do not do; what was made of them is removed."""
     settings, arch = given.settings, given.parent.arch
-    length = (settings.distillation if section == "distillation" else settings.calibration).sequence_length
     split = "held_out" if section == "evaluation" else "train"
-    for source in parse_blend(given.source(section)):
+    for source in parse_blend(data):
         folder = given.token_folder(source)
         try:
             blocks = load_blocks(folder, split, length,

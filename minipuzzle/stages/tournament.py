@@ -36,6 +36,7 @@ from minipuzzle.stages.student import (
     refit_flops,
     rounded,
     say_training,
+    schedule_of,
     state_folder,
     student_of,
     teacher_of,
@@ -57,8 +58,8 @@ def tournament(given: Given) -> list[Path]:
     """
     d, search = given.settings.distillation, given.settings.search
     share = min(d.tournament_tokens, d.tokens)
-    every = read_candidates(given.files, by=search.rank)
-    steps = train_settings(given).steps(d.sequence_length, share)
+    every, schedule = read_candidates(given.files, by=search.rank), schedule_of(given)
+    steps, step_tokens = schedule.steps_of(share), schedule.phases[0].step_tokens
     finalists, marks = every[: search.finalists], [steps]
     if search.tournament == "halving":
         finalists, marks = apart(every, entrants(search.finalists, steps)), marks_of(steps)
@@ -69,7 +70,6 @@ def tournament(given: Given) -> list[Path]:
         given.parent.leave_memory()
     found, left, begin = Qualities(), finalists, 0
     spare = (search.finalists - 1) * steps
-    step_tokens = how.batch(d.sequence_length) * d.sequence_length
     train = _Training(given, how, search.finalists * steps * step_tokens)
     for i, mark in enumerate(marks):
         if not left:
@@ -145,8 +145,8 @@ class _Training:
 
 def _tournament_estimate(plan: Plan) -> Estimate:
     d, shares = plan.recipe.distillation, min(plan.recipe.search.finalists, plan.feasible)
-    flops = (shares * training_flops(plan, min(d.tournament_tokens, d.tokens), looks=0)
-             + plan.finalists * (training_flops(plan, 0, looks=3) + refit_flops(plan)))
+    flops = (shares * training_flops(plan, 0, min(d.tournament_tokens, d.tokens), looks=0)
+             + plan.finalists * (training_flops(plan, 0, 0, looks=3) + refit_flops(plan)))
     return Estimate(flops, trains=flops > 0, memory_bytes=plan.student_stage_bytes,
                     disk_bytes=plan.state_bytes * plan.finalists)
 

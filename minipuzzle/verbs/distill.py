@@ -31,7 +31,7 @@ from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.pipeline.machine import find_device
 from minipuzzle.pipeline.plan import make_plan
 from minipuzzle.pipeline.progress import Reporter
-from minipuzzle.pipeline.stage import Given, Runner, Stage
+from minipuzzle.pipeline.stage import Given, Runner, Stage, values
 from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.report.report import Report
@@ -42,6 +42,7 @@ from minipuzzle.stages.student import (
     EVALUATIONS,
     as_written,
     measure_as_written,
+    schedule_of,
     teacher_of,
     train_settings,
     training_blocks,
@@ -53,6 +54,7 @@ from minipuzzle.verbs.folder import open_run, write_about
 from minipuzzle.verbs.source import find_model
 
 SECTIONS = ("evaluation", "distillation")  # of the recipe, whose data are read
+CHANGES_NOTHING = ("activation_checkpointing", "precision", "tournament_tokens")  # precision is named apart
 # what the training of a folder may read; the verb runs it itself, in its own steps
 ALONE = Stage("distill", lambda given: [], settings=("distillation", "evaluation", "calibration", "workload"),
               world=("model", "tokenizer", "evaluation.data", "distillation.data", "seed", "precision"),
@@ -94,7 +96,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
             given.parent.leave_memory()
         compared = cache_teacher is None
         source = (teacher_of(given, settings) if cache_teacher is None else
-                  _cached(runner, cache_teacher, blocks, settings))
+                  _cached(runner, cache_teacher, blocks[0], settings))
         pupil = (HybridLM(small.family, small.arch, Model.load(small, ranks.device).by_name()) if ranks.size == 1 else
                  read_sharded(small, ranks, torch.float32, world.dtype, settings.shards))
         dtypes = small.dtypes(tuple(range(small.arch.num_layers)))
@@ -115,7 +117,7 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
             done = distill_model(pupil, source, blocks, settings, state, layers=layers, ranks=ranks,
                                  evaluate=lambda s: quality(s, selection_ids, selection),
                                  track=tracker if ranks.main else lambda row: None,
-                                 evaluate_every=max(1, settings.steps(blocks.sequence_length) // EVALUATIONS),
+                                 evaluate_every=max(1, schedule_of(given).steps // EVALUATIONS),
                                  progress=lambda tokens, row: update(tokens, f"{tokens:,} tokens, {say(row)}"))
         selection = None
         exported = load_best(state, pupil, ranks)
@@ -147,6 +149,9 @@ def _check(recipe: Recipe, small: ModelFolder, big: ModelFolder, layers: tuple[i
         raise InputError(f"vocabularies differ: student {small.arch.vocab_size}, teacher {big.arch.vocab_size}")
     if cached and d.top_k == 0:
         raise InputError("--cache-teacher keeps the teacher's top tokens; set how many: --set distillation.top_k=64")
+    if cached and len(d.phases) > 1:
+        raise InputError(f"--cache-teacher keeps the blocks of one phase, and distillation.phases has {len(d.phases)}; "
+                         "leave one of the two out")
     if d.hidden_loss_weight and (cached or not layers or small.arch.hidden_size != big.arch.hidden_size):
         raise InputError("distillation.hidden_loss_weight needs a teacher in memory, a student of the same hidden "
                           "size, and its minipuzzle.json, which names the layers it kept")
@@ -164,8 +169,8 @@ def _inputs(runner: Runner, small: ModelFolder) -> dict[str, Any]:
     return {"student": small.fingerprint, "teacher": runner.world.folder.fingerprint,
             "data": {name: runner.world.identities[f"{name}.data"]() for name in SECTIONS},
             "tokenizer": runner.world.tokenizer_hash, "seed": runner.world.seed, "precision": runner.world.precision,
-            "distillation": recipe.distillation.model_dump(
-                exclude={"activation_checkpointing", "data", "precision", "tournament_tokens"})}
+            "distillation": {key.partition(".")[2]: value for key, value in values(recipe, ("distillation",)).items()
+                             if key.partition(".")[2] not in CHANGES_NOTHING}}
 
 
 def _begin(runner: Runner, inputs: dict[str, Any], cached: bool, redo: bool) -> None:
@@ -241,8 +246,8 @@ def _layer_map(small: ModelFolder, big: ModelFolder) -> tuple[int, ...]:
 def _cached(runner: Runner, folder: Path, blocks: Blocks, settings: TrainSettings) -> CachedTeacher:
     """Write what is missing of the teacher's cache; open it."""
     world, ranks = runner.world, runner.ranks
-    steps, size = settings.steps(blocks.sequence_length), settings.batch(blocks.sequence_length)
-    wanted = blocks.numbers(settings.seed, 0, steps * size)
+    schedule = settings.schedule(blocks.sequence_length)
+    wanted = blocks.numbers(settings.seed, 0, schedule.steps * schedule.phases[0].batch)
     key = {"teacher": world.folder.fingerprint, "tokenizer": world.tokenizer_hash, "data": blocks.corpus_hash,
            "sequence_length": blocks.sequence_length, "top_k": settings.top_k, "temperature": settings.temperature,
            "precision": "fp32" if settings.precision == "fp32" else "bf16"}

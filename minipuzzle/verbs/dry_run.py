@@ -94,19 +94,24 @@ def _find(model: str | None) -> tuple[ModelFolder | None, Architecture]:
 
 def _on_cards(plan: Plan, stages: Sequence[Stage], card: Device, gpus: int) -> tuple[list[cluster.Need], list[str]]:
     found = cluster.needs(plan, stages, card, gpus)
-    return found, cluster.lines(found, card, gpus)
+    how = cluster.training(plan, card, gpus)[0] if any(need.memory for need in found) else None
+    return found, cluster.lines(found, card, gpus, how)
 
 
 def _here(plan: Plan, stages: Sequence[Stage]) -> tuple[list[cluster.Need], list[str]]:
     """On this machine, whose speed is looked at for a moment."""
-    seconds, found = estimates(plan, stages), []
+    seconds, found, more = estimates(plan, stages), [], []
     for stage in stages:
         need, size = stage.estimate(plan), host_bytes(plan, stage)
         on_gpu, on_host = (0, size) if plan.on_host else (size, plan.copy_bytes if need.trains else 0)
-        found.append(cluster.Need(stage.name, seconds[stage.name], on_gpu, on_host, need.disk_bytes))
+        memory = dict[str, int]()
+        if need.trains and plan.feasible:
+            how, memory = plan.training()
+            more = cluster.memory_lines(memory, how, plan.memory_bytes, plan.usable_bytes)
+        found.append(cluster.Need(stage.name, seconds[stage.name], on_gpu, on_host, need.disk_bytes, memory))
     told = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     return found, [f"stages     {told}", f"time       about {sum(seconds.values()) / 60:.1f} min on this "
-                                         "machine (a rough estimate)"]
+                                         "machine (a rough estimate)", *more]
 
 
 def _check_run(path: Path, folder: ModelFolder, recipe: Recipe, seed: int, device: torch.device,
