@@ -7,8 +7,11 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,20 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from test_distill import STEP_TOKENS, student
 from test_prune import finished, quick_gate, recipe_for  # noqa: F401 (fixtures)
+from tiny import ARCH, config_of, tokens
 
 from minipuzzle import prune
-from minipuzzle.core.errors import InputError
+from minipuzzle.core.errors import InputError, ResourceError
 from minipuzzle.distill import loop
+from minipuzzle.distill.sharding import shard
 from minipuzzle.distill.trained import load_student
+from minipuzzle.models import weights as weights_module
 from minipuzzle.models.ranks import PATIENCE, Ranks, open_ranks
-from minipuzzle.models.weights import ModelFolder
+from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.pipeline.progress import Reporter
+from minipuzzle.stages.student import write_student
+from minipuzzle.surgery import gate
+from minipuzzle.surgery.cut import Cutter
 from minipuzzle.verbs.run import Run
 
 
@@ -84,8 +93,12 @@ def result(run: Path) -> dict[str, Any]:
 
 
 def assert_same(run: Path, alone: Run) -> None:
-    """The same choice, the same losses."""
+    """The same candidates measured, the same choice, the same losses."""
     found, expected = result(run), alone.report
+    measured = [{c["name"]: c["measured"]["kl"] for c in report["candidates"] if c["measured"]}
+                for report in (found, dict(expected))]
+    assert len(measured[1]) >= 3
+    assert measured[0] == pytest.approx(measured[1], abs=1e-3)
     chosen = [[c["name"] for c in report["candidates"] if c["chosen"]] for report in (found, dict(expected))]
     assert chosen[0] == chosen[1]
     names = [name for name in expected["result"] if name.startswith(("loss", "kl"))]
@@ -116,10 +129,11 @@ def test_killed_in_every_stage_and_continued_by_another_number(finished: Run, mo
 
 
 @pytest.mark.usefixtures("quick_gate")
-def test_two_processes_prune_as_one(finished: Run, model_folder: Path, texts: Path, tmp_path: Path,  # noqa: F811
-                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """And none reads the whole parent again once they train."""
-    whole = ModelFolder.weights
+@pytest.mark.parametrize("count", [2, 4])
+def test_so_many_processes_prune_as_one(count: int, finished: Run, model_folder: Path, texts: Path, tmp_path: Path,  # noqa: F811
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none reads the whole parent again once they train; each cuts and writes its own layers."""
+    whole, pieces = ModelFolder.weights, Cutter.pieces
 
     def weights(self: ModelFolder, *args: Any) -> dict[str, torch.Tensor]:
         if self.path == model_folder:
@@ -127,11 +141,24 @@ def test_two_processes_prune_as_one(finished: Run, model_folder: Path, texts: Pa
                 file.write("x")
         return whole(self, *args)
 
+    def noted(*args: Any, **how: Any) -> Any:
+        for name, tensor in pieces(*args, **how):
+            with (tmp_path / f"cut-{os.getpid()}").open("a") as file:
+                file.write(f"{name}\n")
+            yield name, tensor
+
     monkeypatch.setattr(ModelFolder, "weights", weights)
+    monkeypatch.setattr(Cutter, "pieces", noted)
     run = tmp_path / "run"
-    assert prune_together(2, None, model_folder, recipe_for(texts), run) == [0, 0]
+    assert prune_together(count, None, model_folder, recipe_for(texts), run) == [0] * count
     assert_same(run, finished)
-    assert [p.read_text() for p in tmp_path.glob("read-*")] == ["x", "x"]  # to score
+    assert [p.read_text() for p in tmp_path.glob("read-*")] == ["x"] * count  # to score
+    cut = [set(p.read_text().split()) for p in tmp_path.glob("cut-*")]
+    assert len(cut) == len(list((run / "model").glob("model-*.safetensors"))) == count
+    own = [{name for name in names if ".layers." in name} for names in cut]
+    assert all(own)
+    assert sum(map(len, own)) == len(set.union(*own))  # none twice
+    assert open_model(run / "model").files.keys() <= set.union(*cut)  # of two finalists
     assert not (run / "students").exists()
     assert not list(run.rglob("*.tmp"))
 
@@ -159,6 +186,58 @@ def test_who_waits_waits_longer_than_a_collective(tmp_path: Path) -> None:
         assert ranks.gather(rank) == [0, 1]
 
     assert together(2, work) == [0, 0]
+
+
+@pytest.mark.parametrize("slow", ["the logits of the gate", "a shard"])
+def test_none_waits_in_a_collective_while_another_works(slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main process computes what the gate compares, or one writes a shard, for longer than a collective may take."""
+    limit_s = 4.0
+    monkeypatch.setattr(dist, "init_process_group", partial(dist.init_process_group, timeout=timedelta(seconds=limit_s)))
+    pupil = student()
+    arch, dtypes = pupil.arch, dict.fromkeys(pupil.parameters_by_name(), torch.bfloat16)
+
+    def work(rank: int) -> None:
+        ranks = open_ranks(torch.device("cpu"))
+        shard(pupil, ranks)
+        if slow == "a shard" and rank == 1:
+            weights_module.save_file = slowly(weights_module.save_file)
+        if slow != "a shard" and rank == 0:
+            gate.forward.block = slowly(gate.forward.block)
+        write_student(tmp_path / "model", pupil, dtypes, arch.to_config(config_of(ARCH)), tmp_path, tokens(2, 20), ranks)
+
+    def slowly(call: Callable[..., Any]) -> Callable[..., Any]:
+        pauses = iter([limit_s + 1.5])
+
+        def made(*args: Any, **how: Any) -> Any:
+            time.sleep(next(pauses, 0))
+            return call(*args, **how)
+        return made
+
+    assert together(2, work) == [0, 0]
+    written, expected = open_model(tmp_path / "model"), student().parameters_by_name()
+    assert written.files.keys() == expected.keys()
+    assert all(torch.equal(written.read(n), p.detach().bfloat16()) for n, p in expected.items())
+
+
+def test_a_full_disk_of_one_process_is_heard_of_by_all(tmp_path: Path) -> None:
+    """While a model is written: nothing is left of it."""
+    def work(rank: int) -> None:
+        ranks = open_ranks(torch.device("cpu"))
+        pupil = student()
+        shard(pupil, ranks)
+
+        def full(*args: Any, **how: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        if rank == 1:
+            weights_module.save_file = full
+        dtypes = dict.fromkeys(pupil.parameters_by_name(), torch.bfloat16)
+        with pytest.raises(ResourceError, match=r"model.tmp: No space left on device"):
+            write_student(tmp_path / "model", pupil, dtypes, {}, tmp_path, tokens(2, 20), ranks)
+        ranks.barrier()
+
+    assert together(2, work) == [0, 0]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("options", [{"sync_last": True}, {"shards": 2}, {"shards": 2, "sync_last": True, "precision": "bf16"}],

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,11 +24,12 @@ from safetensors.torch import save_file
 
 from minipuzzle.core.budget import human_bytes
 from minipuzzle.core.errors import CorruptArtifact, UnsupportedModel
-from minipuzzle.core.files import open_tensors, read_json, reading, replace_folder
+from minipuzzle.core.files import flush_to_disk, machine_errors, open_tensors, read_json, reading, replace_folder
 from minipuzzle.core.published import read_config
 from minipuzzle.core.rundir import PIECE_BYTES, PIECES, sampled_hash
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import Family, is_stacked, numbered
+from minipuzzle.models.ranks import Ranks
 
 SHARD_BYTES = 5 * 10**9
 # Copied as they are from parent to result, where they exist.
@@ -292,21 +294,39 @@ def check_finite(what: str, stream: torch.Tensor) -> None:
 
 
 def write_model(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]],
-                companions_from: Path | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+                companions_from: Path | None = None, shard_bytes: int = SHARD_BYTES,
+                ranks: Ranks | None = None) -> None:
     """Write a model folder so that it is whole or absent: all files under a temporary name, then
     one rename.
 
-    Tensors are written as they come, a shard at a time; no more than a shard is held.
+    Tensors are written as they come, a shard at a time; no more than a shard is held. Several
+    `ranks` write at once, each its own tensors.
+
+    Raises:
+        ResourceError: the disk is full, of any process: all raise it.
     """
+    ranks, coming = ranks or Ranks(torch.device("cpu")), iter(tensors)
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    with ranks.together():
+        if ranks.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
     try:
-        _write_files(temporary, config, tensors, companions_from, shard_bytes)
+        with ranks.together(), machine_errors(temporary):
+            try:
+                shards = _write_shards(temporary, coming, shard_bytes, ranks.rank)
+            finally:
+                if ranks.size > 1:  # what is left may be put together by all
+                    deque(coming, maxlen=0)
+        every = list(itertools.chain.from_iterable(ranks.gather(shards)))
+        with ranks.together():
+            if ranks.main:
+                _finish(temporary, config, every, companions_from)
+                replace_folder(temporary, folder)
     except BaseException:  # on a full disk what is left takes room that the next try needs
-        shutil.rmtree(temporary, ignore_errors=True)
+        if ranks.main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
-    replace_folder(temporary, folder)
 
 
 def _apart(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -316,34 +336,44 @@ def _apart(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
     return zip(numbered(name, len(tensor)), tensor, strict=True)
 
 
-def _write_files(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]],
-                 companions_from: Path | None, shard_bytes: int) -> None:
-    shards: list[list[str]] = []
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int,
+                  rank: int) -> list[tuple[str, dict[str, int]]]:
+    """(file, bytes of each tensor in it) of each shard."""
+    shards: list[tuple[str, dict[str, int]]] = []
     batch: dict[str, torch.Tensor] = {}
-    size = total = 0
+    sizes: dict[str, int] = {}
 
     def flush() -> None:
-        nonlocal batch, size
-        save_file(batch, folder / f"part-{len(shards):05d}.safetensors", metadata={"format": "pt"})
-        shards.append(list(batch))
-        batch, size = {}, 0
+        nonlocal batch, sizes
+        file = folder / f"part-{rank:05d}-{len(shards):05d}.safetensors"
+        save_file(batch, file, metadata={"format": "pt"})
+        flush_to_disk(file)
+        shards.append((file.name, sizes))
+        batch, sizes = {}, {}
 
     for name, tensor in itertools.chain.from_iterable(_apart(name, tensor) for name, tensor in tensors):
         count = tensor.numel() * tensor.element_size()
-        if batch and size + count > shard_bytes:
+        if batch and sum(sizes.values()) + count > shard_bytes:
             flush()
         batch[name] = tensor.detach().cpu().contiguous()
-        size += count
-        total += count
-    flush()
+        sizes[name] = count
+    if batch:
+        flush()
+    return shards
+
+
+def _finish(folder: Path, config: dict[str, Any], shards: list[tuple[str, dict[str, int]]],
+            companions_from: Path | None) -> None:
+    """Give the shards their names, and write what lies beside them."""
     if len(shards) == 1:
-        os.rename(folder / "part-00000.safetensors", folder / "model.safetensors")
+        os.rename(folder / shards[0][0], folder / "model.safetensors")
     else:
         weight_map: dict[str, str] = {}
-        for i, names in enumerate(shards):
+        for i, (part, sizes) in enumerate(shards):
             file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            os.rename(folder / f"part-{i:05d}.safetensors", folder / file)
-            weight_map |= dict.fromkeys(names, file)
+            os.rename(folder / part, folder / file)
+            weight_map |= dict.fromkeys(sizes, file)
+        total = sum(sum(sizes.values()) for _, sizes in shards)
         (folder / "model.safetensors.index.json").write_text(
             json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -353,5 +383,4 @@ def _write_files(folder: Path, config: dict[str, Any], tensors: Iterable[tuple[s
             shutil.copy2(companions_from / name, folder / name)
     for written in folder.iterdir():
         written.chmod(0o644)  # safetensors writes for the owner alone
-        with written.open("rb") as handle:
-            os.fsync(handle.fileno())
+        flush_to_disk(written)

@@ -177,17 +177,22 @@ class Given:
         """The parent's activations on some blocks, that models are measured against."""
         return self.parent.reference(ids_NT, self.ranks)
 
-    def kept(self, path: Path, make: Callable[[Path], None]) -> Path:
+    def kept(self, path: Path, make: Callable[[Path], None], shared: bool = False) -> Path:
         """A file or folder in the run directory that stages share, and that is a function of what
-        they declare: made by the main process in the first of them, and again if it is damaged."""
+        they declare: made in the first of them, and again if it is damaged, by the main process or
+        (`shared`) by all."""
         name = f"{path.parent.name}-{path.stem}"
         try:
             known = self.ranks.main and self._shared.verify(name) is not None
         except CorruptArtifact:
             known = False
+        known = self.ranks.broadcast(known)
+        if shared and not known:
+            make(path)
         with self.ranks.together():
             if self.ranks.main and not known:
-                make(path)
+                if not shared:
+                    make(path)
                 files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
                 self._shared.commit(name, {}, files, 0.0)
         return path

@@ -5,6 +5,7 @@ What the tournament, the distillation and the export have in common; all start f
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,10 @@ def cut_on_disk(given: Given, candidate: Candidate, key: str) -> ModelFolder:
         return ModelFolder(path.parent, {}, arch, {name: [(path, name)] for name in arch.shapes()})
 
     def make(path: Path) -> None:
-        write_model(path, arch.to_config(given.parent.folder.config), cutter_of(given).pieces(arch, kept))
+        write_model(path, arch.to_config(given.parent.folder.config), cutter_of(given).pieces(arch, kept, given.ranks),
+                    ranks=given.ranks)
 
-    return open_model(given.kept(given.run / "students" / f"{candidate.name}-{key}", make))
+    return open_model(given.kept(given.run / "students" / f"{candidate.name}-{key}", make, shared=True))
 
 
 def teacher_of(given: Given, how: TrainSettings) -> Model | LiveTeacher:
@@ -159,24 +161,29 @@ def say_training(given: Given, name: str, before: float, per_token: float) -> Ca
     return lambda tokens, row: given.update(before + tokens * per_token, f"{name}: {say(row)}")
 
 
-def rounded(student: HybridLM, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
+def rounded(student: HybridLM, dtypes: Mapping[str, torch.dtype],
+            ranks: Ranks | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, weight as the checkpoint will hold it); shards are put together, by all processes at
-    once."""
-    return ((n, whole(p.detach()).to(dtypes[n])) for n, p in student.parameters_by_name().items())
+    once. Of several `ranks` none does so before all have come: one may be writing for long."""
+    for name, parameter in student.parameters_by_name().items():
+        if ranks:
+            ranks.barrier()
+        yield name, whole(parameter.detach()).to(dtypes[name])
 
 
 def write_student(folder: Path, student: HybridLM, dtypes: Mapping[str, torch.dtype], config: dict[str, Any],
                   companions_from: Path, ids_NT: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Write the model folder, shard by shard; what the reload gate compares, in the main process.
-    All go through the weights together, one keeps what they put together."""
+    """Write the model folder, shard by shard, each process those of its layers; what the reload gate
+    compares, in the main process. All put the weights together."""
+    wanted, weights = torch.empty(0), rounded(student, dtypes, ranks)
     if ranks.main:
-        wanted = sample_logits(student.family, student.arch, rounded(student, dtypes), ids_NT[:2])
-        write_model(folder, config, rounded(student, dtypes), companions_from)
-        return wanted
-    for _ in range(2):
-        for _ in rounded(student, dtypes):
-            pass
-    return torch.empty(0)
+        wanted = sample_logits(student.family, student.arch, weights, ids_NT[:2])
+    deque(weights, maxlen=0)
+    owner = {student.family.layer_prefix(i): i % ranks.size for i in range(student.arch.num_layers)}
+    write_model(folder, config, ((n, t) for n, t in rounded(student, dtypes, ranks)
+                                 if next((r for prefix, r in owner.items() if n.startswith(prefix)), 0) == ranks.rank),
+                companions_from, ranks=ranks)
+    return wanted
 
 
 def measure_as_written(student: HybridLM, dtypes: Mapping[str, torch.dtype], compute: torch.dtype,

@@ -23,6 +23,7 @@ from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import HIDDEN
 from minipuzzle.families.mixers import Weights
 from minipuzzle.models.forward import final_norm
+from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.selection import Selection, select
 from minipuzzle.models.slicing import slice_weights
 from minipuzzle.models.walk import Model, Source, Variant
@@ -57,12 +58,16 @@ class Cutter:
         """The parent cut to `target`, not rounded. Nothing cut: the parent's own tensors."""
         return Model.build(self.source.family, target, self.pieces(target, kept_layers))
 
-    def pieces(self, target: Architecture, kept_layers: tuple[int, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        """`cut`, weight by weight: (name on disk, tensor), those outside the layers first."""
-        variant = self.variant(target, kept_layers)
-        for name, tensor in self.source.top.items():
+    def pieces(self, target: Architecture, kept_layers: tuple[int, ...],
+               ranks: Ranks | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """`cut`, weight by weight: (name on disk, tensor), those outside the layers first. Of several
+        `ranks` each makes its share of the layers."""
+        variant, ranks = self.variant(target, kept_layers), ranks or Ranks(torch.device("cpu"))
+        for name, tensor in self.source.top.items() if ranks.main else ():
             yield name, self._top(variant.root, name, tensor)
-        for new, (old, weights) in enumerate(zip(kept_layers, self.source.stream(kept_layers), strict=True)):
+        new_layers = ranks.share(list(range(len(kept_layers))))
+        own = [kept_layers[new] for new in new_layers]
+        for new, old, weights in zip(new_layers, own, self.source.stream(own), strict=True):
             prefix = target.family.layer_prefix(new)
             for name, tensor in self._layer(old, variant.steps[old], weights).items():
                 yield prefix + name, tensor
