@@ -56,8 +56,8 @@ from minipuzzle.surgery.cut import Cutter
 
 RESULT = Path(__file__).parent / "results" / "scale_300m.json"
 CASES, PROCESSES = ("score", "streamed", "measure", "train"), (1, 2, 4)
-SAMPLES, LENGTH = 4, 128
-STREAMS = 2**27
+SAMPLES, LENGTH = 4, 64
+STREAMS = 2**26
 EIGHT = dict(find_config("nemotron-h-8b"))
 
 
