@@ -25,11 +25,11 @@ from minipuzzle.pipeline.machine import hardware, versions
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "minipuzzle" / "bundled" / "model"
 SET = {"calibration.samples": "16", "calibration.sequence_length": "256", "evaluation.samples": "4"}
-TRAIN = {"calibration.samples": "2", "search.measure": "1", "search.finalists": "1", "distillation.tournament_tokens": "0",
-         "distillation.tokens": "32768", "distillation.batch_tokens": "4096", "distillation.sequence_length": "256",
+TRAIN = {"calibration.samples": "2", "search.measure": "1", "search.finalists": "1",
+         "distillation.tournament_tokens": "0", "distillation.tokens": "32768", "distillation.batch_tokens": "4096", "distillation.sequence_length": "256",
          "budget.memory": "0.6x", "distillation.precision": "fp32"}
-# of several processes before: what a name of a recipe did not have yet is left out
-CASES = {"start": ["inspect", str(MODEL)], "score": ["score", str(MODEL), "-q"], "prune and train": ["prune", str(MODEL), "-q"]}
+CASES = {"start": ["inspect", str(MODEL)], "score": ["score", str(MODEL), "-q"],
+         "prune and train": ["prune", str(MODEL), "-q"]}
 
 
 def user_seconds(tree: Path, case: str, tokens: Path) -> float:
@@ -51,20 +51,23 @@ def main() -> None:
     parser.add_argument("before", type=Path, help="A checkout of the earlier commit.")
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
-    commits = {name: subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=tree, check=True, capture_output=True,  # noqa: S607
-                                    text=True).stdout.strip() for name, tree in (("before", args.before), ("after", ROOT))}
+    trees = {"before": args.before.resolve(), "after": ROOT}
+    commits = {name: subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=tree, check=True, capture_output=True,
+                                    text=True).stdout.strip() for name, tree in trees.items()}
     found: dict[str, dict[str, list[float]]] = {case: {"before": [], "after": []} for case in CASES}
     with tempfile.TemporaryDirectory() as scratch:
-        texts = Path(scratch) / "texts.txt"
-        texts.write_text("\n".join(p.read_text() for p in sorted((ROOT / "minipuzzle").rglob("*.py"))))
+        texts = Path(scratch)
+        for path in sorted((ROOT / "minipuzzle").rglob("*.py"))[:60]:
+            for i, part in enumerate(path.read_text().split("\n\n\ndef ")):
+                (texts / f"{path.stem}-{i}.txt").write_text(part)
         for number in range(args.rounds):
             for case in CASES:
-                for name, tree in (("before", args.before.resolve()), ("after", ROOT))[:: 1 if number % 2 == 0 else -1]:
-                    found[case][name].append(user_seconds(tree, case, texts))
+                for name in list(trees)[:: 1 if number % 2 == 0 else -1]:
+                    found[case][name].append(user_seconds(trees[name], case, texts))
                     print(case, name, found[case][name][-1], os.getloadavg()[0], flush=True)
     least = {case: {name: min(values) for name, values in sides.items()} for case, sides in found.items()}
-    out = {"what": "user CPU seconds of the whole process, the lower of the rounds, and all of them", "commits": commits,
-           "date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "versions": versions(),
+    out = {"what": "user CPU seconds of the whole process, the lower of the rounds, and all of them",
+           "commits": commits, "date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "versions": versions(),
            "load": round(os.getloadavg()[0], 1), "settings": {"score": SET, "prune and train": SET | TRAIN},
            "user_seconds": least, "rounds": found,
            "after / before": {case: round(sides["after"] / sides["before"], 3) for case, sides in least.items()}}
