@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "minipuzzle" / "bundled" / "model"
 SET = {"calibration.samples": "16", "calibration.sequence_length": "256", "evaluation.samples": "4"}
 TRAIN = {"calibration.samples": "2", "search.measure": "1", "search.finalists": "1",
-         "distillation.tournament_tokens": "0", "distillation.tokens": "32768", "distillation.batch_tokens": "4096", "distillation.sequence_length": "256",
-         "budget.memory": "0.6x", "distillation.precision": "fp32"}
+         "distillation.tournament_tokens": "0", "distillation.tokens": "32768", "distillation.batch_tokens": "4096",
+         "distillation.sequence_length": "256", "budget.memory": "0.6x", "distillation.precision": "fp32"}
 CASES = {"start": ["inspect", str(MODEL)], "score": ["score", str(MODEL), "-q"],
          "prune and train": ["prune", str(MODEL), "-q"]}
 
