@@ -4,8 +4,8 @@
     python benchmarks/search_quality.py --tables
 
 A row is one `minipuzzle prune`: a model, a budget, a change of the search, a seed; 200k tokens in
-all, those of every finalist included. Rows of one model, budget and seed share the scores, and the
-measured candidates where they agree. A finished row is in benchmarks/results/search_quality.json
+all, those of every finalist included. Rows of one model share the scores, and the measured candidates
+where budget and search agree. A finished row is in benchmarks/results/search_quality.json
 and is not made again; --only makes those whose name holds one of the words.
 
 Loss and KL are of the reported held-out blocks. `vs_today` is the loss minus today's of the same
@@ -44,10 +44,15 @@ RESULTS = ROOT / "benchmarks" / "results" / "search_quality.json"
 MODELS = {"bundled": [], "moe": [str(ROOT / "tests" / "data" / "moe")]}
 # steps of 1024 tokens: 138 of the winner, 19 of each of three other finalists, 199,680 tokens in all
 TOKENS = {"distillation.tokens": "141k", "distillation.tournament_tokens": "19k"}
-TODAY = {"search.tournament": "equal"}
+TODAY = {"search.tournament": "equal", "search.moves": 0}
 CHANGES: dict[str, dict[str, Any]] = {
-    "today": {}, "sums": {"search.damage": "quadratic"}, "halving": {"search.tournament": "halving"}}
+    "today": {}, "sums": {"search.damage": "quadratic"}, "halving": {"search.tournament": "halving"},
+    "moves": {"search.moves": 48}, "all": {"search.tournament": "halving", "search.moves": 48}}
 PLAN = [(model, "0.5x", change, 0) for model in MODELS for change in CHANGES]
+PLAN += [(model, budget, change, 0) for budget in ("0.7x", "0.35x") for model in MODELS
+         for change in ("today", "moves")]
+PLAN += [(model, "0.5x", change, seed) for seed in (1, 2) for model in MODELS
+         for change in ("today", "moves")]
 
 
 def main() -> None:
@@ -73,7 +78,7 @@ def main() -> None:
 def one(work: Path, model: str, budget: str, change: str, seed: int) -> dict[str, Any]:
     """The run of a row."""
     work.mkdir(parents=True, exist_ok=True)
-    base, folder = work / f"{model}-{seed}", work / f"{model}-{budget}-{change}-{seed}"
+    base, folder = work / model, work / f"{model}-{budget}-{change}-{seed}"
     shared = base.is_dir()
     if shared and not folder.is_dir():
         shutil.copytree(base, folder, ignore=shutil.ignore_patterns("distillation", "model", "report.*"), symlinks=True)
@@ -101,15 +106,15 @@ def judge(run: Path) -> dict[str, Any]:
     result, found = report["result"], report["candidates"]
     finalists = [c for c in found if c["after_distillation"]]
     trained = report["distillation"]["tournament"]
-    tokens = report["distillation"]["tokens"] + sum(
-        row["curve"][-1]["tokens"] for row in trained if row["candidate"] != result["candidate"] and row["curve"])
+    first = {t["candidate"]: next(row["eval_loss"] for row in t["curve"] if "eval_loss" in row)
+             for t in trained if t["curve"]}
     return {
         "loss": result["loss_distilled"], "kl": result["kl_distilled"], "kl_pruned": result["kl_pruned"],
         "loss_minus_parent": report["paired"]["loss_minus_parent"], "stderr": report["paired"]["stderr"],
-        "tokens_all": report["distillation"].get("tokens_all", tokens), "parameters": result["parameters"],
+        "tokens_all": report["distillation"]["tokens_all"], "parameters": result["parameters"],
         "winner": shape(result["architecture"]), "measured": report["search"]["measured"],
         "rank_correlation": report["rank_correlation"],
-        "order_after": order([(c["measured"]["kl"], c["after_distillation"]["loss"]) for c in finalists]),
+        "order_after": order([(c["measured"]["kl"], first[c["name"]]) for c in finalists if c["name"] in first]),
         "finalists": [[c["name"], shape(c["architecture"]), round(c["measured"]["kl"], 4),
                        round(c["after_distillation"]["loss"] or np.nan, 4)] for c in finalists],
         "seconds": {s["name"]: s["seconds"] for s in report["stages"]},
@@ -117,7 +122,7 @@ def judge(run: Path) -> dict[str, Any]:
 
 
 def order(pairs: list[tuple[float, float]]) -> float | None:
-    """Spearman's correlation of the KL before training and the loss after a share of it."""
+    """Spearman's correlation of the KL before training and the loss where finalists are first compared."""
     return round(float(spearmanr(*zip(*pairs, strict=True)).statistic), 3) if len(pairs) > 2 else None
 
 

@@ -31,6 +31,7 @@ FILES = ("run.json", "candidates.json", "candidates.csv", "report.json", "metric
          "tokens/*/train.bin", "tokens/*/held_out.bin", "scores/layers.csv", "scores/widths.safetensors",
          "scores/interactions.safetensors", "scores/samples.safetensors", "scores/scoring.json", "scores/width_curves.csv",
          "scores/rotation.safetensors", "search/predicted.json", "search/measured.json", "search/tournament.json", "search/controls.json",
+         "search/moves.json",
          "search/result.json", "model/model.safetensors", "model/config.json", "model/tokenizer.json",
          "model/generation_config.json", "model/README.md", "model/minipuzzle.json", "model/LICENSE")
 REWRITTEN = ("run.json", "candidates.json", "candidates.csv", "report.json")  # by every command

@@ -150,7 +150,8 @@ def _note(report: Report, section: str) -> str:
     search, training = report.search, report.distillation
     if section == "tradeoff" and search.points is not None:
         return (f"{facts.number(search.feasible, ',')} of {search.points:,} architectures meet the "
-                f"budget; {facts.number(search.measured, ',')} of them were measured.")
+                f"budget; {facts.number(search.measured, ',')} of them were measured"
+                + (f", {search.moves:,} as neighbours of the best." if search.moves else "."))
     if section == "prediction":
         return facts.prediction(report)
     if section == "layers":

@@ -187,6 +187,10 @@ class SearchSection(_Section):
         "the parent (finalists: loss), accuracy of the next token, agreement with the parent, or "
         "`evaluation.tasks`. Those that its standard error does not tell apart are ordered by KL.", "",
         f"all four: {_MINIPUZZLE}")
+    moves: int = _key(
+        0, "At most this many neighbours of the best measured candidates are measured too, in two "
+        "rounds: another layer of a kind dropped, or one axis a step wider and another narrower. 0: "
+        "none.", "candidates", ge=0, le=100_000)
     finalists: int = _key(
         4, "How many of the best measured ones are distilled for `distillation.tournament_tokens`; the "
         "best after that wins. The paper: 3.", "candidates", _MINIPUZZLE, ge=1, le=1000)

@@ -87,7 +87,8 @@ def prediction(report: Report) -> str:
     if chosen is None and drawn is None:
         return ""
     text = "Rank correlation (Spearman) of the prediction with the measured KL; 1 is a perfect order, 0 is chance: "
-    some = [f"{number(chosen, '.2f')} among the {len(report.measured)} candidates that it put first, a narrow "
+    first = len(report.measured) - (report.search.moves or 0)
+    some = [f"{number(chosen, '.2f')} among the {first} candidates that it put first, a narrow "
             "selection whose differences are too small for it to predict"] if chosen is not None else []
     if drawn is not None:
         some.append(f"{number(drawn, '.2f')} among {len(report.controls)} drawn at random from all within the budget, "

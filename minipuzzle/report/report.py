@@ -137,6 +137,7 @@ class Search(Part):
     points: int | None = None
     feasible: int | None = None
     measured: int | None = None
+    moves: int | None = None  # of the measured, neighbours of the best
 
 
 class RankCorrelation(Part):

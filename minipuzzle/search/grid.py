@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +156,29 @@ def width_values(space: Space, index_WA: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.array(values)[index_WA[:, i]] for i, (name, values) in enumerate(space.widths.items())}
 
 
+def candidate_at(parent: Architecture, space: Space, budget: Budget, workload: Workload, damage: Damage,
+                 orders: tuple[list[int], ...], drops: Sequence[int], widths: Sequence[int]) -> Candidate | None:
+    """One point of the space, but for its layers: the first `drops` of each of `orders` go. None beyond
+    the budget. Its predicted damage comes without standard errors."""
+    one = Space(dict(zip(space.drops, ((n,) for n in drops), strict=True)),
+                dict(zip(space.widths, ((w,) for w in widths), strict=True)))
+    at = [values.index(w) for values, w in zip(space.widths.values(), widths, strict=True)]
+    axes = None if damage.axes is None else tuple(d[[i]] for d, i in zip(damage.axes, at, strict=True))
+    known = dataclasses.replace(damage, orders=orders, axes=axes, stderr_L=None, axes_stderr=None)
+    changes: dict[str, Any] = dict(zip(space.widths, widths, strict=True))
+    arch = dataclasses.replace(parent, **changes).keep(_kept(parent, orders, drops))
+    exact = cost(arch, workload)
+    if budget.exceeded(exact.to_json()):
+        return None
+    return _candidates(parent, one, budget, workload, known,
+                       np.array([[0.0], [-float(exact.parameters)], [0.0]]))[0]
+
+
+def _kept(parent: Architecture, orders: Sequence[Sequence[int]], drops: Sequence[int]) -> tuple[int, ...]:
+    gone = {layer for order, n in zip(orders, drops, strict=True) for layer in order[:n]}
+    return tuple(sorted({*range(parent.num_layers)} - parent.together(gone)))
+
+
 def _candidates(parent: Architecture, space: Space, budget: Budget, workload: Workload, damage: Damage,
                 points: np.ndarray) -> list[Candidate]:
     """The points as candidates: every cost again in exact integers, and checked."""
@@ -170,8 +194,7 @@ def _candidates(parent: Architecture, space: Space, budget: Budget, workload: Wo
     widths_AP = [values.tolist() for values in width_values(space, index_PA).values()]
     for i, (c, *widths) in enumerate(zip(c_P.tolist(), *widths_AP, strict=True)):
         if c not in kept_of:
-            gone = {layer for order, n in zip(damage.orders, drops_C[c], strict=True) for layer in order[:n]}
-            kept_of[c] = tuple(sorted({*range(parent.num_layers)} - parent.together(gone)))
+            kept_of[c] = _kept(parent, damage.orders, drops_C[c])
         changes: dict[str, Any] = dict(zip(space.widths, widths, strict=True))
         arch = dataclasses.replace(parent, **changes).keep(kept_of[c])
         exact = cost(arch, workload)

@@ -23,8 +23,8 @@ from minipuzzle.search.space import Space
 
 AGAIN = "run with --redo to make it again"
 Qualities = dict[str, dict[str, Any]]  # by a candidate's name
-PREDICTED, MEASURED, CONTROLS, TOURNAMENT = (
-    f"search/{name}.json" for name in ("predicted", "measured", "controls", "tournament"))
+PREDICTED, MEASURED, MOVES, CONTROLS, TOURNAMENT = (
+    f"search/{name}.json" for name in ("predicted", "measured", "moves", "controls", "tournament"))
 
 
 def write_candidates(path: Path, candidates: list[Candidate]) -> None:
@@ -44,7 +44,7 @@ def read_candidates(files: Mapping[str, Path], chosen: Candidate | None = None, 
     found = _read(files[PREDICTED])
     if MEASURED in files:
         measured = read_json(files[MEASURED], hint=AGAIN)
-        found = [replace(c, measured=measured.get(c.name)) for c in found]
+        found = [replace(c, measured=measured.get(c.name)) for c in found] + read_moves(files)
     if TOURNAMENT not in files:
         return rank(found, by)
     about = read_tournament(files)
@@ -53,6 +53,11 @@ def read_candidates(files: Mapping[str, Path], chosen: Candidate | None = None, 
         found += [chosen] if chosen and first not in {c.name for c in found} else []
         found = [replace(c, after_distillation=about["found"].get(c.name), chosen=c.name == first) for c in found]
     return sorted(rank(found, by), key=lambda c: not c.chosen)
+
+
+def read_moves(files: Mapping[str, Path]) -> list[Candidate]:
+    """The neighbours of the best that were measured too."""
+    return _read(files[MOVES])
 
 
 def read_controls(files: Mapping[str, Path]) -> list[Candidate]:

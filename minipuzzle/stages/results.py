@@ -33,7 +33,7 @@ from minipuzzle.report.card import model_card
 from minipuzzle.report.report import Report
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.rank import rank_correlation
-from minipuzzle.stages.candidates import AGAIN, read_candidates, read_controls, read_tournament
+from minipuzzle.stages.candidates import AGAIN, read_candidates, read_controls, read_moves, read_tournament
 from minipuzzle.stages.notes import kernel_notes, mtp_note, parent_notes, unreached_note
 from minipuzzle.stages.scoring import the_race
 from minipuzzle.stages.student import cutter_of, state_folder
@@ -50,6 +50,7 @@ def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, 
     """
     candidates = read_candidates(given.files, given.candidate, given.settings.search.rank)
     controls = read_controls(given.files)
+    moves = {c.name for c in read_moves(given.files)}
     chosen, recipe, arch = candidates[0], given.asked, given.parent.arch
     parent, plain, pruned, final = (found[name] for name in ("parent", "sliced", "pruned", "distilled"))
     gap = plain["loss"] - parent["loss"]
@@ -70,8 +71,9 @@ def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, 
         "budget": budget_of(recipe, arch).to_json(),
         "scores": _scores(given, chosen),
         "search": ({} if recipe is not given.settings else read_json(given.file("search/space.json"), hint=AGAIN)) | {
-            "measured": sum(c.measured is not None for c in candidates)},
-        "rank_correlation": {"measured": rank_correlation(candidates), "controls": rank_correlation(controls)},
+            "measured": sum(c.measured is not None for c in candidates), "moves": len(moves)},
+        "rank_correlation": {"measured": rank_correlation([c for c in candidates if c.name not in moves]),
+                             "controls": rank_correlation(controls)},
         "controls": [c.to_json() for c in controls],
         "candidates": [c.to_json() for c in candidates[:REPORT_CANDIDATES]],
         "distillation": _distillation(given, candidates, {s["name"]: s["seconds"] for s in stages}),
