@@ -300,6 +300,8 @@ def _given(*names: str) -> list[str]:
                                   "it, into RUN/candidates/NAME/.")
 @click.option("--scores", type=_Path(), metavar="DIR",
               help="Take the scores of another run, or of 'minipuzzle score -o DIR', in place of measuring them.")
+@click.option("--teacher", type=_Path(names=True), metavar="MODEL",
+              help="Distil from this model, not from MODEL: the original, where MODEL is a result.")
 @click.option("--dry-run", is_flag=True,
               help="Print the plan and stop, with the exit code that the run would have. MODEL may be "
                    "a published name; no weights are read.")
@@ -307,8 +309,8 @@ def _given(*names: str) -> list[str]:
 @click.option("--gpus", type=click.IntRange(1, 4096), help="How many of them. Default: 1.")
 @click.option("--fresh", is_flag=True, help="Delete what the run directory holds and start again.")
 def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int, as_json: bool,
-          candidate: str | None, scores: str | Path | None, dry_run: bool, gpu: str | None, gpus: int | None,
-          **options: Any) -> None:
+          candidate: str | None, scores: str | Path | None, teacher: str | None, dry_run: bool,
+          gpu: str | None, gpus: int | None, **options: Any) -> None:
     """Make a model smaller: score, search, measure, distill, export and report.
 
     MODEL is a Hugging Face folder or a Hub id. The default is the bundled model. A run as MODEL
@@ -319,6 +321,7 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     minipuzzle prune my-model --budget memory=0.6x --data texts/ -o runs/mine
     minipuzzle prune runs/mine --budget memory=0.7x
     minipuzzle prune runs/mine --candidate c0012
+    minipuzzle prune runs/mine/model --teacher my-model --budget memory=0.7x -o runs/smaller
     minipuzzle prune my-model --scores scored --data texts/ -o runs/other
     minipuzzle prune nemotron-h-8b --recipe nemotron-h-4b --dry-run --gpu h100 --gpus 8
     torchrun --nproc-per-node 8 -m minipuzzle prune my-model --device cuda
@@ -326,8 +329,10 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
     from minipuzzle.report.facts import headline
     from minipuzzle.report.report import Report
     from minipuzzle.verbs import prune as verb
-    from minipuzzle.verbs.folder import goes_on, is_run, reopen
+    from minipuzzle.verbs.folder import goes_on, is_run, reopen, teacher_of_run
 
+    if model is not None and is_run(model):
+        teacher = teacher_of_run(model, teacher)
     if candidate is not None:  # the run has settled the rest
         given = _given("name", "budgets", "data", "settings", "seed", "output_dir", "scores")
         model, recipe, output_dir, seed = reopen(model, given)
@@ -338,15 +343,16 @@ def prune(model: str | None, recipe: Recipe, output_dir: Path | None, seed: int,
         from minipuzzle.verbs.dry_run import dry_run as forecast
 
         del options["reporter"], options["command"]
-        data, words, refused = forecast(model, recipe, output_dir, seed=seed, scores=scores, gpu=gpu, gpus=gpus,
-                                        **options)
+        data, words, refused = forecast(model, recipe, output_dir, seed=seed, scores=scores, teacher=teacher, gpu=gpu,
+                                        gpus=gpus, **options)
         _print(data, as_json, words)
         if refused:  # as the run would be
             raise refused
         return
     if gpu or gpus:
         raise InputError("--gpu and --gpus forecast a run elsewhere: add --dry-run")
-    run = verb.prune(model, recipe, output_dir, seed=seed, candidate=candidate, scores=scores, **options)
+    run = verb.prune(model, recipe, output_dir, seed=seed, candidate=candidate, scores=scores,
+                     teacher=teacher, **options)
     if environment.rank() != 0:
         return
     parent, result, paired = (run.report[name] for name in ("parent", "result", "paired"))

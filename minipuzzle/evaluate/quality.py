@@ -123,13 +123,19 @@ def check_finite(quality: Mapping[str, float], name: object, model: Source, ids_
 
 
 def measure_variants(parts: Parts, full: Variant, variants: Sequence[Variant], run: Pass,
-                     by_block: bool = False) -> list[Quality]:
-    """`measure` of every variant against the full model, in one pass. Parts are cut and rounded as
-    surgery writes them, so each result is that of the written checkpoint."""
+                     by_block: bool = False, teacher: Source | None = None) -> list[Quality]:
+    """`measure` of every variant against the full model, or against a `teacher`, in one pass. Parts
+    are cut and rounded as surgery writes them, so each result is that of the written checkpoint."""
     def make(first: int, ids_BT: torch.Tensor) -> Arrays:
-        reference, *hidden = walk(parts, [full, *variants], ids_BT)
-        parent, found, _ = compare(reference, hidden, *heads_of(parts, [p.root for p in (full, *variants)]),
-                                   parts.source.arch.vocab_size, ids_BT)
+        which, rows = heads_of(parts, [p.root for p in (full, *variants)])
+        if teacher is None:
+            reference, *hidden = walk(parts, [full, *variants], ids_BT)
+            heads = rows
+        else:
+            whole = Whole(teacher)
+            [reference], hidden = walk(whole, [whole.variant()], ids_BT), walk(parts, variants, ids_BT)
+            which, heads = [i + 1 for i in which], lambda a, b: [teacher.head_rows(a, b), *rows(a, b)]
+        parent, found, _ = compare(reference, hidden, which, heads, parts.source.arch.vocab_size, ids_BT)
         return {"values": _values([*found, parent])}
 
     batches = run.run(0, len(run.ids_NT), run.size(len(variants) + 1), make)

@@ -66,6 +66,7 @@ def check_tasks(names: list[str], asked: str = "--tasks", load: bool = False) ->
     """Raise InputError if lm-eval is not installed, has no such task, or (with `load`) does not get
     its questions: without a network, those that are not in the Hub's cache. `asked`: by what."""
     try:
+        from lm_eval.models.huggingface import HFLM  # noqa: F401 (needs more than lm-eval alone brings)
         from lm_eval.tasks import TaskManager, get_task_dict
     except ImportError:
         raise InputError(f"{asked} needs lm-eval: pip install 'minipuzzle[eval]'") from None

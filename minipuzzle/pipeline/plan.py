@@ -87,6 +87,7 @@ class Plan:
     weight_bytes: int
     processes: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    teacher: Architecture | None = None  # another one than the parent
 
     @property
     def on_host(self) -> bool:
@@ -126,6 +127,11 @@ class Plan:
         return _flops(self.parent, self.recipe.calibration.sequence_length)
 
     @property
+    def teacher_bytes(self) -> int:
+        """Of another teacher than the parent, beside it."""
+        return 0 if self.teacher is None else self.weight_bytes * cost(self.teacher, self.workload).parameters
+
+    @property
     def student_flops(self) -> float:
         """The same of the largest student."""
         return _flops(self.largest_arch, self.recipe.calibration.sequence_length)
@@ -138,7 +144,7 @@ class Plan:
         for number, (tokens, length) in enumerate(parts, 1):
             end = begin + tokens if number < len(parts) else max(last, begin)
             inside = max(0, min(last, end) - max(first, begin))
-            found += inside * (_flops(self.parent, length) + 3 * _flops(self.largest_arch, length))
+            found += inside * (_flops(self.teacher or self.parent, length) + 3 * _flops(self.largest_arch, length))
             begin = end
         return found
 
@@ -166,7 +172,8 @@ class Plan:
         """Of a stage that makes students: a training step, or the students and what is read of the parent; a
         refit."""
         if self.recipe.distillation.tokens and self.feasible:
-            return sum(self.training()[1].values()) + self.refit_bytes
+            beside = self.weight_bytes * self.parent_cost.parameters // self.processes if self.teacher else 0
+            return sum(self.training()[1].values()) + beside + self.refit_bytes
         return self.students_bytes + self.refit_bytes + self.layers_bytes
 
     @property
@@ -186,10 +193,10 @@ class Plan:
         again = None if d.activation_checkpointing == "auto" else d.activation_checkpointing
         settings = TrainSettings(d.tokens, d.batch_tokens, d.learning_rate, optimizer=d.optimizer,
                                  precision=precision, activation_checkpointing=again)
-        length = longest_sequence(self.recipe)
-        made = fitted(settings, self.parent, [self.largest_arch], ranks,
+        length, teacher = longest_sequence(self.recipe), self.teacher or self.parent
+        made = fitted(settings, teacher, [self.largest_arch], ranks,
                       self.memory_bytes if memory_bytes is None else memory_bytes, length)
-        return made, table(self.parent, self.largest_arch, made, ranks, max(pass_tokens(ranks.device), length))
+        return made, table(teacher, self.largest_arch, made, ranks, max(pass_tokens(ranks.device), length))
 
     @property
     def state_bytes(self) -> int:
@@ -205,7 +212,8 @@ class Plan:
     @property
     def resident_bytes(self) -> int:
         """Of the parent in memory, and of what is made beside it."""
-        return self.weight_bytes * self.parent_cost.parameters + self.students_bytes + self.refit_bytes
+        return (self.weight_bytes * self.parent_cost.parameters + self.teacher_bytes + self.students_bytes
+                + self.refit_bytes)
 
     @property
     def resident(self) -> bool:
@@ -226,7 +234,7 @@ class Plan:
     @property
     def memory(self) -> Memory:
         """How it is used."""
-        room = self.memory_bytes / 2 - 2 * self.weight_bytes * self.parent_cost.parameters
+        room = self.memory_bytes / 2 - 2 * self.weight_bytes * self.parent_cost.parameters - self.teacher_bytes
         students = room // ((28 if self.on_host else 16) * self.largest.parameters)
         return Memory(self.memory_bytes, self.resident, self.stream_bytes, max(1, int(students)))
 
@@ -293,10 +301,12 @@ def check_phases(d: DistillationSection) -> None:
 
 def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
               memory_bytes: int | None = None, reads: tuple[str, ...] = DATA_SECTIONS,
-              device: torch.device | None = None, processes: int = 1) -> Plan:
+              device: torch.device | None = None, processes: int = 1,
+              teacher: Architecture | None = None) -> Plan:
     """Resolve a recipe for a parent. Scoring alone does not need the budget to be met.
     `memory_bytes`: what may be used, the machine's if left out. `reads`: the sections whose data
     are read. `device`: where it will run, the CPU if left out. `processes`: that share the students.
+    `teacher`: another one than the parent.
 
     Raises:
         InputError: a setting that is wrong or does not fit the parent.
@@ -314,6 +324,11 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
                           "all")
     for name in dict.fromkeys(source for section in reads for source in recipe.sources(section)):
         check_sources(name)
+    if teacher is not None and teacher.vocab_size != parent.vocab_size:
+        raise InputError(f"vocabularies differ: {parent.vocab_size} tokens, and the teacher's {teacher.vocab_size}")
+    if teacher is not None and d.hidden_loss_weight:
+        raise InputError("distillation.hidden_loss_weight compares streams layer by layer, and the teacher's layers "
+                         "are not the parent's: set it to 0, or leave --teacher out")
     workload = recipe.workload.build()
     parent_cost = cost(parent, workload)
     budget = Budget.parse(recipe.budget, parent_cost.to_json())
@@ -330,6 +345,7 @@ def make_plan(parent: Architecture, recipe: Recipe, need_budget: bool = True,
     # without scores the search only enumerates and prices, largest first
     found = search_architectures(parent, space, budget, workload, keep=1)
     return Plan(parent, recipe, workload, budget, parent_cost, space, found.points, found.feasible,
-                found.candidates[0].cost, found.candidates[0].architecture, memory, weight, processes, device)
+                found.candidates[0].cost, found.candidates[0].architecture, memory, weight, processes, device,
+                teacher)
 
 

@@ -26,6 +26,7 @@ from minipuzzle.data.blocks import Blocks
 from minipuzzle.evaluate.quality import Reference
 from minipuzzle.models.passes import Pass
 from minipuzzle.models.ranks import Ranks
+from minipuzzle.models.walk import Source
 from minipuzzle.pipeline.plan import Estimate, Plan
 from minipuzzle.pipeline.progress import Reporter, Update
 from minipuzzle.pipeline.world import Parent, World
@@ -104,6 +105,22 @@ class Given:
         return self._declared("model").parent
 
     @property
+    def teacher(self) -> Parent:
+        """The model that students learn from and are compared with: the parent, if no other was
+        named."""
+        return self._declared("teacher").taught_by
+
+    @property
+    def other_teacher(self) -> Source | None:
+        """The teacher as a pass reads it, where it is not the parent."""
+        return None if self.teacher is self.parent else self.teacher.source
+
+    def leave_memory(self) -> None:
+        """From here on parent and teacher are read from the disk, or held in shards."""
+        for model in {id(m): m for m in (self.parent, self.teacher)}.values():
+            model.leave_memory()
+
+    @property
     def tokenizer(self) -> Any:
         """The parent's tokenizer."""
         return self._declared("tokenizer").tokenizer
@@ -174,8 +191,8 @@ class Given:
                     self.parent.memory.stream_bytes, lambda done: self.update(done / len(ids_NT), note))
 
     def reference(self, ids_NT: torch.Tensor) -> Reference:
-        """The parent's activations on some blocks, that models are measured against."""
-        return self.parent.reference(ids_NT, self.ranks)
+        """The teacher's activations on some blocks, that models are measured against."""
+        return self.teacher.reference(ids_NT, self.ranks)
 
     def kept(self, path: Path, make: Callable[[Path], None], shared: bool = False) -> Path:
         """A file or folder in the run directory that stages share, and that is a function of what

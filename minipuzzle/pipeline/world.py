@@ -112,6 +112,7 @@ class World:
     candidate: Candidate | None = None
     asked: Recipe | None = None
     command: str = ""  # that started it; for the report
+    teacher: ModelFolder | None = None  # another one than the parent
 
     @property
     def identities(self) -> dict[str, Callable[[], Any]]:
@@ -124,6 +125,7 @@ class World:
         return data | {"model": lambda: self.folder.fingerprint, "tokenizer": lambda: self.tokenizer_hash,
                        "seed": lambda: self.seed, "candidate": self._chosen,
                        "precision": lambda: self.precision,
+                       "teacher": lambda: None if self.teacher is None else self.teacher.fingerprint,
                        "tasks": lambda: [digest(Path(name).read_text("utf-8")) if Path(name).is_file() else name
                                          for name in self.recipe.evaluation.tasks]}
 
@@ -146,6 +148,11 @@ class World:
     @cached_property
     def parent(self) -> Parent:
         return Parent(self.folder, self.device, self.memory, self.dtype)
+
+    @cached_property
+    def taught_by(self) -> Parent:
+        """The model that students learn from and are compared with."""
+        return self.parent if self.teacher is None else Parent(self.teacher, self.device, self.memory, self.dtype)
 
     @cached_property
     def tokenizer_hash(self) -> str:

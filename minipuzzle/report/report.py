@@ -53,6 +53,7 @@ class Parent(Sized):
     loss: float | None = None
     loss_stderr: float | None = None
     path: str | None = None
+    kl: float | None = None  # to another teacher
 
 
 class Exported(Part):
@@ -195,6 +196,7 @@ class Report(Part):
     command: str | None = None
     seed: int | None = None
     parent: Parent = Parent()
+    teacher: Parent | None = None  # where another model taught than the parent
     result: Result = Result()
     paired: Paired = Paired()
     budget: dict[str, Limit] = {}

@@ -77,7 +77,7 @@ def _measured(given: Given, candidates: list[Candidate], part: str = "") -> tupl
     variants = [cutter.variant(c.architecture, c.kept_layers) for c in candidates]
     whole = cutter.variant(arch, tuple(range(arch.num_layers)))
     run = given.passes(given.selection_ids(), f"{len(candidates)} candidates", part)
-    found = measure_variants(cutter, whole, variants, run, by_block=True)
+    found = measure_variants(cutter, whole, variants, run, by_block=True, teacher=given.other_teacher)
     probe = make_probe(arch.vocab_size, given.settings.calibration.probe_context)
     again = given.passes(probe.ids_NT, f"retrieval of {len(candidates)} candidates", f"{part}retrieval")
     retrieved = retrieval.measure_variants(probe, cutter, whole, variants, again)[1:]
@@ -156,5 +156,5 @@ MEASURE = Stage(
               "search.measure", "search.moves", "search.keep_retrieval", "surgery.hidden", "evaluation.samples",
               "evaluation.tasks", "evaluation.task_candidates", "evaluation.task_questions",
               "calibration.sequence_length", "calibration.retrieval_context"),
-    world=("model", "tokenizer", "evaluation.data", "seed", "precision", "tasks"),
+    world=("model", "teacher", "tokenizer", "evaluation.data", "seed", "precision", "tasks"),
     after=(*_LAYERS_AND_WIDTHS, "search"), shared=True)

@@ -69,7 +69,7 @@ def distill(given: Given) -> list[Path]:
     if given.ranks.main:
         show_metrics(given.folder, folder)
     if given.ranks.size > 1:
-        given.parent.leave_memory()
+        given.leave_memory()
     reference = given.reference(given.selection_ids())
     train = partial(distill_model, student, teacher_of(given, how), training_blocks(given), how, folder,
                     ranks=given.ranks, layers=candidate.kept_layers,
@@ -103,14 +103,17 @@ def export(given: Given) -> list[Path]:
     parent, ids, ranks = given.parent, given.final_ids(), given.ranks
     candidate, key = chosen_one(given.files, given.candidate), read_tournament(given.files)["key"]
     if ranks.size > 1:
-        parent.leave_memory()
+        given.leave_memory()
     reference = given.reference(ids)
     how = train_settings(given, [candidate.architecture])
     student, dtypes = student_of(given, candidate, key, how), parent.folder.dtypes(candidate.kept_layers)
     result: dict[str, Any] = {
-        "candidate": candidate.name, "parent": reference.quality(), "sliced": _sliced(given, candidate, reference),
+        "candidate": candidate.name, "teacher": None, "parent": reference.quality(),
+        "sliced": _sliced(given, candidate, reference),
         "pruned": measure_as_written(student, dtypes, parent.dtype, reference), "exported": None,
         "refit": refit_notes(given, candidate, key)}
+    if given.teacher is not parent:
+        result |= {"teacher": result["parent"], "parent": reference.measure(parent.source)}
     if given.settings.distillation.tokens:
         result["exported"] = load_best(state_folder(given, candidate, key), student, ranks)
     unchecked, final = given.folder / "model-unchecked", given.folder / "model"
@@ -166,7 +169,8 @@ def _sliced(given: Given, candidate: Candidate, reference: Reference) -> dict[st
     arch = given.parent.arch
     whole, cut = (cutter.variant(a, k) for a, k in ((arch, tuple(range(arch.num_layers))),
                                                     (candidate.architecture, candidate.kept_layers)))
-    return measure_variants(cutter, whole, [cut], given.passes(given.final_ids()))[0]
+    return measure_variants(cutter, whole, [cut], given.passes(given.final_ids()),
+                            teacher=given.other_teacher)[0]
 
 
 def _retrieval(given: Given, candidate: Candidate, result: Source) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, 
     parent, plain, pruned, final = (found[name] for name in ("parent", "sliced", "pruned", "distilled"))
     gap = plain["loss"] - parent["loss"]
     alerts = _alerts(found["exported"], found)
-    return Report.read(_about(given, parent) | {
+    return Report.read(_about(given, parent) | _teacher(given, found) | {
         "result": {"parameters": found["parameters"], "memory_bytes": chosen.cost.memory_bytes,
                    "loss_sliced": plain["loss"], "loss_pruned": pruned["loss"], "loss_distilled": final["loss"],
                    "loss_distilled_stderr": final.get("loss_stderr"),
@@ -79,7 +79,8 @@ def make_report(given: Given, found: dict[str, Any], stages: Sequence[dict[str, 
         "distillation": _distillation(given, candidates, {s["name"]: s["seconds"] for s in stages}),
         "stages": list(stages),
         "alerts": alerts,
-        "warnings": (alerts + _warnings(given, gap) + _prediction_notes(candidates, controls)
+        "warnings": (alerts + _teacher_notes(given, found) + _warnings(given, gap)
+                     + _prediction_notes(candidates, controls)
                      + kernel_notes(chosen.architecture, given.parent.device)),
         "defaults": _defaults(recipe),
         "samples": found["samples"],
@@ -126,7 +127,8 @@ def _about(given: Given, parent: Mapping[str, Any]) -> dict[str, Any]:
         "command": given.command,
         "seed": given.seed,
         "parent": {"parameters": price.parameters, "memory_bytes": price.memory_bytes,
-                   "loss": parent.get("loss"), "loss_stderr": parent.get("loss_stderr"), "path": str(folder.path),
+                   "loss": parent.get("loss"), "loss_stderr": parent.get("loss_stderr"),
+                   "kl": parent.get("kl"), "path": str(folder.path),
                    "architecture": arch.to_json(), "cost": price.to_json()},
         "workload": workload.to_json(),
         "evaluation": {"blocks": len(final), "sequence_length": held_out.sequence_length,
@@ -138,6 +140,26 @@ def _about(given: Given, parent: Mapping[str, Any]) -> dict[str, Any]:
         "hashes": {"model": folder.fingerprint, "tokenizer": given.tokenizer_hash, "corpus": held_out.corpus_hash},
         "hardware": hardware(),
     }
+
+
+def _teacher(given: Given, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Another teacher than the parent."""
+    quality = found.get("teacher")
+    if quality is None:
+        return {}
+    arch = given.teacher.arch
+    price = cost(arch, given.asked.workload.build())
+    return {"teacher": {"parameters": price.parameters, "memory_bytes": price.memory_bytes, "loss": quality["loss"],
+                        "loss_stderr": quality.get("loss_stderr"), "path": str(given.teacher.folder.path),
+                        "architecture": arch.to_json(), "cost": price.to_json()}}
+
+
+def _teacher_notes(given: Given, found: Mapping[str, Any]) -> list[str]:
+    quality, parent = found.get("teacher"), found["parent"]
+    return [] if quality is None else [
+        f"another model taught ({given.teacher.folder.path}, loss {quality['loss']:.3f}) than the one that was cut "
+        f"(loss {parent['loss']:.3f}, KL to the teacher {parent['kl']:.3f}): every KL, agreement and paired difference "
+        "is against the teacher"]
 
 
 def _paired(quality: Mapping[str, float]) -> dict[str, float | None]:
@@ -356,8 +378,8 @@ def _defaults(recipe: Recipe) -> list[str]:
 
 def model_card_files(report: Report) -> dict[str, str]:
     """README.md and minipuzzle.json for the result's folder."""
-    keys = ("schema", "model", "license", "generated", "command", "seed", "parent", "result", "paired", "alerts",
-            "budget", "workload", "evaluation", "recipe", "versions", "hashes", "hardware", "warnings")
+    keys = ("schema", "model", "license", "generated", "command", "seed", "parent", "teacher", "result", "paired",
+            "alerts", "budget", "workload", "evaluation", "recipe", "versions", "hashes", "hardware", "warnings")
     data = report.to_json()
     about = json.dumps({k: data[k] for k in keys if k in data}, indent=1, allow_nan=False) + "\n"
     return {"README.md": model_card(report), "minipuzzle.json": about}

@@ -37,7 +37,8 @@ from minipuzzle.surgery.refit import read_fits, read_refit, write_refit, writer_
 EVALUATIONS = 12  # looks at the selection part of the held-out blocks during a whole distillation
 # settings and outside things that a stage reads which trains a student
 TRAINING = (("distillation", "surgery", "calibration", "evaluation"),
-            ("model", "tokenizer", "calibration.data", "evaluation.data", "distillation.data", "seed", "precision"))
+            ("model", "teacher", "tokenizer", "calibration.data", "evaluation.data", "distillation.data", "seed",
+             "precision"))
 
 
 def training_flops(plan: Plan, first: int, last: int, looks: int) -> float:
@@ -108,11 +109,11 @@ def cut_on_disk(given: Given, candidate: Candidate, key: str) -> ModelFolder:
 
 
 def teacher_of(given: Given, how: TrainSettings) -> Model | LiveTeacher:
-    """The parent as it teaches. Of several processes each holds its shards, and no more of it from
+    """The teacher. Of several processes each holds its shards, and no more of it from
     here on."""
     if given.ranks.size == 1:
-        return given.parent.model
-    return LiveTeacher(read_sharded(given.parent.folder, given.ranks, compute=given.parent.dtype,
+        return given.teacher.model
+    return LiveTeacher(read_sharded(given.teacher.folder, given.ranks, compute=given.teacher.dtype,
                                     shards=how.shards), how.top_k)
 
 
@@ -135,7 +136,7 @@ def train_settings(given: Given, students: Sequence[Architecture] = ()) -> Train
                          hidden_loss_weight=d.hidden_loss_weight, top_k=d.top_k, precision=given.precision,
                          activation_checkpointing=again, optimizer=d.optimizer, compile=d.compile,
                          seed=given.seed, phases=phases_of(given.settings))
-    return fitted(made, given.parent.arch, students, given.ranks, memory or machine_memory(given.ranks.device),
+    return fitted(made, given.teacher.arch, students, given.ranks, memory or machine_memory(given.ranks.device),
                   longest_sequence(given.settings))
 
 

@@ -67,7 +67,7 @@ def tournament(given: Given) -> list[Path]:
         finalists = []
     how = train_settings(given, [c.architecture for c in finalists])
     if given.ranks.size > 1:
-        given.parent.leave_memory()
+        given.leave_memory()
     found, left, begin = Qualities(), finalists, 0
     spare = (search.finalists - 1) * steps
     train = _Training(given, how, search.finalists * steps * step_tokens)

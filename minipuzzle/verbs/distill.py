@@ -57,7 +57,7 @@ SECTIONS = ("evaluation", "distillation")  # of the recipe, whose data are read
 CHANGES_NOTHING = ("activation_checkpointing", "precision", "tournament_tokens")  # precision is named apart
 # what the training of a folder may read; the verb runs it itself, in its own steps
 ALONE = Stage("distill", lambda given: [], settings=("distillation", "evaluation", "calibration", "workload"),
-              world=("model", "tokenizer", "evaluation.data", "distillation.data", "seed", "precision"),
+              world=("model", "teacher", "tokenizer", "evaluation.data", "distillation.data", "seed", "precision"),
               recorded=False)
 
 def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir: Path, seed: int, device: str,

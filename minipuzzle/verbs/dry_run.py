@@ -27,13 +27,14 @@ from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.stages.order import RESULT, stages_of
 from minipuzzle.stages.quantizing import check as check_quantization
-from minipuzzle.verbs.folder import default_output, scores_to_take
+from minipuzzle.verbs.folder import default_output, open_teacher, scores_to_take
 from minipuzzle.verbs.source import bundled_model, config_of
 
 
 def dry_run(model: str | None, recipe: Recipe, output_dir: Path | None = None, *, seed: int = 0,
             device: str = "cpu", memory_bytes: int | None = None, redo: bool = False,
-            fresh: bool = False, scores: str | Path | None = None, gpu: str | None = None, gpus: int | None = None
+            fresh: bool = False, scores: str | Path | None = None, teacher: str | Path | None = None,
+            gpu: str | None = None, gpus: int | None = None
             ) -> tuple[dict[str, Any], list[str], MinipuzzleError | None]:
     """(what --json prints, the same in words, what the run would be refused with after that).
 
@@ -54,12 +55,17 @@ def dry_run(model: str | None, recipe: Recipe, output_dir: Path | None = None, *
         if recipe.evaluation.tasks:  # their questions are fetched by the run
             check_tasks(recipe.evaluation.tasks, "evaluation.tasks")
         memory_bytes = machine.memory_to_use(memory_bytes, where)
+    if card and teacher:
+        raise InputError("--gpu forecasts a run whose model teaches: leave --teacher or --gpu out")
     folder, arch = _find(model)
+    if folder is None and teacher:
+        raise InputError(f"--teacher needs a model folder to make smaller; {model} is a configuration")
+    other = open_teacher(teacher, folder) if folder else None
     plan = make_plan(arch, recipe, memory_bytes=cluster.usable(card) if card else memory_bytes,
-                     device=where)
+                     device=where, teacher=other.arch if other else None)
     if card:  # whose bf16 cannot be asked for here
         plan = replace(plan, weight_bytes=4 if recipe.distillation.precision == "fp32" else 2)
-    path = output_dir or (default_output(folder, recipe, seed) if folder else Path("runs"))
+    path = output_dir or (default_output(folder, recipe, seed, other) if folder else Path("runs"))
     stages = stages_of(recipe)
     found, more = _on_cards(plan, stages, card, gpus or 1) if card else _here(plan, stages)
     error = None
@@ -68,9 +74,9 @@ def dry_run(model: str | None, recipe: Recipe, output_dir: Path | None = None, *
             raise ResourceError(said)
         if card is None:
             if folder:
-                _check_run(path, folder, recipe, seed, where, plan, redo, fresh)
+                _check_run(path, folder, recipe, seed, where, plan, redo, fresh, other)
                 if scores is not None:
-                    world = World(folder, recipe, seed, where, path / "tokens", plan.memory)
+                    world = World(folder, recipe, seed, where, path / "tokens", plan.memory, teacher=other)
                     there = RunDir(path, hold=False)
                     scores_to_take(Runner(stages, recipe, world, there, Ranks(where), Reporter()), scores)
             check_disk(plan, stages, path)
@@ -115,14 +121,14 @@ def _here(plan: Plan, stages: Sequence[Stage]) -> tuple[list[cluster.Need], list
 
 
 def _check_run(path: Path, folder: ModelFolder, recipe: Recipe, seed: int, device: torch.device,
-               plan: Plan, redo: bool, fresh: bool) -> None:
+               plan: Plan, redo: bool, fresh: bool, teacher: ModelFolder | None) -> None:
     """Refuse as the run would what lies in its folder; a folder that is not there stays so."""
     refuse_foreign(path)
     if fresh or redo or not (path / "run.json").is_file():
         return
     run = RunDir(path)
     try:
-        world = World(folder, recipe, seed, device, path / "tokens", plan.memory)
+        world = World(folder, recipe, seed, device, path / "tokens", plan.memory, teacher=teacher)
         Runner(stages_of(recipe), recipe, world, run, Ranks(device), Reporter(), dict.fromkeys(RESULT, run)
                ).refuse_changes(redo=False)
     finally:

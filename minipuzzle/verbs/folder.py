@@ -11,10 +11,11 @@ from typing import Any
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.files import write_sealed
 from minipuzzle.core.rundir import RunDir, digest, read_about
+from minipuzzle.data.tokenizer import tokenizer_hash
 from minipuzzle.distill.loss import loss_kernel
 from minipuzzle.families.kernels import used_by
 from minipuzzle.models.ranks import Ranks, open_ranks
-from minipuzzle.models.weights import ModelFolder
+from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.pipeline.machine import versions
 from minipuzzle.pipeline.stage import Runner
 from minipuzzle.recipes.schema import SEARCHED, Recipe
@@ -23,18 +24,44 @@ from minipuzzle.stages.candidates import read_candidates
 from minipuzzle.stages.order import stages_of
 from minipuzzle.stages.scoring import CURVES, SCORE
 from minipuzzle.verbs.search import searched, slug
-from minipuzzle.verbs.source import bundled_model, recipe_of
+from minipuzzle.verbs.source import bundled_model, find_model, recipe_of
 
 
-def default_output(folder: ModelFolder, recipe: Recipe, seed: int) -> Path:
-    """runs/NAME-HASH, a function of model and recipe: the same command finds its run again."""
+def default_output(folder: ModelFolder, recipe: Recipe, seed: int, teacher: ModelFolder | None = None) -> Path:
+    """runs/NAME-HASH, a function of models and recipe: the same command finds its run again."""
+    prints = [folder.fingerprint] + ([teacher.fingerprint] if teacher else [])
     name = "bundled" if folder.path == bundled_model() else folder.path.resolve().name
-    return Path("runs") / f"{name}-{digest([folder.fingerprint, recipe.model_dump(), seed])[:8]}"
+    return Path("runs") / f"{name}-{digest([*prints, recipe.model_dump(), seed])[:8]}"
 
 
 def is_run(model: str | Path) -> bool:
     """Whether it is a folder that `prune` or `score` made."""
     return isinstance(model, str | Path) and os.path.isfile(os.path.join(model, "run.json"))
+
+
+def open_teacher(teacher: str | Path | None, folder: ModelFolder) -> ModelFolder | None:
+    """The folder of another teacher than the model `folder`.
+
+    Raises:
+        InputError: there is none, or its tokenizer is another.
+    """
+    if teacher is None:
+        return None
+    found = open_model(find_model(teacher))
+    ours, theirs = tokenizer_hash(folder.path), tokenizer_hash(found.path)
+    if ours != theirs:
+        raise InputError(f"the teacher {found.path} has another tokenizer than {folder.path} (hashes {theirs} and "
+                         f"{ours}): their tokens do not mean the same")
+    return found
+
+
+def teacher_of_run(run: str | Path, teacher: str | Path | None) -> str | None:
+    """What a run's students learn from beside its model. Raises InputError where another is asked
+    for."""
+    if teacher is not None:
+        raise InputError(f"--teacher is settled by the run {run}; to make its result smaller still, name {run}/model")
+    found = read_about(Path(run)).get("teacher")
+    return None if found is None else str(found)
 
 
 def goes_on(run: str | Path, recipe: Recipe | str | Path | None, output_dir: str | Path | None, seed: int,
@@ -174,4 +201,5 @@ def write_about(runner: Runner, **more: Any) -> None:
         "device": str(device), "kernels": used_by(device, folder.arch),
         "loss_kernel": loss_kernel(folder.arch.vocab_size, device),
         "model_is": folder.sampled,
+        "teacher": None if world.teacher is None else str(world.teacher.path.absolute()),
         "hashes": {"model": folder.fingerprint, "tokenizer": world.tokenizer_hash}} | more, indent=1)

@@ -36,8 +36,10 @@ from minipuzzle.verbs.folder import (
     goes_on,
     is_run,
     open_run,
+    open_teacher,
     reopen,
     take_scores,
+    teacher_of_run,
     write_about,
 )
 from minipuzzle.verbs.run import Run
@@ -47,7 +49,8 @@ from minipuzzle.verbs.source import bundled_model, find_model, recipe_of
 def prune(model: str | Path | None = None, recipe: Recipe | str | Path | None = None,
           output_dir: str | Path | None = None, *, seed: int = 0, device: str = "cpu", redo: bool = False,
           fresh: bool = False, candidate: str | Candidate | None = None, scores: str | Path | None = None,
-          reporter: Reporter | None = None, command: str = "", memory_bytes: int | None = None) -> Run:
+          teacher: str | Path | None = None, reporter: Reporter | None = None, command: str = "",
+          memory_bytes: int | None = None) -> Run:
     """Make a model smaller: the whole pipeline. Left out: the bundled model, the default recipe,
     their own folder. `reporter`: who hears of progress; left out, the terminal or notebook.
 
@@ -59,9 +62,14 @@ def prune(model: str | Path | None = None, recipe: Recipe | str | Path | None = 
     used (left out: the machine's); a parent that does not fit is read from the disk layer by layer,
     by all stages but distillation.
 
+    `teacher`: what the students learn from and are compared with, in place of the model that is cut:
+    the original, where that is the result of a run. It has the same tokenizer.
+
     Raises:
         MinipuzzleError: one of its kinds, each with its exit code (core/errors.py).
     """
+    if model is not None and is_run(model):
+        teacher = teacher_of_run(model, teacher)
     if candidate is not None:
         if fresh:
             raise InputError("--fresh deletes the run that --candidate goes on with; leave one out")
@@ -71,8 +79,8 @@ def prune(model: str | Path | None = None, recipe: Recipe | str | Path | None = 
         model, recipe, output_dir, seed, scores = goes_on(model, recipe, output_dir, seed, scores)
     recipe = recipe_of(recipe)
     chosen, asked = (None, None) if candidate is None else find_candidate(Path(output_dir or ""), candidate, recipe)
-    folder, plan, where = prepare(model, asked or recipe, device, memory_bytes)
-    path = Path(output_dir) if output_dir else default_output(folder, recipe, seed)
+    folder, other, plan, where = prepare(model, asked or recipe, device, memory_bytes, teacher)
+    path = Path(output_dir) if output_dir else default_output(folder, recipe, seed, other)
     check_machine(plan, path, where)
     ranks, run = open_run(path, where)
     try:
@@ -80,7 +88,8 @@ def prune(model: str | Path | None = None, recipe: Recipe | str | Path | None = 
             with ranks.together():
                 if fresh and ranks.main:
                     run.clear()
-            world = World(folder, recipe, seed, ranks.device, path / "tokens", plan.memory, chosen, asked, command)
+            world = World(folder, recipe, seed, ranks.device, path / "tokens", plan.memory, chosen, asked, command,
+                          other)
             with ranks.together():
                 result = run if chosen is None else candidate_folder(run, chosen.name)
             stages = stages_of(recipe)
@@ -108,8 +117,10 @@ def prune(model: str | Path | None = None, recipe: Recipe | str | Path | None = 
 
 
 def prepare(model: str | Path | None, recipe: Recipe, device: str = "cpu",
-            memory_bytes: int | None = None) -> tuple[ModelFolder, Plan, torch.device]:
-    """Find the model, check its headers, and plan for the device; reads no weight.
+            memory_bytes: int | None = None, teacher: str | Path | None = None
+            ) -> tuple[ModelFolder, ModelFolder | None, Plan, torch.device]:
+    """Find the model and another teacher, check their headers, and plan for the device; reads no
+    weight.
 
     Raises:
         MinipuzzleError: what `prune` refuses before it opens its folder.
@@ -121,8 +132,10 @@ def prepare(model: str | Path | None, recipe: Recipe, device: str = "cpu",
     if recipe.evaluation.tasks:
         check_tasks(recipe.evaluation.tasks, "evaluation.tasks", load=True)
     folder = open_model(find_model(model) if model is not None else bundled_model())
-    return folder, make_plan(folder.arch, recipe, memory_bytes=memory_to_use(memory_bytes, where), device=where,
-                             processes=environment.world_size()), where
+    other = open_teacher(teacher, folder)
+    plan = make_plan(folder.arch, recipe, memory_bytes=memory_to_use(memory_bytes, where), device=where,
+                     processes=environment.world_size(), teacher=other.arch if other else None)
+    return folder, other, plan, where
 
 
 def check_machine(plan: Plan, path: Path, device: torch.device) -> None:
