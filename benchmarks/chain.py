@@ -1,7 +1,8 @@
 """Two steps against one: first layers go, then widths by fresh scores, and the original teaches both.
 
 The bundled model at half its parameters, one seed, 200k tokens in all each way (100k for each step;
-one finalist, so that no tournament takes some). About half the logarithm of the cut is the first step's.
+one finalist, so that no tournament takes some), 16 calibration samples and 16 candidates measured in every
+search. About half the logarithm of the cut is the first step's.
 
     python benchmarks/chain.py --work runs/chain       goes on where it stopped
 -> benchmarks/results/chain.json
@@ -28,7 +29,7 @@ WIDTH = {f"space.drop_{kind}": 0 for kind in ("mamba", "ffn", "attention")}
 
 def recipe(params: str, tokens: int, **settings: Any) -> Recipe:
     return Recipe.load("default", budget={"params": params}, settings={
-        "distillation.tokens": tokens, "search.finalists": 1, **settings})
+        "distillation.tokens": tokens, "search.finalists": 1, "calibration.samples": 16, "search.measure": 16, **settings})
 
 
 def row(name: str, run: Run, seconds: float) -> dict[str, Any]:
@@ -47,17 +48,16 @@ def main() -> None:
     folder = work.parse_args().work
     parent, rows = bundled_model(), []
 
-    def step(name: str, model: Path, asked: Recipe, teacher: Path | None = None) -> Run:
-        run = prune(model, asked, folder / name, teacher=teacher)
+    def step(name: str, model: Path, asked: Recipe, teacher: Path | None = None, scores: Path | None = None) -> Run:
+        run = prune(model, asked, folder / name, teacher=teacher, scores=scores)
         rows.append(row(name, run, sum(stage["seconds"] for stage in run.report["stages"])))
         write(rows)
         return run
 
     one = step("one-step", parent, recipe(f"{PART}x", TOKENS))
-    depth = step("depth", parent, recipe(f"{FIRST}x", TOKENS // 2, **DEPTH))
+    depth = step("depth", parent, recipe(f"{FIRST}x", TOKENS // 2, **DEPTH), scores=one.path)
     limit = str(int(PART * one.report["parent"]["parameters"]))
     step("depth-width", depth.model_path, recipe(limit, TOKENS // 2, **WIDTH), parent)
-    step("depth-width-taught-by-depth", depth.model_path, recipe(limit, TOKENS // 2, **WIDTH))
 
 
 def write(rows: list[dict[str, Any]]) -> None:
