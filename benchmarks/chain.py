@@ -29,7 +29,8 @@ WIDTH = {f"space.drop_{kind}": 0 for kind in ("mamba", "ffn", "attention")}
 
 def recipe(params: str, tokens: int, **settings: Any) -> Recipe:
     return Recipe.load("default", budget={"params": params}, settings={
-        "distillation.tokens": tokens, "search.finalists": 1, "calibration.samples": 16, "search.measure": 16, **settings})
+        "distillation.tokens": tokens, "search.finalists": 1, "calibration.samples": 16, "search.measure": 16,
+        **settings})
 
 
 def row(name: str, run: Run, seconds: float) -> dict[str, Any]:
