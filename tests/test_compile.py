@@ -58,11 +58,11 @@ def test_layers_with_experts_stay_as_they_are(tmp_path: Path) -> None:
     def compiled() -> str:
         return "".join(b.kind for b in pupil.blocks if b.compiled)  # type: ignore[misc]
 
-    Trainer(Pupil(pupil, tmp_path), replace(SETTINGS, compile=True), 32, Ranks(torch.device("cpu")))
+    Trainer(Pupil(pupil, tmp_path), replace(SETTINGS, compile=True).schedule(32), Ranks(torch.device("cpu")))
     assert compiled() == MOE.pattern.replace("E", "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "usable", lambda name, device: True)
-        Trainer(Pupil(pupil, tmp_path), replace(SETTINGS, compile=True), 32, Ranks(torch.device("cpu")))
+        Trainer(Pupil(pupil, tmp_path), replace(SETTINGS, compile=True).schedule(32), Ranks(torch.device("cpu")))
     assert compiled() == MOE.pattern.replace("E", "").replace("M", "")
 
 

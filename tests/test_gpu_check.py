@@ -190,6 +190,67 @@ def test_a_step_that_does_not_fit_is_a_result(kit: ModuleType, tmp_path: Path, m
     assert run.failures == ["out of memory in the first step: CUDA out of memory. Tried to allocate 2.00 GiB"]
 
 
+def test_the_plan_is_compared_with_the_peak(kit: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tiny(kit, "plan", tmp_path)
+    assert found["fits"]
+    assert found["found"]["tokens_per_second"] > 0
+    import training
+
+    forecast = found["forecast_bytes"]
+    for share, wrong in ((0.9, 0), (0.5, 1), (1.2, 1)):
+        monkeypatch.setattr(training, "attempt", lambda *asked, s=share: {"peak_allocated_bytes": s * forecast})
+        run = kit.Run(tmp_path, True)
+        training.plan(run)
+        assert len(run.failures) == wrong
+    monkeypatch.setattr(training, "attempt", lambda *asked: {"error": "CUDA out of memory"})
+    run = kit.Run(tmp_path, True)
+    training.plan(run)
+    assert run.failures == ["it should fit: CUDA out of memory"]
+
+
+def test_variants_have_one_loss(kit: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not installed is refused and said; a variant with another loss is wrong."""
+    import training
+
+    from minipuzzle.core.errors import ResourceError
+
+    def missing(*asked: Any) -> None:
+        raise ResourceError("no compiler")
+
+    monkeypatch.setattr(training, "check_compiler", missing)
+    monkeypatch.setattr(training, "check_8bit", missing)
+    found = tiny(kit, "variants", tmp_path)["variants"]
+    assert list(found) == ["plain", "checkpointing", "without the fused block", "8-bit moments", "compiled"]
+    assert found["compiled"] == found["8-bit moments"] == {"refused": "no compiler"}
+    assert found["checkpointing"]["rows"] == found["plain"]["rows"]
+    run = kit.Run(tmp_path, True)
+    training.compare_losses(run, {"plain": {"rows": [{"loss": 6.0}]}, "other": {"rows": [{"loss": 6.2}]}}, "plain")
+    assert run.failures == ["other: the loss differs from plain's by 3.3e-02"]
+
+
+def test_fp8_and_one_process_of_fsdp(kit: ModuleType, tmp_path: Path) -> None:
+    found = tiny(kit, "fp8", tmp_path)
+    assert 0.01 < min(found["errors"]["torch._scaled_mm"].values()) < 0.06  # it is fp8
+    losses = [found["training"][name]["rows"][0]["loss"] for name in ("bf16", "fp8")]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+    found = tiny(kit, "nccl", tmp_path)
+    assert found["weights_equal"]
+    assert found["losses"]["resumed"][0] == pytest.approx(found["losses"]["shards"][2], rel=1e-6)
+    assert found["losses"]["plain"] == pytest.approx(found["losses"]["shards"], rel=1e-3)
+
+
+def test_large_parents(kit: ModuleType, tmp_path: Path) -> None:
+    rows = tiny(kit, "score", tmp_path)["precisions"]
+    assert [row["rank_correlation"] > 0.89 for row in rows.values()] == [True] * 3
+    found = tiny(kit, "stream", tmp_path)
+    assert found["bytes_per_second"] == pytest.approx(found["bytes"] / found["read_seconds"])
+    models = tiny(kit, "big", tmp_path)["models"]
+    assert [models[name]["context"] for name in ("nemotron-h-56b", "nemotron-h-47b")] == [64, 64]
+    found = tiny(kit, "moe", tmp_path)
+    assert (found["experts"], found["experts_per_token"]) == (8, 2)
+    assert 1e-4 < found["error"] < 0.03  # bf16 against float64
+
+
 def test_prune_is_stopped_and_continued(kit: ModuleType, tmp_path: Path) -> None:
     found = tiny(kit, "prune", tmp_path)
     alone, resumed = found["runs"]["cpu"], found["runs"]["resumed"]
@@ -349,14 +410,17 @@ def test_at_most_eight_files(fake: ModuleType, tmp_path: Path) -> None:
         (out / f"other{i}.json").write_text("{}")
     with pytest.raises(SystemExit, match="would hold 9 files, at most 8"):
         fake.run_steps(steps(fake, good=60), out)
-    with pytest.raises(SystemExit, match="no step nonsense; there are doctor, scan"):
+    with pytest.raises(SystemExit, match=r"no step nonsense; there are doctor, scan.*, and the sets first, second"):
         fake.chosen("doctor,nonsense")
 
 
-def test_all_steps_fit_in_one_call(kit: ModuleType) -> None:
-    assert list(kit.STEPS) == ["doctor", "scan", "prune", "step", "prefill", "decode"]
-    assert sum(step.seconds for step in kit.STEPS.values()) < 60 * kit.MINUTES < 9 * 60
-    assert len(kit.STEPS) <= kit.MAX_FILES
+def test_each_set_fits_in_one_call(kit: ModuleType) -> None:
+    assert list(kit.STEPS) == [name for names in kit.SETS.values() for name in names]
+    for name, steps in kit.SETS.items():
+        chosen = kit.chosen(name)
+        assert tuple(chosen) == steps
+        assert sum(step.seconds for step in chosen.values()) < 60 * kit.MINUTES < 9 * 60
+        assert len(chosen) <= kit.MAX_FILES
 
 
 # what the machine lacks

@@ -1,7 +1,7 @@
-"""What the code does on a GPU, in steps of one JSON file each; all of them take under 9 minutes.
+"""What the code does on a GPU, in steps of one JSON file each, in two sets of under 9 minutes.
 
-    python benchmarks/gpu/check.py --out DIR [--steps doctor,scan,...] [--minutes 8.8] [--retry]
-                                   [--tiny]
+    python benchmarks/gpu/check.py --out DIR [--steps first|second|doctor,scan,...]
+                                   [--minutes 8.8] [--retry] [--tiny]
 
 A step runs in a process of its own, so that a crash, a full memory or a hang takes nothing else
 down. At its limit its process group is killed; what it had found by then is kept.
@@ -82,6 +82,19 @@ STEPS: dict[str, Step] = {
     "step": Step("train:step", 170, FASTEST),
     "prefill": Step("generate:prefill", 70, FASTEST),
     "decode": Step("generate:decode", 40, FASTEST),
+    "plan": Step("training:plan", 90, FASTEST),
+    "variants": Step("training:variants", 130, FASTEST),
+    "score": Step("large:score", 65, FASTEST),
+    "stream": Step("large:stream", 75, ONE),
+    "big": Step("large:big", 70, FASTEST),
+    "moe": Step("large:moe", 25, ONE),
+    "fp8": Step("training:fp8", 40, FASTEST),
+    "nccl": Step("training:nccl", 30, ONE),
+}
+# Each fits into one call, and its files into one folder: --steps SET
+SETS = {
+    "first": ("doctor", "scan", "prune", "step", "prefill", "decode"),
+    "second": ("plan", "variants", "score", "stream", "big", "moe", "fp8", "nccl"),
 }
 
 
@@ -368,12 +381,14 @@ def terminated_is_raised() -> Iterator[None]:
 
 
 def chosen(names: str) -> dict[str, Step]:
-    """The steps of a comma-separated list, in the order of STEPS."""
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    """The steps of a comma-separated list of steps and sets, in the order of STEPS."""
+    given = [name.strip() for name in names.split(",") if name.strip()]
+    wanted = [step for name in given for step in SETS.get(name, (name,))]
     unknown = [name for name in wanted if name not in STEPS]
     if unknown or not wanted:
         raise SystemExit(
-            f"check.py: no step {', '.join(unknown) or 'is named'}; there are {', '.join(STEPS)}"
+            f"check.py: no step {', '.join(unknown) or 'is named'}; there are {', '.join(STEPS)}, "
+            f"and the sets {', '.join(SETS)}"
         )
     return {name: step for name, step in STEPS.items() if name in wanted}
 
@@ -384,7 +399,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder of the results")
     parser.add_argument(
-        "--steps", default=",".join(STEPS), help="comma-separated; default all: %(default)s"
+        "--steps",
+        default="first",
+        help=f"comma-separated; default %(default)s: {', '.join(SETS['first'])}; second: "
+        f"{', '.join(SETS['second'])}",
     )
     parser.add_argument(
         "--minutes", type=float, default=MINUTES, help="of the whole call; default %(default)s"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,15 +148,7 @@ def train(
 
     def one() -> None:
         ids = torch.randint(0, big.vocab_size, (sequences, length), generator=gen, device=device)
-        labels = next_tokens(ids)
-        batch = Batch(
-            ids,
-            torch.ones_like(ids, dtype=torch.bool),
-            labels,
-            list(range(sequences)),
-            ids.numel(),
-            int((labels >= 0).sum()),
-        )
+        batch = whole_batch(ids)
         trainer.begin()
         for part in batch.split(count):
             target, streams = teacher.look(part.ids_BT, part.numbers, [])
@@ -170,6 +163,15 @@ def train(
     at("in the first step")
     attempt |= seconds_of(one, run.device, 1, STEPS)
     attempt |= memory(run.device) or {}
+
+
+def whole_batch(ids: torch.Tensor) -> Batch:
+    """Of which every token counts."""
+    labels = next_tokens(ids)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    return Batch(
+        ids, mask, labels, list(range(len(ids))), ids.numel(), int((labels >= 0).sum())
+    )
 
 
 def compile_scan(arch: Architecture, device: torch.device) -> None:
@@ -190,15 +192,30 @@ def compile_scan(arch: Architecture, device: torch.device) -> None:
     ssd(ones["x"], ones["dt"], -ones["a"], ones["b"], ones["c"], ones["d"]).sum().backward()
 
 
-def shape_of(name: str, tiny: bool) -> Architecture:
-    """The published architecture; `tiny`: a few narrow layers of it."""
+def shape_of(name: str, tiny: bool, layers: int | None = None) -> Architecture:
+    """The published architecture, or its first layers; `tiny`: a few narrow layers of it."""
     config = published(name)
+    if layers is not None:
+        config["hybrid_override_pattern"] = config["hybrid_override_pattern"][:layers]
+        config["num_hidden_layers"] = layers
     if tiny:
+        experts = "n_routed_experts" in config
+        pattern = "ME*E" if experts else TINY_LAYERS
         config |= {
-            "hybrid_override_pattern": TINY_LAYERS,
-            "num_hidden_layers": len(TINY_LAYERS),
+            "hybrid_override_pattern": pattern,
+            "num_hidden_layers": len(pattern),
             "vocab_size": 256,
-            **{key: config[key] // 64 for key in ("hidden_size", "intermediate_size")},
+            **({"n_routed_experts": 8, "num_experts_per_tok": 2} if experts else {}),
+            **{
+                key: config[key] // 64
+                for key in (
+                    "hidden_size",
+                    "intermediate_size",
+                    "moe_intermediate_size",
+                    "moe_shared_expert_intermediate_size",
+                )
+                if key in config
+            },
             "mamba_num_heads": 8,
             "mamba_head_dim": 8,
             "n_groups": 2,
@@ -222,12 +239,26 @@ def forward_flops(arch: Architecture, length: int) -> int:
     )
 
 
-def random_model(arch: Architecture, device: torch.device, seed: int) -> Model:
-    """float32 weights, made on the device. The SSM is scaled up: with a usual initialisation it
-    adds almost nothing.
+def random_model(
+    arch: Architecture,
+    device: torch.device,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """Weights made on the device, each in float32 and cast at once. The SSM is scaled up: with a
+    usual initialisation it adds almost nothing.
     """
+    tensors = random_weights(arch, device, seed)
+    return Model.build(
+        family_of(arch.model_type), arch, ((name, tensor.to(dtype)) for name, tensor in tensors)
+    )
+
+
+def random_weights(
+    arch: Architecture, device: torch.device, seed: int, layer: int | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of all of it, or of one layer by the names inside it."""
     gen = torch.Generator(device).manual_seed(seed)
-    family = family_of(arch.model_type)
 
     def uniform(shape: tuple[int, ...], low: float, high: float) -> torch.Tensor:
         return torch.empty(shape, device=device).uniform_(low, high, generator=gen)
@@ -245,6 +276,7 @@ def random_model(arch: Architecture, device: torch.device, seed: int) -> Model:
         fan_in = 1 if len(shape) == 1 or "conv1d" in name or "embeddings" in name else shape[-1]
         return torch.empty(shape, device=device).normal_(0, scale * fan_in**-0.5, generator=gen)
 
-    return Model.build(
-        family, arch, ((name, weight(name, shape)) for name, shape in arch.shapes().items())
-    )
+    prefix = "" if layer is None else family_of(arch.model_type).layer_prefix(layer)
+    for name, shape in arch.shapes().items():
+        if name.startswith(prefix):
+            yield name.removeprefix(prefix), weight(name, shape)
