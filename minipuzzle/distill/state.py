@@ -204,7 +204,7 @@ def load(path: Path, tensors: Tensors, ranks: Ranks | None = None) -> None:
             if all(there.stop > there.start for there, _ in cut):
                 here = local[tuple(own for _, own in cut)] if cut else local
                 pieces.setdefault(shard["file"], []).append((name, tuple(there for there, _ in cut), here))
-    with torch.no_grad():
+    with (ranks or Ranks(torch.device("cpu"))).together(), torch.no_grad():
         for file, wanted in pieces.items():
             with open_tensors(path / file, hint=REMEDY) as shards:
                 for name, there, here in wanted:
