@@ -126,13 +126,14 @@ def test_evaluate_says_how_far_it_is(model_folder: Path, texts: Path, teacher: b
     recipe = Recipe().with_overrides(data=str(texts), settings={"evaluation.samples": 6, "calibration.sequence_length": 32})
     heard = Heard()
     evaluate(model_folder, model_folder if teacher else None, recipe, reporter=heard)
-    assert list(heard.seconds) == ["tokenize", "measure"]
+    assert list(heard.seconds) == ["tokenize", "measure", "retrieval"]
     told = [(done, total) for name, done, total in heard.told if name == "measure"]
     assert told[-1] == (12, 12)  # 6 blocks, each through the model and then through the head
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert 6 in [done for done, _ in told]
     said = invoke("evaluate", model_folder, "--data", texts, *SMALL).stderr
-    assert [line.split(": ")[0] for line in said.splitlines()] == ["[1/2] tokenize", "[2/2] measure"]
+    assert [line.split(": ")[0] for line in said.splitlines()] == [
+        "[1/3] tokenize", "[2/3] measure", "[3/3] retrieval"]
 
 
 def test_evaluate(model_folder: Path, texts: Path) -> None:
@@ -183,7 +184,7 @@ def test_evaluate_keeps_nothing_and_stops_at_once(model_folder: Path, texts: Pat
     done = subprocess.run([sys.executable, "-c", script, "evaluate", str(model_folder), "--data", str(texts), *SMALL],
                           capture_output=True, text=True)
     tokens, *said = done.stderr.splitlines()
-    assert tokens.startswith("[1/2] tokenize: done in")
+    assert tokens.startswith("[1/3] tokenize: done in")
     assert (done.returncode, done.stdout, said) == (code, "", ["minipuzzle: interrupted"])
 
 
