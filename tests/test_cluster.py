@@ -51,6 +51,26 @@ def test_more_gpus_take_less_each_and_less_time(plans):
     assert [need.name for need in before] == [stage.name for stage in STAGES]
 
 
+def test_hosts_hold_the_parents_activations_on_held_out_blocks(plans):
+    """1024 blocks of 8192 tokens and 4096 channels in bf16, 69 GB: on the host, shared by the processes, and counted
+    in the stages that measure students one by one."""
+    plan, card = plans["4b"], find_device("h100")
+    assert plan.reference_bytes == 1024 * 8192 * 4096 * 2
+    none = replace(plan, recipe=plan.recipe.with_overrides(settings={"evaluation.samples": 2}))
+    for gpus in (1, 16):
+        more = {n.name: n.host_bytes - less.host_bytes for n, less in zip(
+            cluster.needs(plan, STAGES, card, gpus), cluster.needs(none, STAGES, card, gpus), strict=True)}
+        on_a_host = (plan.reference_bytes - none.reference_bytes) * min(gpus, 8) // gpus
+        for name in ("tournament", "distill"):
+            assert more[name] == pytest.approx(on_a_host, rel=1e-6)
+        assert more["score"] == more["measure"] == 0
+    settings = {"evaluation.samples": 2**21}
+    result = run("nemotron-h-8b", "--recipe", "nemotron-h-4b", "--gpu", "h100", "--gpus", "8",
+                 *(f"{key}={value}" for key, value in settings.items()))
+    told = {stage["name"]: stage for stage in json.loads(result.stdout)["stages"]}
+    assert told["distill"]["host_bytes"] > 2**21 * 8192 * 4096 * 2
+
+
 def run(*args):
     return CliRunner().invoke(main, ["prune", *args, "--dry-run", "--json"])
 

@@ -135,18 +135,20 @@ def test_memory_is_asked_for_what_is_done(monkeypatch: pytest.MonkeyPatch) -> No
     parent, student = (4 * n / 2**30 for n in (made.parent_cost.parameters, made.largest.parameters))
     layers = made.layers_bytes / 2**30
     assert layers < parent / 10
-    held = asked[0] - parent - 7 * student  # the activations of a pass, and a chunk of logits
+    kept = 64 * 256 * arch.hidden_size * 4 / 2**30  # the parent's activations on the held-out blocks
+    assert made.reference_bytes / 2**30 == kept == 0.5
+    held = asked[0] - parent - 7 * student - kept  # the activations of a pass, and a chunk of logits
     assert 0 < held < 0.02 * asked[0]
-    assert asked == pytest.approx(2 * [parent + 7 * student + held] + 2 * [layers + 3 * student], rel=1e-3)
+    assert asked == pytest.approx(2 * [parent + 7 * student + held + kept] + 2 * [layers + 3 * student + kept], rel=1e-4)
     again = Recipe().with_overrides(settings={"distillation.activation_checkpointing": True})
     on_gpu = plan.make_plan(arch, again, device=torch.device("cuda"), memory_bytes=2**42)
     needed = on_gpu.weight_bytes / 4 * parent + 4 * student
     assert needed < on_gpu.student_stage_bytes / 2**30 < 1.2 * needed
     monkeypatch.setattr(forecast, "machine_memory", lambda: 16 * 2**30)  # of the host
-    with pytest.raises(ResourceError, match=r"the host has 16 GiB .* is written while it trains needs [\d.]+ GiB"):
+    with pytest.raises(ResourceError, match=r"the host has 16 GiB .* is written while it trains and .* on 64 held-out blocks need [\d.]+ GiB"):
         check_memory(on_gpu, STAGES, torch.device("cuda"))
     # held in memory, and for how long, is decided by the same numbers
-    whole = 4 * made.parent_cost.parameters + 12 * made.largest.parameters
+    whole = 4 * made.parent_cost.parameters + 12 * made.largest.parameters + made.reference_bytes
     for room, resident in ((plan.SPARE_BYTES, True), (plan.SPARE_BYTES - 1, False)):
         found = plan.make_plan(arch, Recipe().with_overrides(settings={"distillation.tokens": 0}),
                                memory_bytes=whole + room)

@@ -51,9 +51,10 @@ def test_the_folder_is_taken_as_it_lies_there(folder: Path, tmp_path: Path) -> N
 def test_places_cover_the_sample() -> None:
     ids = tokens(3, 400)
     weights = trained_like(ARCH)
-    every = torch.cat([sample_logits(FAMILY, ARCH, weights.items(), ids[:, :n])[:, -1:] for n in (1, 64, 320)], 1)
+    every = torch.cat([sample_logits(FAMILY, ARCH, weights.items(), ids[:, :n])[:, -1:] for n in (1, 64, 400)], 1)
     some = sample_logits(FAMILY, ARCH, weights.items(), ids)
-    assert relative(some[:, [0, -1]], every[:, [0, -1]]) < 1e-6  # the first token and the last of 320
+    assert relative(some[:, [0, -1]], every[:, [0, -1]]) < 1e-6  # the first token and the last
+    assert [len(sample_logits(FAMILY, ARCH, weights.items(), tokens(3, n))) for n in (600, 257, 256, 8)] == [1, 1, 2, 2]
     assert sample_logits(FAMILY, ARCH, weights.items(), ids[:, :64]).shape[1] == 64
     assert sample_logits(FAMILY, ARCH, weights.items(), ids[:1, :5]).shape[:2] == (1, 5)
 

@@ -288,6 +288,17 @@ def test_curves_are_slices_measured_by_hand() -> None:
         assert row["kl"] > 1e-3
 
 
+def test_held_out_activations_are_kept_once_in_the_parents_dtype() -> None:
+    """A bf16 parent's in bf16, as they are counted in the plan, whatever the batches."""
+    ids = tokens(6, 25)
+    for dtype in (torch.bfloat16, torch.float32):
+        model = tiny_model(dtype=dtype)
+        kept = Reference(model, ids).hidden
+        assert (kept.dtype, kept.device.type, kept.nbytes) == (dtype, "cpu", 6 * 25 * ARCH.hidden_size * dtype.itemsize)
+        assert torch.equal(kept, torch.cat([Reference(model, part).hidden for part in ids.split(2)]))
+        assert relative(kept.float(), final_hidden(model, ids).float()) < (1e-6 if dtype == torch.float32 else 0.02)
+
+
 def test_measured_quality_is_that_of_plain_numpy() -> None:
     model, ids = tiny_model(), tokens(6, 25)
     kept = (0, 1, 2, 3, 5, 6, 7)

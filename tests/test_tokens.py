@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,17 +15,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from distributed import Counted
+from safetensors.torch import load_file, save_file
 
 from minipuzzle import Recipe
 from minipuzzle.cli import main
-from minipuzzle.core.errors import ResourceError
+from minipuzzle.core.errors import InputError, ResourceError
+from minipuzzle.core.interrupt import Interrupted
 from minipuzzle.data import encoding
 from minipuzzle.data.blocks import TokenBlocks, load_blocks
 from minipuzzle.data.held_out import read_tokens, two_parts
 from minipuzzle.data.tokenizer import encode, load_tokenizer
 from minipuzzle.data.writer import tokenize
+from minipuzzle.distill.trainer import Batch
+from minipuzzle.models.ranks import Ranks
+from minipuzzle.models.walk import Model, final_hidden
+from minipuzzle.models.weights import open_model
+from minipuzzle.pipeline.world import World
 
 FILES = ("held_out.bin", "tokens.json", "train.bin")
 CHATML = """{% for m in messages %}<|{{ m.role }}|>
@@ -305,9 +314,9 @@ def chat(*said: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def talker(tmp_path: Path, model_folder: Path) -> Callable[[str], Any]:
+def talker(model_folder: Path) -> Callable[[str | None], Any]:
     """The tokenizer with this chat template."""
-    def make(template: str) -> Any:
+    def make(template: str | None) -> Any:
         tokenizer = load_tokenizer(model_folder)
         tokenizer.chat_template = template
         return tokenizer
@@ -352,3 +361,107 @@ def test_of_chats_the_assistants_words_are_learnt(talker: Callable[[str], Any], 
     every = load_blocks(tmp_path / "out", "train", 8)
     assert every.skip is None
     assert len(every.tokens) == (tmp_path / "out" / "train.skip").stat().st_size
+
+
+def test_a_template_that_rewrites_what_was_said_needs_marks(talker: Callable[[str], Any], tmp_path: Path) -> None:
+    """Where the text of the first messages does not begin that of all, it is not known what the
+    assistant said; all of it can still be learnt."""
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(chat("q", text, "q", "answer")) + "\n" for text in ["yes"] * 10 + ["certainly"] * 10))
+    tokenize(str(data), talker(REWRITES), out, "id")
+    assert sorted(p.name for p in out.iterdir()) == sorted(FILES)
+    assert len(load_blocks(out, "train", 8)) > 10
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 11: the chat template does not mark .* distillation\.loss_on=all"):
+        load_blocks(out, "train", 8, "assistant")
+
+
+REFUSING = "{% if messages[0].role != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize(("template", "row", "message"), [
+    (None, chat("a", "b"), r"line 2: messages need a chat template, and the tokenizer of .*tiny has none; put a chat_template\.jinja"),
+    (CHATML, {"messages": []}, "line 2: messages is empty"),
+    (CHATML, {"messages": ["hello"]}, "line 2: message 0 is no object"),
+    (CHATML, {"messages": [{"content": "x"}]}, "line 2: message 0 has no role"),
+    (CHATML, {"messages": [{"role": "user", "content": None}]}, "line 2: message 0 has no content that is text"),
+    (CHATML, chat("a") | {"tools": "none"}, "line 2: tools is no list of objects"),
+    (REFUSING, {"messages": [{"role": "tool", "content": "x"}]}, r"line 2: the chat template refuses these .* \(begin with the user"),
+    (CHATML, {"messages": "hello"}, "line 2: no text; .* or messages a chat")])
+def test_rows_that_are_no_chats(talker: Callable[[str | None], Any], tmp_path: Path, template: str | None, row: dict[str, Any],
+                                message: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n' + json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=rf"rows\.jsonl, {message}"):
+        tokenize(str(tmp_path / "rows.jsonl"), talker(template), tmp_path / "out", "id")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_chats_by_several_processes(talker: Callable[[str], Any], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                    ) -> None:
+    """The same tokens and marks, beside plain rows; and after a stop."""
+    words = [file.read_text()[:300] for file in sorted(texts.iterdir())]
+    rows = [chat(*words[i : i + 1 + i % 4]) if i % 3 else {"text": words[i]} for i in range(390)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, tokenizer, names = str(tmp_path / "rows.jsonl"), talker(CHATML), (*FILES, "train.skip")
+    monkeypatch.setattr(encoding, "ALONE", 2**12)
+
+    def stop(documents: int, *rest: Any) -> None:
+        if documents >= 192:
+            raise Interrupted(15)
+
+    tokenize(source, tokenizer, tmp_path / "1", "id")
+    tokenize(source, tokenizer, tmp_path / "2", "id", workers=2)
+    with pytest.raises(Interrupted):
+        tokenize(source, tokenizer, tmp_path / "stopped", "id", stop, workers=2)
+    tokenize(source, tokenizer, tmp_path / "stopped", "id", workers=3)
+    assert same(tmp_path / "2", tmp_path / "1", names)
+    assert same(tmp_path / "stopped", tmp_path / "1", names)
+    skip = np.fromfile(tmp_path / "1" / "train.skip", np.uint8)
+    assert 0.2 < skip.mean() < 0.6
+    assert set(skip.tolist()) == {0, 1}
+
+
+def test_the_loss_is_of_the_assistants_words(model_folder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             ) -> None:
+    """By the verb: the KL of the first step is the mean over the places that `loss_on` names."""
+    monkeypatch.setattr("minipuzzle.verbs.distill.reload_gate", lambda *given: 0.0)
+    folder, student = tmp_path / "model", tmp_path / "student"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").write_text(CHATML)
+    noisy(folder, student)
+    words = [file.read_text()[:200] for file in sorted(texts.iterdir())]
+    rows = [chat(words[i], words[i + 1], words[i + 2], words[i + 3]) for i in range(0, 396, 2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"tokens:{tmp_path / 'tokens'}"
+    assert run("tokenize", folder, "--data", tmp_path / "rows.jsonl", "-o", tmp_path / "tokens").exit_code == 0
+    world = World(open_model(folder), Recipe().with_overrides(data=data), 0, torch.device("cpu"), tmp_path / "none")
+    masks = {}
+    for loss_on in ("all", "assistant"):
+        blocks = world.blocks("distillation", "train", 32, loss_on)
+        batch = Batch.make(blocks, blocks.numbers(0, 0, 16), Ranks(torch.device("cpu")))
+        assert batch.kl_count == int(batch.mask_BT.sum())
+        masks[loss_on] = batch.mask_BT
+    assert bool((masks["all"] | ~masks["assistant"]).all())
+    assert 0.2 < masks["assistant"].float().mean() < 0.7 < masks["all"].float().mean()
+    log_p, log_q = (torch.log_softmax(final_hidden(m, batch.ids_BT) @ m.head.T, -1)
+                    for m in (Model.load(open_model(f), torch.device("cpu"), torch.float32) for f in (folder, student)))
+    kl_BT = (log_p.exp() * (log_p - log_q)).sum(-1)
+    args = ("--teacher", folder, "--data", data, "distillation.loss_on=assistant", "distillation.tokens=512",
+            "distillation.batch_tokens=512", "distillation.sequence_length=32", "calibration.sequence_length=32",
+            "evaluation.samples=2")
+    result = run("distill", student, *args, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])["kl"]
+    assert found == pytest.approx(float(kl_BT[masks["assistant"]].mean()), rel=1e-4)
+    assert abs(found - float(kl_BT[masks["all"]].mean())) > 1e-3 * found
+    (folder / "chat_template.jinja").write_text(MARKED)
+    changed = run("distill", student, *args, "-o", tmp_path / "new")
+    assert changed.exit_code == 2
+    assert "made with another tokenizer" in changed.stderr
+
+
+def noisy(folder: Path, target: Path) -> None:
+    """The model, with other weights of one layer."""
+    shutil.copytree(folder, target)
+    weights = load_file(target / "model.safetensors")
+    name = next(name for name in weights if name.endswith("out_proj.weight"))
+    save_file(weights | {name: weights[name] * 0.5}, target / "model.safetensors", metadata={"format": "pt"})

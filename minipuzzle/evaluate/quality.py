@@ -37,7 +37,7 @@ Quality = dict[str, Any]  # numbers by name, and lists of them by block
 
 class Reference:
     """The parent's final activations on the evaluation blocks, computed once for all models that
-    are measured one by one. They lie on the host; a GPU holds those of a batch. `stream_bytes`:
+    are measured one by one. They lie on the host in the parent's dtype; a GPU holds those of a batch. `stream_bytes`:
     memory for the streams of a parent that is read from disk, by default what is fastest.
 
     Several `ranks` share the blocks, equally many each, since a model in shards is read by all at
@@ -57,11 +57,14 @@ class Reference:
         self.ids = ids_NT.to(source.device)[[i % self.count for i in own]]
         self.head = source.head_rows(0, source.arch.vocab_size)
         whole, run = Whole(source), Pass(source, self.ids, memory_bytes=stream_bytes)
-        parts: list[torch.Tensor] = []
+        done = 0
         for ids in torch.split(self.ids, run.size(1)):
-            parts.append(walk(whole, [whole.variant()], ids)[0].cpu())
-            progress(sum(map(len, parts)))
-        self.hidden = torch.cat(parts)
+            found = walk(whole, [whole.variant()], ids)[0]
+            if not done:  # the plan counts one copy (Plan.reference_bytes)
+                self.hidden = torch.empty(len(self.ids), *found.shape[1:], dtype=found.dtype)
+            self.hidden[done : done + len(ids)] = found
+            done += len(ids)
+            progress(done)
 
     def quality(self) -> Quality:
         """The parent's own, as `measure` gives it."""

@@ -54,6 +54,7 @@ def needs(plan: Plan, stages: Iterable[Stage], device: Device, gpus: int) -> lis
         memory = training(plan, device, gpus)[1] if own.trains else {}
         gpu = sum(memory.values()) if own.trains else _pass_bytes(plan, device) if own.flops else 0
         host = plan.copy_bytes * min(gpus, PER_HOST) // gpus if own.trains else plan.layers_bytes
+        host += own.references * plan.reference_bytes * min(gpus, PER_HOST) // gpus
         phases = _phases(plan, speed) if own.trains and stage.name == "distill" else ()
         out.append(Need(stage.name, own.flops / speed + own.seconds, gpu, host, own.disk_bytes, memory, phases))
     return out
@@ -123,7 +124,7 @@ def _remedies(plan: Plan, gpus: int) -> Iterator[tuple[str, Plan, int]]:
 def remedy_here(plan: Plan) -> str:
     """The first setting with which the training fits on the plan's own device; empty if none does."""
     return next((words for words, other, number in _remedies(plan, 0) if number == 0
-                 and other.student_stage_bytes <= other.usable_bytes), "")
+                 and other.student_stage_bytes + other.on_host * other.reference_bytes <= other.usable_bytes), "")
 
 
 def lines(found: list[Need], device: Device, gpus: int, how: TrainSettings | None) -> list[str]:

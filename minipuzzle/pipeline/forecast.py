@@ -32,7 +32,8 @@ def estimates(plan: Plan, stages: Iterable[Stage]) -> dict[str, float]:
 def host_bytes(plan: Plan, stage: Stage) -> int:
     """At the stage's peak, on the device that it runs on."""
     own = stage.estimate(plan)
-    return max(own.memory_bytes, plan.resident_bytes) if plan.resident and own.flops else own.memory_bytes
+    needed = own.memory_bytes + plan.on_host * own.references * plan.reference_bytes
+    return max(needed, plan.resident_bytes) if plan.resident and own.flops else needed
 
 
 def check_disk(plan: Plan, stages: Iterable[Stage], folder: Path) -> None:
@@ -54,12 +55,15 @@ def check_memory(plan: Plan, stages: Iterable[Stage], device: torch.device) -> N
     Raises:
         ResourceError: too little.
     """
-    needed = max(stage.estimate(plan).memory_bytes for stage in stages)
-    host = 0 if plan.on_host else plan.copy_bytes
+    made = [stage.estimate(plan) for stage in stages]
+    kept = plan.reference_bytes * max(own.references for own in made)
+    needed = max(own.memory_bytes + plan.on_host * own.references * plan.reference_bytes for own in made)
+    host = 0 if plan.on_host else plan.copy_bytes + kept
     if host > machine_memory():
-        raise ResourceError(f"the host has {human_bytes(machine_memory())} for each process, the copy of the student "
-                            f"that is written while it trains needs {human_bytes(host)}; use more processes, or a "
-                            "machine with more memory")
+        raise ResourceError(f"the host has {human_bytes(machine_memory())} for each process; the copy of the student "
+                            f"that is written while it trains and the parent's activations on "
+                            f"{plan.recipe.evaluation.samples} held-out blocks need {human_bytes(host)}; use more "
+                            "processes, fewer evaluation.samples, or a machine with more memory")
     if plan.usable_bytes >= needed:
         return
     if not plan.feasible:
@@ -70,6 +74,7 @@ def check_memory(plan: Plan, stages: Iterable[Stage], device: torch.device) -> N
     what = (f"the parent, and a student with its gradient and moments{written} in float32" if trains else
             "a student in float32")
     refit = f", {human_bytes(plan.refit_bytes)} of it to refit" if plan.refit_bytes else ""
+    refit += f", {human_bytes(kept)} of it for held-out activations (evaluation.samples)" if kept > needed / 4 else ""
     less = "; --set distillation.tokens=0 prunes only, and reads the parent layer by layer" if trains else ""
     fits = f"; it fits with --set {words}" if trains and (words := remedy_here(plan)) else less
     raise ResourceError(f"{device} has {human_bytes(plan.usable_bytes)} to use, the run needs about "

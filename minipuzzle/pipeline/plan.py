@@ -58,13 +58,15 @@ def longest_sequence(settings: Recipe) -> int:
 @dataclass(frozen=True)
 class Estimate:
     """What a stage is thought to take. seconds: apart from its FLOPs; memory_bytes: at its peak,
-    where the parent is read layer by layer; disk_bytes: of what it leaves. trains: students."""
+    where the parent is read layer by layer; disk_bytes: of what it leaves. trains: students.
+    references: on how many parts of the held-out blocks it keeps a model's activations."""
 
     flops: float = 0.0
     trains: bool = False
     seconds: float = 0.5
     memory_bytes: int = 0
     disk_bytes: int = 0
+    references: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,12 @@ class Plan:
         return 12 * self.largest.parameters // self.processes if trained else 0
 
     @property
+    def reference_bytes(self) -> int:
+        """Of the host: a model's last activations on one part of the held-out blocks."""
+        blocks = -(-self.recipe.evaluation.samples // self.processes)
+        return self.weight_bytes * blocks * self.recipe.calibration.sequence_length * self.parent.hidden_size
+
+    @property
     def student_stage_bytes(self) -> int:
         """Of a stage that makes students: a training step, or the students and what is read of the parent; a
         refit."""
@@ -213,7 +221,7 @@ class Plan:
     def resident_bytes(self) -> int:
         """Of the parent in memory, and of what is made beside it."""
         return (self.weight_bytes * self.parent_cost.parameters + self.teacher_bytes + self.students_bytes
-                + self.refit_bytes)
+                + self.refit_bytes + self.on_host * self.reference_bytes)
 
     @property
     def resident(self) -> bool:

@@ -195,12 +195,13 @@ def _distill_estimate(plan: Plan) -> Estimate:
     d = plan.recipe.distillation
     return Estimate(training_flops(plan, min(d.tournament_tokens, d.tokens), d.tokens, EVALUATIONS),
                     trains=d.tokens > 0, memory_bytes=plan.student_stage_bytes,
-                    disk_bytes=plan.state_bytes)
+                    disk_bytes=plan.state_bytes, references=1)
 
 
 def _export_estimate(plan: Plan) -> Estimate:
     return Estimate((3.0 * plan.held_out_tokens + 2 * plan.retrieval_tokens) * plan.parent_flops, seconds=15.0,
-                    memory_bytes=plan.student_stage_bytes, disk_bytes=8 * plan.largest.parameters)
+                    memory_bytes=plan.student_stage_bytes, disk_bytes=8 * plan.largest.parameters,
+                    references=2 if plan.processes > 1 else 1)  # the result's too, when all share it
 
 
 _BEFORE = ("score", "curves", "search", "measure", "tournament")

@@ -168,7 +168,8 @@ def _estimate(plan: Plan) -> Estimate:
     flops = 2.0 * tokens * plan.largest.flops_per_token
     flops += training_flops(plan, 0, plan.recipe.quantization.distill, EVALUATIONS)
     parameters = plan.largest.parameters
-    return Estimate(flops, seconds=20.0, memory_bytes=8 * parameters, disk_bytes=6 * parameters)
+    return Estimate(flops, seconds=20.0, memory_bytes=8 * parameters, disk_bytes=6 * parameters,
+                    references=1)
 
 
 QUANTIZE = Stage(

@@ -148,7 +148,7 @@ def _tournament_estimate(plan: Plan) -> Estimate:
     flops = (shares * training_flops(plan, 0, min(d.tournament_tokens, d.tokens), looks=0)
              + plan.finalists * (training_flops(plan, 0, 0, looks=3) + refit_flops(plan)))
     return Estimate(flops, trains=flops > 0, memory_bytes=plan.student_stage_bytes,
-                    disk_bytes=plan.state_bytes * plan.finalists)
+                    disk_bytes=plan.state_bytes * plan.finalists, references=1)
 
 
 TOURNAMENT = Stage(

@@ -6,8 +6,8 @@ limit"). They are compared with those of the student in memory, rounded as it is
 old or untrained weights cannot pass; and with those of this engine on the folder, which every
 number of the report is measured with.
 
-A sample is 2 x 320 tokens, past the end of transformers' second chunk of 128, and 64 places of it:
-at a vocabulary of 131,072 their logits are 67 MB.
+It takes 512 tokens, of one block or of two: at least two of transformers' chunks of 128; and 64 places
+of each, whose logits at a vocabulary of 131,072 are at most 67 MB.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from minipuzzle.models.weights import open_model
 from minipuzzle.surgery.fresh_process import transformers_logits
 
 TOLERANCE = 1e-4
-SAMPLES, TOKENS, PLACES = 2, 320, 64
+TOKENS, PLACES = 512, 64
 
 
 @torch.no_grad()
 def sample_logits(family: Family, arch: Architecture, weights: Iterable[tuple[str, torch.Tensor]],
                   ids_BT: torch.Tensor) -> torch.Tensor:
-    """What the gate compares of a model, [2, 64, V]: in float32 on the CPU, as the fresh process
+    """What the gate compares of a model, [blocks, 64, V]: in float32 on the CPU, as the fresh process
     computes.
 
     `weights`: (name on disk, tensor), in the dtypes that they are written in, those outside the
@@ -51,9 +51,9 @@ def sample_logits(family: Family, arch: Architecture, weights: Iterable[tuple[st
 
 
 def _sample(ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the ids, up to 64 places from the first token to the last)"""
-    ids = ids_BT[:SAMPLES, :TOKENS].cpu()
-    length = ids.shape[1]
+    """(the ids of up to two blocks, up to 64 places from the first token to the last)"""
+    length = min(ids_BT.shape[1], TOKENS)
+    ids = ids_BT[: min(2, TOKENS // length), :length].cpu()
     return ids, torch.linspace(0, length - 1, min(length, PLACES)).round().long()
 
 

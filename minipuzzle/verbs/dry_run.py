@@ -109,7 +109,8 @@ def _here(plan: Plan, stages: Sequence[Stage]) -> tuple[list[cluster.Need], list
     seconds, found, more = estimates(plan, stages), [], []
     for stage in stages:
         need, size = stage.estimate(plan), host_bytes(plan, stage)
-        on_gpu, on_host = (0, size) if plan.on_host else (size, plan.copy_bytes if need.trains else 0)
+        on_gpu, on_host = (0, size) if plan.on_host else (
+            size, need.trains * plan.copy_bytes + need.references * plan.reference_bytes)
         memory = dict[str, int]()
         if need.trains and plan.feasible:
             how, memory = plan.training()
