@@ -403,7 +403,8 @@ def test_the_plan_counts_a_refit(model_folder: Path, texts: Path, monkeypatch: p
     assert estimates(with_it, STAGES)["tournament"] > estimates(without, STAGES)["tournament"]
     least = dataclasses.replace(without, memory_bytes=2**20)
     assert least.student_stage_bytes > 4 * (with_it.parent_cost.parameters + 4 * with_it.largest.parameters)
-    with_it, without = (dataclasses.replace(p, memory_bytes=least.student_stage_bytes + 10) for p in (with_it, without))
+    enough = least.student_stage_bytes + least.reference_bytes + 10
+    with_it, without = (dataclasses.replace(p, memory_bytes=enough) for p in (with_it, without))
     check_memory(without, STAGES, torch.device("cpu"))
     with pytest.raises(ResourceError, match="to refit; use a machine with more memory"):
         check_memory(with_it, STAGES, torch.device("cpu"))
