@@ -83,13 +83,13 @@ STEPS: dict[str, Step] = {
     "prefill": Step("generate:prefill", 70, FASTEST),
     "decode": Step("generate:decode", 40, FASTEST),
     "plan": Step("training:plan", 90, FASTEST),
-    "variants": Step("training:variants", 130, FASTEST),
-    "score": Step("large:score", 65, FASTEST),
+    "variants": Step("training:variants", 115, FASTEST),
+    "score": Step("large:score", 60, FASTEST),
     "stream": Step("large:stream", 75, ONE),
     "big": Step("large:big", 70, FASTEST),
-    "moe": Step("large:moe", 25, ONE),
+    "moe": Step("large:moe", 35, ONE),
     "fp8": Step("training:fp8", 40, FASTEST),
-    "nccl": Step("training:nccl", 30, ONE),
+    "nccl": Step("training:nccl", 40, ONE),
 }
 # Each fits into one call, and its files into one folder: --steps SET
 SETS = {

@@ -130,8 +130,8 @@ def big(run: Run) -> None:
 
 
 def moe(run: Run) -> None:
-    """A layer with experts of Nemotron 3 Nano in bf16: its grouped products against float64 on the
-    CPU, then its speed forward and backward."""
+    """A layer with experts of Nemotron 3 Nano in bf16: its grouped products against float64,
+    then its speed forward and backward."""
     arch = shape_of("nemotron-3-nano-30b-a3b", run.tiny)
     layer = arch.pattern.index("E")
     made = random_weights(arch, torch.device(run.device), 0, layer)
@@ -140,9 +140,10 @@ def moe(run: Run) -> None:
     few, many = (1, 32), (1, 64 if run.tiny else LENGTH)
     x = torch.randn(*few, arch.hidden_size, generator=gen, device=run.device).bfloat16()
     with torch.no_grad():
-        found = moe_layer(arch, weights, x, None).cpu().double()
-        wide = {n: t.cpu().double() for n, t in weights.items()}
-        exact = moe_layer(arch, wide, x.cpu().double(), None)
+        found = moe_layer(arch, weights, x, None).double()
+        wide = {n: t.double() for n, t in weights.items()}
+        exact = moe_layer(arch, wide, x.double(), None)
+        del wide
     error = float((found - exact).norm() / exact.norm())
     x = torch.randn(*many, arch.hidden_size, generator=gen, device=run.device).bfloat16()
     leaves = {n: t.clone().requires_grad_("correction" not in n) for n, t in weights.items()}

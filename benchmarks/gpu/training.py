@@ -8,6 +8,7 @@ layers of both, so that every variant fits. All are steps of train.py.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +74,9 @@ def variants(run: Run) -> None:
     big, small = (shape_of(name, run.tiny, LAYERS) for name in (TEACHER, STUDENT))
     plain = TrainSettings(10**9, length, 1e-4, precision="bf16")
     found: dict[str, Any] = {}
-    usable = kernels.usable
+    usable, compiler = kernels.usable, torch.compile
+    if run.tiny:  # captured and run as it is: seconds, not minutes of a C++ compiler
+        torch.compile = partial(compiler, backend="aot_eager")
     for name, settings in {
         "plain": plain, "checkpointing": replace(plain, activation_checkpointing=True),
         "without the fused block": plain, "8-bit moments": replace(plain, optimizer="adamw8bit"),
@@ -93,6 +96,7 @@ def variants(run: Run) -> None:
         finally:
             kernels.usable = usable
         run.put(layers=LAYERS, variants=found)
+    torch.compile = compiler
     compare_losses(run, found, "plain")
 
 
