@@ -22,6 +22,7 @@ from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.teacher import LiveTeacher
 from minipuzzle.distill.trained import load_best
 from minipuzzle.distill.trainer import Diverged, Pupil
+from minipuzzle.evaluate.quality import Reference
 from minipuzzle.models.walk import Model
 from minipuzzle.pipeline.plan import Estimate, Plan
 from minipuzzle.pipeline.stage import Given, Stage
@@ -113,6 +114,7 @@ class _Training:
     tokens: int
     done: int = 0
     teacher: Model | LiveTeacher | None = None
+    reference: Reference | None = None
 
     def to(self, finalists: list[Candidate], marks: list[int], step_tokens: int) -> dict[str, Looked]:
         """Train them to the last of `marks` (steps). What the look there found, by name; nothing of
@@ -124,12 +126,13 @@ class _Training:
             for folder in folders.values() if given.ranks.main else ():
                 forget_damaged_training(given, folder, marks)
         diverged = set[str]()
-        reference = given.reference(given.selection_ids())
-        reference.by_block = True
+        if self.reference is None:
+            self.reference = given.reference(given.selection_ids())
+            self.reference.by_block = True
         for i in range(0, len(finalists), given.parent.memory.students):
             group = finalists[i : i + given.parent.memory.students]
             pupils = [Pupil(student_of(given, c, given.key, self.how), folders[c.name], c.kept_layers,
-                            partial(look, given, c, reference)) for c in group]
+                            partial(look, given, c, self.reference)) for c in group]
             part = len(group) / self.tokens
             say = say_training(given, "best", self.done / self.tokens - begin * step_tokens * part, part)
             with contextlib.suppress(Diverged):  # all of them: each says so
