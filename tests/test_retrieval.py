@@ -141,7 +141,9 @@ def test_the_report_shows_what_is_found_again_and_by_which_layers(run: Run) -> N
     assert [row["model"] for row in rows] == ["parent", "pruned, not trained", "result"]
     assert "What is found again in the context" in page
     assert rows[0]["copy, right"] in page
-    assert "3 (attention) " in facts.retrieval_note(Report.read(run.report))
+    note = facts.retrieval_note(Report.read(run.report))
+    assert "3 (attention) " in note
+    assert note.endswith("The search kept 3 (search.keep_retrieval).")
 
 
 def test_keep_retrieval_changes_what_may_go(run: Run) -> None:

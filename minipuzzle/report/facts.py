@@ -356,7 +356,9 @@ def retrieval_note(report: Report) -> str:
             f"{', gone' if kept is not None and row['layer'] not in kept else ''}) "
             f"{_with_error(row, 'retrieval_lost', percent)}"
             for row in sorted(lost, key=lambda row: -float(row["retrieval_lost"]))[:5]]
-    return text + f"The share of the parent's right answers that is lost without one layer: {', '.join(some)}."
+    held = ", ".join(map(str, report.scores.kept_for_retrieval))
+    return (text + f"The share of the parent's right answers that is lost without one layer: {', '.join(some)}."
+            + (f" The search kept {held} (search.keep_retrieval)." if held else ""))
 
 
 def task_rows(report: Report) -> list[dict[str, Any]]:

@@ -132,6 +132,7 @@ class Scores(Part):
     curves: Rows = []
     widths: Rows = []
     kept_importance: dict[str, float | None] = {}
+    kept_for_retrieval: list[int] = []  # by search.keep_retrieval
 
 
 class Search(Part):

@@ -32,6 +32,7 @@ from minipuzzle.recipes.schema import Recipe
 from minipuzzle.report.card import model_card
 from minipuzzle.report.report import Report
 from minipuzzle.search.candidate import Candidate
+from minipuzzle.search.keep import LOST, carriers, wants_retrieval
 from minipuzzle.search.rank import rank_correlation
 from minipuzzle.stages.candidates import AGAIN, read_candidates, read_controls, read_moves, read_tournament
 from minipuzzle.stages.notes import kernel_notes, mtp_note, parent_notes, unreached_note
@@ -198,7 +199,15 @@ def _scores(given: Given, chosen: Candidate) -> dict[str, Any]:
     layers = LayerScores.read(given.file("scores/layers.csv"))
     curves = WidthCurves.read(given.file("scores/width_curves.csv"))
     return {"metric": recipe.scores.layer_metric, "layers": records(layers.table), "curves": records(curves.table),
-            "scoring": _scoring(given)} | width_shares(cutter_of(given).turned, arch, chosen)
+            "scoring": _scoring(given), "kept_for_retrieval": _kept(given, layers),
+            } | width_shares(cutter_of(given).turned, arch, chosen)
+
+
+def _kept(given: Given, layers: LayerScores) -> list[int]:
+    """Layers that the search could not drop."""
+    s = given.asked
+    wants = wants_retrieval(s.search.keep_retrieval, s.workload.context) and LOST in layers.table.columns
+    return carriers(given.parent.arch, layers) if wants else []
 
 
 def _scoring(given: Given) -> dict[str, Any]:
