@@ -148,7 +148,7 @@ print(json.dumps({"modules": len(names), "verbs": list(main.commands), "examples
     assert found["modules"] >= 20
     assert set(found["verbs"]) == {"prune", "inspect", "fit", "devices", "score", "search", "evaluate",
                                    "distill", "quantize", "report", "recipes", "doctor", "tokenize", "push"}
-    assert len(found["examples"]) == 14
+    assert len(found["examples"]) == 15
     for verb, text in zip(["", *found["verbs"]], found["examples"], strict=True):
         assert f"minipuzzle {verb}".strip() in text, f"the help of {verb} has no example"
 
