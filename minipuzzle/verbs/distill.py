@@ -81,13 +81,12 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
     check_training(d.precision, d.optimizer, d.compile, find_device(device))
     tracker = open_tracker(track, output_dir)
     _check_alone(recipe, big, reads=SECTIONS)
-    ranks, run = open_run(output_dir, find_device(device))
-    world = World(big, recipe, seed, ranks.device, output_dir / "tokens", command=command)
-    runner = Runner((tokenize_stage(SECTIONS), ALONE), recipe, world, run, ranks,
-                    reporter if ranks.main else Reporter())
-    given, what = runner.given(ALONE, lambda done, note: None), _inputs(runner, small)
-    state = run.path / "distillation" / digest(what)
-    try:
+    with open_run(output_dir, find_device(device)) as (ranks, run):
+        world = World(big, recipe, seed, ranks.device, output_dir / "tokens", command=command)
+        runner = Runner((tokenize_stage(SECTIONS), ALONE), recipe, world, run, ranks,
+                        reporter if ranks.main else Reporter())
+        given, what = runner.given(ALONE, lambda done, note: None), _inputs(runner, small)
+        state = run.path / "distillation" / digest(what)
         _begin(runner, what, cache_teacher is not None, redo)
         blocks, settings = training_blocks(given), train_settings(given, [small.arch])
         selection_ids, final_ids = given.selection_ids(), given.final_ids()
@@ -131,12 +130,6 @@ def distill(student: str | Path, teacher: str | Path, recipe: Recipe, output_dir
                      "exported": exported, "alerts": report.alerts, "warnings": report.warnings,
                      "skipped": done.skipped, "processes": ranks.size}
         return dict(ranks.broadcast(found))
-    except InputError:
-        run.discard_unused()
-        raise
-    finally:
-        run.close()
-        ranks.close()
 
 
 def _check(recipe: Recipe, small: ModelFolder, big: ModelFolder, layers: tuple[int, ...], cached: bool) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minipuzzle.core.environment import world_size
 from minipuzzle.core.errors import InputError
-from minipuzzle.core.rundir import RunDir
 from minipuzzle.data.corpus import check_sources
 from minipuzzle.evaluate.quality import Reference, check_finite, measure
 from minipuzzle.evaluate.retrieval import make_probe, measure_models
@@ -21,10 +19,8 @@ from minipuzzle.models.walk import Model
 from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline.machine import find_device
 from minipuzzle.pipeline.progress import Reporter
-from minipuzzle.pipeline.stage import Runner
-from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
-from minipuzzle.stages.tokens import tokenize_stage
+from minipuzzle.verbs.folder import scratch_world
 from minipuzzle.verbs.source import find_model
 
 
@@ -50,12 +46,9 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
     data = (recipe.evaluation.samples, recipe.calibration.sequence_length)
     check_sources(recipe.evaluation.data)
     ranks = Ranks(find_device(device))
-    with tempfile.TemporaryDirectory() as scratch:
-        world = World(folder, recipe, 0, ranks.device, Path(scratch) / "tokens")
-        tokens = tokenize_stage(("evaluation",))
-        reporter.start({"tokenize": 5.0, "measure": 30.0, "retrieval": 10.0} | ({"latency": 30.0} if speed else {})
-                       | ({"tasks": 300.0} if task_names else {}))
-        Runner([tokens], recipe, world, RunDir(Path(scratch), hold=False), ranks, reporter).make()
+    reporter.start({"tokenize": 5.0, "measure": 30.0, "retrieval": 10.0} | ({"latency": 30.0} if speed else {})
+                   | ({"tasks": 300.0} if task_names else {}))
+    with scratch_world(folder, recipe, ranks, ("evaluation",), reporter) as world:
         final_NT = world.held_out_ids(*data)[1]
         source = world.parent.source if teacher is None else Model.load(other, ranks.device, world.dtype)
         with reporter.stage("measure", 2 * len(final_NT)) as update:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minipuzzle.core.errors import InputError
-from minipuzzle.core.files import write_sealed
+import torch
+
+from minipuzzle.core.errors import InputError, UnsupportedModel
+from minipuzzle.core.files import machine_errors, write_sealed
 from minipuzzle.core.rundir import RunDir, digest, read_about
 from minipuzzle.data.tokenizer import tokenizer_hash
 from minipuzzle.distill.loss import loss_kernel
@@ -17,12 +22,15 @@ from minipuzzle.families.kernels import used_by
 from minipuzzle.models.ranks import Ranks, open_ranks
 from minipuzzle.models.weights import ModelFolder, open_model
 from minipuzzle.pipeline.machine import versions
+from minipuzzle.pipeline.progress import Reporter
 from minipuzzle.pipeline.stage import Runner
+from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import SEARCHED, Recipe
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.stages.candidates import read_candidates
 from minipuzzle.stages.order import stages_of
 from minipuzzle.stages.scoring import CURVES, SCORE
+from minipuzzle.stages.tokens import tokenize_stage
 from minipuzzle.verbs.search import searched, slug
 from minipuzzle.verbs.source import bundled_model, find_model, recipe_of
 
@@ -177,12 +185,36 @@ def reopen(run: str | Path | None, given: list[str]) -> tuple[str, Recipe, Path,
     return str(model), recipe, path, seed if type(seed) is int and seed >= 0 else 0
 
 
-def open_run(path: Path, device: Any) -> tuple[Ranks, RunDir]:
-    """(the processes that torchrun started, the run directory), held by the main one of them."""
+@contextmanager
+def open_run(path: Path, device: torch.device) -> Iterator[tuple[Ranks, RunDir]]:
+    """(the processes that torchrun started, the run directory), held by the main one of them until
+    the block ends. A request that is refused leaves no folder behind; errors of the machine become
+    ours."""
     ranks = open_ranks(device)
-    run = RunDir(path) if ranks.main else None
+    held = RunDir(path) if ranks.main else None
     ranks.barrier()  # the folder is there
-    return ranks, run or RunDir(path, hold=False)
+    run = held or RunDir(path, hold=False)
+    try:
+        with machine_errors(path):
+            yield ranks, run
+    except (InputError, UnsupportedModel):
+        run.discard_unused()
+        raise
+    finally:
+        run.close()
+        ranks.close()
+
+
+@contextmanager
+def scratch_world(folder: ModelFolder, recipe: Recipe, ranks: Ranks, reads: tuple[str, ...],
+                  reporter: Reporter) -> Iterator[World]:
+    """For a verb that leaves no run directory: the tokens of the sections that it `reads` are made
+    in a folder that goes when the block ends."""
+    with tempfile.TemporaryDirectory() as scratch:
+        world = World(folder, recipe, 0, ranks.device, Path(scratch) / "tokens")
+        stages = [tokenize_stage(reads)] if reads else []
+        Runner(stages, recipe, world, RunDir(Path(scratch), hold=False), ranks, reporter).make()
+        yield world
 
 
 def write_about(runner: Runner, **more: Any) -> None:

@@ -3,7 +3,6 @@ continues where it stopped."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 
 from minipuzzle.core.errors import InputError
-from minipuzzle.core.rundir import RunDir
 from minipuzzle.core.scores import LayerScores, WidthScores
 from minipuzzle.data.corpus import check_sources
 from minipuzzle.importance import layers, widths
@@ -21,11 +19,9 @@ from minipuzzle.models.walk import Source
 from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline.machine import find_device
 from minipuzzle.pipeline.progress import Reporter, Terminal
-from minipuzzle.pipeline.stage import Runner
-from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
-from minipuzzle.stages.tokens import tokenize_stage
 from minipuzzle.verbs.distill import distill
+from minipuzzle.verbs.folder import scratch_world
 from minipuzzle.verbs.source import find_model, recipe_of, result_of
 
 Model = str | Path | Source
@@ -86,11 +82,7 @@ def _opened(model: Model, data: Data, samples: int, sequence_length: int,
         check_sources(str(data))
         values["calibration.data"] = str(data)
     recipe = Recipe().with_overrides(settings=values)
-    with tempfile.TemporaryDirectory() as scratch:
-        world = World(folder, recipe, 0, ranks.device, Path(scratch) / "tokens")
-        if isinstance(data, torch.Tensor):
-            yield world.parent.source, data.to(ranks.device)
-            return
-        Runner([tokenize_stage(("calibration",))], recipe, world, RunDir(Path(scratch), hold=False), ranks,
-               Reporter()).make()
-        yield world.parent.source, world.calibration_ids(samples, sequence_length)
+    given = isinstance(data, torch.Tensor)
+    with scratch_world(folder, recipe, ranks, () if given else ("calibration",), Reporter()) as world:
+        yield world.parent.source, (data.to(ranks.device) if isinstance(data, torch.Tensor)
+                                    else world.calibration_ids(samples, sequence_length))

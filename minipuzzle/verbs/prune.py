@@ -12,7 +12,7 @@ import torch
 
 from minipuzzle.core import environment
 from minipuzzle.core.errors import InputError
-from minipuzzle.core.files import machine_errors, read_json, restore_folder, write_atomic, write_json
+from minipuzzle.core.files import read_json, restore_folder, write_atomic, write_json
 from minipuzzle.distill.precision import check_training
 from minipuzzle.evaluate.served import check_tasks
 from minipuzzle.models.weights import ModelFolder, open_model
@@ -82,38 +82,30 @@ def prune(model: str | Path | None = None, recipe: Recipe | str | Path | None = 
     folder, other, plan, where = prepare(model, asked or recipe, device, memory_bytes, teacher)
     path = Path(output_dir) if output_dir else default_output(folder, recipe, seed, other)
     check_machine(plan, path, where)
-    ranks, run = open_run(path, where)
-    try:
-        with machine_errors(path):
-            with ranks.together():
-                if fresh and ranks.main:
-                    run.clear()
-            world = World(folder, recipe, seed, ranks.device, path / "tokens", plan.memory, chosen, asked, command,
-                          other)
-            with ranks.together():
-                result = run if chosen is None else candidate_folder(run, chosen.name)
-            stages = stages_of(recipe)
-            runner = Runner(stages, recipe, world, run, ranks, (reporter or Terminal()) if ranks.main else Reporter(),
-                            dict.fromkeys(RESULT, result))
-            runner.redo = redo
-            with ranks.together():
-                if ranks.main:
-                    runner.refuse_changes(redo)
-                    if scores is not None:
-                        take_scores(runner, scores)
-                    restore_folder(result.path / "model")
-            runner.reporter.start(estimates(plan, stages))
-            runner.make(lambda: write_about(runner))
-            with ranks.together():
-                if ranks.main:
-                    return write_results(runner)
-            return Run.open(result.path)
-    except InputError:
-        run.discard_unused()
-        raise
-    finally:
-        run.close()
-        ranks.close()
+    with open_run(path, where) as (ranks, run):
+        with ranks.together():
+            if fresh and ranks.main:
+                run.clear()
+        world = World(folder, recipe, seed, ranks.device, path / "tokens", plan.memory, chosen, asked,
+                      command, other)
+        with ranks.together():
+            result = run if chosen is None else candidate_folder(run, chosen.name)
+        stages = stages_of(recipe)
+        runner = Runner(stages, recipe, world, run, ranks, (reporter or Terminal()) if ranks.main else Reporter(),
+                        dict.fromkeys(RESULT, result))
+        runner.redo = redo
+        with ranks.together():
+            if ranks.main:
+                runner.refuse_changes(redo)
+                if scores is not None:
+                    take_scores(runner, scores)
+                restore_folder(result.path / "model")
+        runner.reporter.start(estimates(plan, stages))
+        runner.make(lambda: write_about(runner))
+        with ranks.together():
+            if ranks.main:
+                return write_results(runner)
+        return Run.open(result.path)
 
 
 def prepare(model: str | Path | None, recipe: Recipe, device: str = "cpu",

@@ -7,10 +7,8 @@ from typing import Any
 
 from minipuzzle.core.environment import world_size
 from minipuzzle.core.errors import InputError
-from minipuzzle.core.files import machine_errors, read_json
-from minipuzzle.core.rundir import RunDir
+from minipuzzle.core.files import read_json
 from minipuzzle.data.corpus import check_sources
-from minipuzzle.models.ranks import Ranks
 from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline.machine import find_device
 from minipuzzle.pipeline.progress import Reporter
@@ -19,7 +17,7 @@ from minipuzzle.pipeline.world import World
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.stages.quantizing import SECTIONS, check, plan_for, quantise
 from minipuzzle.stages.tokens import tokenize_stage
-from minipuzzle.verbs.folder import write_about
+from minipuzzle.verbs.folder import open_run, write_about
 from minipuzzle.verbs.source import find_model, result_of
 
 
@@ -46,22 +44,15 @@ def quantize(model: str | Path, recipe: Recipe, output_dir: Path, seed: int = 0,
     world_reads = ("model", "tokenizer", "seed", "precision", *(f"{section}.data" for section in reads))
     stage = Stage("quantize", _run, settings=SECTIONS if recipe.quantization.distill else SECTIONS[:-1],
                   world=world_reads, after=("tokenize",))
-    run = RunDir(output_dir)
-    try:
-        with machine_errors(output_dir):
-            world = World(folder, recipe, seed, where, output_dir / "tokens", command=command)
-            runner = Runner((tokens, stage), recipe, world, run, Ranks(where), reporter or Reporter())
-            if recipe.quantization.precision is not None:  # what cannot be is known now
-                plan_for(runner.given(stage, lambda done, note: None), folder)
-            runner.refuse_changes(redo, fresh="")
-            runner.reporter.start({"tokenize": 5.0, "quantize": 30.0})
-            runner.make(lambda: write_about(runner))
-            return dict(read_json(output_dir / "quantization.json", hint="--redo makes it again"))
-    except BaseException:
-        run.discard_unused()
-        raise
-    finally:
-        run.close()
+    with open_run(output_dir, where) as (ranks, run):
+        world = World(folder, recipe, seed, where, output_dir / "tokens", command=command)
+        runner = Runner((tokens, stage), recipe, world, run, ranks, reporter or Reporter())
+        if recipe.quantization.precision is not None:  # what cannot be is known now
+            plan_for(runner.given(stage, lambda done, note: None), folder)
+        runner.refuse_changes(redo, fresh="")
+        runner.reporter.start({"tokenize": 5.0, "quantize": 30.0})
+        runner.make(lambda: write_about(runner))
+        return dict(read_json(output_dir / "quantization.json", hint="--redo makes it again"))
 
 
 def _run(given: Given) -> list[Path]:

@@ -7,8 +7,6 @@ from pathlib import Path
 import pandas as pd
 
 from minipuzzle.core import environment
-from minipuzzle.core.errors import InputError
-from minipuzzle.core.files import machine_errors
 from minipuzzle.core.scores import LayerScores
 from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline.forecast import check_memory, estimates
@@ -40,22 +38,13 @@ def score(model: str | Path, recipe: Recipe, output_dir: Path | None, seed: int,
     stages = (tokenize_stage(("calibration",)), SCORE, CURVES)
     check_memory(plan, stages, where)
     path = output_dir or default_output(folder, recipe, seed)
-    ranks, run = open_run(path, where)
-    world = World(folder, recipe, seed, ranks.device, path / "tokens", plan.memory, command=command)
-    runner = Runner(stages, recipe, world, run, ranks,
-                    reporter if ranks.main else Reporter())
-    try:
-        with machine_errors(path):
-            if ranks.main:
-                runner.refuse_changes(redo, fresh="")
-            ranks.barrier()
-            runner.reporter.start(estimates(plan, stages))
-            runner.reporter.say(plan.passes())
-            runner.make(lambda: write_about(runner))
-    except InputError:
-        run.discard_unused()
-        raise
-    finally:
-        run.close()
-        ranks.close()
+    with open_run(path, where) as (ranks, run):
+        world = World(folder, recipe, seed, ranks.device, path / "tokens", plan.memory, command=command)
+        runner = Runner(stages, recipe, world, run, ranks, reporter if ranks.main else Reporter())
+        if ranks.main:
+            runner.refuse_changes(redo, fresh="")
+        ranks.barrier()
+        runner.reporter.start(estimates(plan, stages))
+        runner.reporter.say(plan.passes())
+        runner.make(lambda: write_about(runner))
     return path / "scores", LayerScores.read(path / "scores" / "layers.csv").table
