@@ -43,7 +43,7 @@ def compare(folder: Path, work: Path) -> dict[str, Any]:
     for kind in gguf.TYPES:
         begin, file = time.perf_counter(), work / f"{kind}.gguf"
         gguf.convert(folder, file, kind)
-        said = gguf.score(file, ids.tolist())
+        said = gguf.log_probabilities(file, ids.tolist())
         theirs, last = (torch.tensor(said[name], dtype=torch.float64) for name in ("tokens", "last"))
         out[kind] = {"bytes": file.stat().st_size, "perplexity": math.exp(-theirs.mean()),
                      "largest_difference": float((ours - theirs).abs().max()),

@@ -62,12 +62,12 @@ CONFIG = {
 }
 
 
-def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def train_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     if not (folder / "tokenizer.json").is_file():
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=ARCHITECTURE.vocab_size, special_tokens=[END], show_progress=False,
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], show_progress=False,
                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
         bpe.train_from_iterator((text for name, text in documents("stdlib") if not is_held_out(name)), trainer)
         PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END,
@@ -76,6 +76,7 @@ def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def initial_weights(arch: Architecture) -> dict[str, torch.Tensor]:
+    """Mamba-2 as its authors do: dt log-uniform in [0.001, 0.1], A uniform in [1, 16]."""
     gen = torch.Generator().manual_seed(SEED)
     out = {}
     for name, shape in arch.shapes().items():
@@ -87,14 +88,14 @@ def initial_weights(arch: Architecture) -> dict[str, torch.Tensor]:
             out[name] = dt + torch.log(-torch.expm1(-dt))  # softplus(dt_bias) = dt
         elif leaf == "D" or "norm" in name:
             out[name] = torch.ones(shape)
-        elif leaf == "conv1d.bias":
+        elif leaf in ("conv1d.bias", "gate.e_score_correction_bias"):
             out[name] = torch.zeros(shape)
         elif leaf == "conv1d.weight":
             out[name] = torch.empty(shape).uniform_(-0.5, 0.5, generator=gen)
         elif "embeddings" in name or "lm_head" in name:
             out[name] = torch.empty(shape).normal_(std=0.02, generator=gen)
         else:
-            std = 1 / math.sqrt(shape[1])
+            std = 1 / math.sqrt(shape[-1])
             if any(part in leaf for part in ("out_proj", "o_proj", "down_proj")):
                 std /= math.sqrt(arch.num_layers)
             out[name] = torch.empty(shape).normal_(std=std, generator=gen)
@@ -131,7 +132,7 @@ def held_out_loss(model: HybridLM, ids: torch.Tensor) -> float:
 
 
 def train(work: Path, tokens: int, muon_lr: float, adam_lr: float, stop_after: int | None) -> None:
-    tokenizer = train_tokenizer(work / "tokenizer")
+    tokenizer = train_tokenizer(work / "tokenizer", ARCHITECTURE.vocab_size)
     tokenize("stdlib", tokenizer, work / "tokens", "bundled")
     blocks = load_blocks(work / "tokens", "train", SEQUENCE_LENGTH)
     held = load_blocks(work / "tokens", "held_out", SEQUENCE_LENGTH)

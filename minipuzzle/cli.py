@@ -22,7 +22,7 @@ from minipuzzle._version import __version__
 from minipuzzle.core import environment, interrupt
 from minipuzzle.core.budget import MOST_SERVED, human_bytes, parse_quantity
 from minipuzzle.core.errors import CorruptArtifact, InputError, MinipuzzleError
-from minipuzzle.core.files import CANDIDATES_BYTES, machine_errors, our_error, parse_yaml, read_json, reading
+from minipuzzle.core.files import CANDIDATES_BYTES, our_error, parse_yaml, read_json, reading
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -604,11 +604,11 @@ def evaluate(model: str, teacher: str | None, latency: bool, tasks: str | None, 
                            Terminal())
     paired = {f"{'' if k.startswith('loss') else 'paired_'}{k}": v for k, v in (data.get("paired") or {}).items()}
     tested = ((data.get("tasks") or {}).get("results") or {}).items()
-    scores = {f"{name} {metric.removesuffix(',none')}": value for name, found in tested
-              for metric, value in found.items() if isinstance(value, float)}
+    answered = {f"{name} {metric.removesuffix(',none')}": value for name, found in tested
+                for metric, value in found.items() if isinstance(value, float)}
     found = {f"retrieval_{key}": value for key, value in data["retrieval"].items()
              if key in ("context", "copy_accuracy", "recall_accuracy", *(("kl",) if teacher else ()))}
-    parts = (data, paired, found, data.get("latency") or {}, scores)
+    parts = (data, paired, found, data.get("latency") or {}, answered)
     _print(data, as_json, [f"{key:26} {value:.5g}" if isinstance(value, float) else f"{key:26} {value}"
                            for part in parts for key, value in part.items()
                            if value is not None and not isinstance(value, dict)])
@@ -634,8 +634,7 @@ def distill(student: str, teacher: str, recipe: Recipe, output_dir: Path | None,
 
     if output_dir is None:
         raise InputError("distill needs an output folder: -o FOLDER")
-    with machine_errors(output_dir):
-        data = distill_folder(student, teacher, recipe, output_dir, **options)
+    data = distill_folder(student, teacher, recipe, output_dir, **options)
     if environment.rank() == 0:
         than = "" if data["loss_teacher"] is None else f" (teacher {data['loss_teacher']:.3f})"
         compared = [] if data["kl"] is None else [f"KL          {data['kl_before']:.3f} -> {data['kl']:.3f}"]
@@ -675,8 +674,7 @@ def quantize(model: str, precision: str | None, kv_precision: str | None, gguf: 
     if (Path(model) / "run.json").is_file() and not _given("name"):
         recipe = run_recipe(Path(model), {}, {})
     recipe = recipe.with_overrides(data=given["data"], settings=settings)
-    with machine_errors(output_dir):
-        data = quantize_folder(model, recipe, output_dir, **options)
+    data = quantize_folder(model, recipe, output_dir, **options)
     _print(data, as_json, _quantised(data))
 
 

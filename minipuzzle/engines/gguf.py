@@ -55,7 +55,7 @@ how.ftype = int(kind)
 if llama_cpp.llama_model_quantize(source.encode(), out.encode(), how):
     raise SystemExit("llama_model_quantize failed")
 """
-_SCORE = """
+_LOG_PROBABILITIES = """
 import json, sys, numpy, llama_cpp
 rows = json.load(sys.stdin)
 model = llama_cpp.Llama(sys.argv[1], n_ctx=len(rows[0]) + 8, logits_all=True, verbose=False, n_threads=1,
@@ -105,11 +105,11 @@ def convert(folder: Path, out: Path, kind: str = "f32") -> None:
             whole.unlink(missing_ok=True)
 
 
-def score(file: Path, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+def log_probabilities(file: Path, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
     """What llama.cpp says of token ids, all rows of one length: `tokens`, the log-probability of
     each token but the first; `last`, those of all tokens that may follow a row. float32, CPU."""
     check_built()
-    return dict(parse_json(_run(_SCORE, [file], str(file), str([list(row) for row in rows])), file))
+    return dict(parse_json(_run(_LOG_PROBABILITIES, [file], str(file), str([list(row) for row in rows])), file))
 
 
 def _run(program: str, arguments: Sequence[object], what: str, given: str = "") -> str:

@@ -1,6 +1,6 @@
 """report.json as types: what the page, the card, the figures and the comparison read.
 
-Rows of tables (scores, curves of training) stay dictionaries: their columns are the data's.
+Rows of tables (scores, steps of training) stay dictionaries: their columns are the data's.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def quantise(given: Given, source: ModelFolder, folder: Path) -> list[Path]:
         with replacing(file) as unfinished:
             gguf.convert(source.path, unfinished, q.gguf)
         given.update(0.9, f"{file.name} written")
-        losses = -torch.tensor(gguf.score(file, ids.tolist())["tokens"], dtype=torch.float64)
+        losses = -torch.tensor(gguf.log_probabilities(file, ids.tolist())["tokens"], dtype=torch.float64)
         about["gguf"] = {"path": str(file), "type": q.gguf, "bytes": file.stat().st_size, "loss": float(losses.mean())}
         files.append(file)
     write_json(folder / "quantization.json", about)

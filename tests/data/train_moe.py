@@ -17,6 +17,7 @@ import argparse
 import gzip
 import json
 import math
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,8 +25,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from minipuzzle.data.blocks import load_blocks
 from minipuzzle.data.corpus import documents, is_held_out
@@ -34,7 +33,9 @@ from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.mixers import attention, mamba2, rms_norm
 from minipuzzle.models.weights import open_model
 
-END = "<|endoftext|>"
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import train_bundled_model as bundled
+
 SEED, SEQUENCE_LENGTH, BATCH, STEPS = 0, 256, 12, 3000
 MUON_LR, ADAM_LR, BIAS_RATE = 5e-3, 4e-3, 2e-3
 CONFIG = {
@@ -55,47 +56,11 @@ EXPERTS, CHOSEN, SCALE = ARCH.num_experts, ARCH.experts_per_token, CONFIG["route
 Weights = dict[str, torch.Tensor]
 
 
-def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    if not (folder / "tokenizer.json").is_file():
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=ARCH.vocab_size, special_tokens=[END], show_progress=False,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-        bpe.train_from_iterator((text for name, text in documents("stdlib") if not is_held_out(name)), trainer)
-        PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END,
-                                model_max_length=8192, clean_up_tokenization_spaces=False).save_pretrained(folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
 NUMBER = ".{num_experts}."  # in the names of weights that are one for all experts in memory
 
 
 def initial_weights() -> Weights:
-    """Mamba-2 as its authors do: dt log-uniform in [0.001, 0.1], A uniform in [1, 16]."""
-    gen = torch.Generator().manual_seed(SEED)
-    out = {}
-    for numbered, shape in ARCH.shapes().items():
-        name = numbered.replace(NUMBER, ".")
-        leaf = name.split("mixer.")[-1]
-        if leaf == "A_log":
-            out[name] = torch.empty(shape).uniform_(1, 16, generator=gen).log()
-        elif leaf == "dt_bias":
-            dt = torch.empty(shape).uniform_(math.log(1e-3), math.log(1e-1), generator=gen).exp()
-            out[name] = dt + torch.log(-torch.expm1(-dt))  # softplus(dt_bias) = dt
-        elif leaf == "D" or "norm" in name:
-            out[name] = torch.ones(shape)
-        elif leaf in ("conv1d.bias", "gate.e_score_correction_bias"):
-            out[name] = torch.zeros(shape)
-        elif leaf == "conv1d.weight":
-            out[name] = torch.empty(shape).uniform_(-0.5, 0.5, generator=gen)
-        elif "embeddings" in name or "lm_head" in name:
-            out[name] = torch.empty(shape).normal_(std=0.02, generator=gen)
-        else:
-            std = 1 / math.sqrt(shape[-1])
-            if any(part in leaf for part in ("out_proj", "o_proj", "down_proj")):
-                std /= math.sqrt(ARCH.num_layers)
-            out[name] = torch.empty(shape).normal_(std=std, generator=gen)
+    out = {name.replace(NUMBER, "."): weight for name, weight in bundled.initial_weights(ARCH).items()}
     return {name: weight.requires_grad_("correction_bias" not in name) for name, weight in out.items()}
 
 
@@ -178,18 +143,13 @@ def optimizers(weights: Weights) -> list[torch.optim.Optimizer]:
                               lr=ADAM_LR, betas=(0.9, 0.95))]
 
 
-def schedule(step: int) -> float:
-    """Warm-up, constant, then linear to 2 % over the last 45 %."""
-    return min((step + 1) / 100, 1.0, max(0.02, (STEPS - step) / (0.45 * STEPS)))
-
-
 @torch.no_grad()
 def held_out_loss(weights: Weights, ids: torch.Tensor) -> float:
     return sum(float(forward(weights, part)[0]) * len(part) for part in ids.split(16)) / len(ids)
 
 
 def train(work: Path, stop_after: int) -> None:
-    tokenize("stdlib", train_tokenizer(work / "tokenizer"), work / "tokens", "moe")
+    tokenize("stdlib", bundled.train_tokenizer(work / "tokenizer", ARCH.vocab_size), work / "tokens", "moe")
     blocks = load_blocks(work / "tokens", "train", SEQUENCE_LENGTH)
     evaluation = torch.from_numpy(load_blocks(work / "tokens", "held_out", SEQUENCE_LENGTH).first(96))
     weights = initial_weights()
@@ -210,7 +170,7 @@ def train(work: Path, stop_after: int) -> None:
     for step in range(first, min(STEPS, stop_after)):
         for opt, groups in zip(opts, rates, strict=True):
             for group, rate in zip(opt.param_groups, groups, strict=True):
-                group["lr"] = rate * schedule(step)
+                group["lr"] = rate * bundled.schedule(step, STEPS)
             opt.zero_grad(set_to_none=True)
         loss, loads = forward(weights, torch.from_numpy(blocks.batch(SEED, step, BATCH)))
         loss.backward()
@@ -218,7 +178,7 @@ def train(work: Path, stop_after: int) -> None:
         for opt in opts:
             opt.step()
         for bias, load in zip(biases, loads, strict=True):
-            bias += BIAS_RATE * schedule(step) * torch.sign(load.float().mean() - load)
+            bias += BIAS_RATE * bundled.schedule(step, STEPS) * torch.sign(load.float().mean() - load)
         recent.append(float(loss.detach()))
         if (step + 1) % 100 == 0:
             rate = (step + 1 - first) * SEQUENCE_LENGTH * BATCH / (time.perf_counter() - begin)
