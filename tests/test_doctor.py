@@ -29,10 +29,14 @@ def test_a_right_installation(model_folder: Path) -> None:
     checks = json.loads(invoke("doctor", str(model_folder), "--json").stdout)
     names = {check["name"] for check in checks}
     assert all(check["ok"] for check in checks)
-    for part in ("version of torch", "torch build", "scan of the SSM on cpu", "disk here", "cpu", "fp8", "bf16 on cpu",
+    for part in ("version of torch", "torch build", "Mamba-2 scan on cpu", "disk here", "cpu", "fp8", "bf16 on cpu",
                  "transformers at least 5.18", "transformers: the past does not see the future",
                  "scan: chunks of 16 and of 64 agree", f"{model_folder} can be pruned", "default recipe on cpu"):
         assert part in names
+    kernels = {c["name"]: c["value"] for c in checks if c["name"].startswith("Mamba-2")}
+    assert set(kernels) == {f"Mamba-2 {part}{whose} on cpu" for part in ("scan", "convolution", "block")
+                            for whose in ("", " of this model")}
+    assert all(value.startswith("plain torch: needs CUDA, this is cpu") for value in kernels.values())
     assert sum("(limit" in check["value"] for check in checks) == 4  # what was run, with its error
     told = next(c["value"] for c in checks if c["name"] == "scoring on cpu")
     assert re.search(r"in \d+ pass(es)? over the weights \(.* in float32\), in memory", told)
