@@ -1,8 +1,9 @@
 """Batches of texts to tokens, in order, by several processes: the result is that of one.
 
-Processes and not the tokenizer's own threads: on 2 cores those were no faster than one
-(benchmarks/results/tokenizing.json). And not `datasets.map(num_proc)`: it forks, which a process
-with threads of torch must not, and writes what it reads to a cache a second time.
+The library `tokenizers` is called, not transformers, whose call takes 1.5 times the CPU time
+(benchmarks/results/tokenizing.json). Its own threads leave what becomes lists of Python to one core.
+And not `datasets.map(num_proc)`: it forks, which a process with threads of torch must not, and writes
+what it reads to a cache a second time.
 """
 
 from __future__ import annotations
