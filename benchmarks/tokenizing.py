@@ -50,8 +50,9 @@ def measure(how: str, workers: int, text: Path, folder: Path) -> dict[str, Any]:
     cpu = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) - cpu
     tokens = sum(json.loads((folder / "tokens.json").read_text())["tokens"].values())
     return {"how": how, "processes": workers, "tokens": tokens, "seconds": round(seconds, 1),
-            "cpu_seconds": round(cpu, 1), "tokens_per_second": round(tokens / seconds), "tokens_per_cpu_second": round(tokens / cpu),
-            "more_memory_MiB": _high_water("self") - before, "memory_of_each_worker_MiB": max(peaks.values(), default=None),
+            "cpu_seconds": round(cpu, 1), "tokens_per_second": round(tokens / seconds),
+            "tokens_per_cpu_second": round(tokens / cpu), "more_memory_MiB": _high_water("self") - before,
+            "memory_of_each_worker_MiB": max(peaks.values(), default=None),
             "sha256": hashlib.sha256((folder / "train.bin").read_bytes()).hexdigest()[:16]}
 
 
