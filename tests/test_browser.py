@@ -55,12 +55,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver.quit()
 
 
-def show(browser: Any, page: Path, width: int = 1100, dark: bool = False, scripts: bool = True) -> None:
+def show(browser: Any, page: Path, width: int = 1100, dark: bool = False, scripts: bool = True, media: str = "screen") -> None:
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not scripts})
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
                             {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False})
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [scheme]})
     browser.get(page.as_uri())
 
 
@@ -109,18 +109,21 @@ def severe(browser: Any) -> list[str]:
     return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
 
 
-@pytest.mark.parametrize(("name", "width", "dark"), [("desktop", 1100, False), ("dark", 1100, True), ("phone", 360, False),
-                                                     ("phone-dark", 360, True)])
+@pytest.mark.parametrize(("name", "width", "dark"), [("desktop", 1440, False), ("dark", 1100, True), ("phone", 390, False),
+                                                     ("phone-dark", 360, True), ("print", 794, False)])
 def test_nothing_overflows_and_nothing_complains(browser: Any, page: Path, name: str, width: int, dark: bool) -> None:
-    show(browser, page, width, dark)
+    show(browser, page, width, dark, media="print" if name == "print" else "screen")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("""
+        return [...document.querySelectorAll(".scroll, .plot, nav, pre")].filter(e => e.checkVisibility())
+          .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.className)""") == []  # no column is lost, nothing is swiped
     wide = browser.execute_script("""
         const inside = e => e.closest(".plot, .scroll, pre, nav");
         return [...document.querySelectorAll("main *")].filter(e => e.offsetParent && !inside(e))
           .filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName + " " + e.textContent.slice(0, 40))""")
     assert wide == []
     assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == (
-        "rgb(21, 22, 24)" if dark else "rgb(246, 246, 244)")
+        "rgb(21, 22, 24)" if dark else "rgba(0, 0, 0, 0)" if name == "print" else "rgb(246, 246, 244)")
     keep(browser, name)
     assert severe(browser) == []
 

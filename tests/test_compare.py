@@ -49,10 +49,15 @@ def test_what_runs_came_to_and_where_they_differ(reports: dict[str, dict[str, An
 def test_the_page(reports: dict[str, dict[str, Any]]) -> None:
     text = render_comparison(reports)
     page = Page(text)
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 2 * 2  # and for phones
     assert {link[0] for link in page.links if link != "data:,"} == {"#"}
     assert "Of 2 runs, runs/two has the lowest held-out loss, 1.950 nats per token" in text
     assert render_comparison(copy.deepcopy(reports)) == text
+    other = copy.deepcopy(reports)
+    other["runs/two"]["hashes"]["corpus"] = "different"
+    for known in (text, crownless := render_comparison(other)):
+        assert ("lowest held-out loss" in known) == (known is text)
+    assert "whose losses do not compare: none of them is the best" in crownless
     bad = render_comparison({NASTY: reports["runs/one"] | {"recipe": f"a: {{b: \"{NASTY!r}\"}}"}, "b": {"parent": None}})
     assert Page(bad).tags.count("script") == 1
     assert "runs/two" not in bad
@@ -61,7 +66,7 @@ def test_the_page(reports: dict[str, dict[str, Any]]) -> None:
 def test_other_parents_have_no_common_grid(reports: dict[str, dict[str, Any]]) -> None:
     other = copy.deepcopy(reports)
     other["runs/two"]["parent"]["architecture"]["pattern"] = "M-"
-    assert Page(render_comparison(other)).tags.count("svg") == 1
+    assert Page(render_comparison(other)).tags.count("svg") == 1 * 2
 
 
 @pytest.fixture

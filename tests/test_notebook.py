@@ -143,7 +143,7 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "shown"), [
-    ("quickstart", ("<svg", "predicted_damage", "agreement", "memory=0.8x")), ("research", ("full-width", "kl_stderr", "candidates; the best"))])
+    ("quickstart", ("<svg", "predicted_damage", "agreement", "memory=0.8x")), ("research", ("own-score", "kl_stderr", "candidates; the best"))])
 def test_the_notebooks_run(name: str, shown: tuple[str, ...], run: Run, model_folder: Path, texts: Path, tmp_path: Path) -> None:
     """Cell by cell in a kernel of their own, on the small model and its finished run."""
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_the_type_loses_nothing(report: dict[str, Any]) -> None:
 def test_page_is_well_formed_and_complete(page: str) -> None:
     parsed = Page(page)
     figures = sum(len(f) for *_, f in html.FIGURES)
-    assert parsed.tags.count("svg") == figures + len(html.PHONE) == 12 + 4
+    assert parsed.tags.count("svg") == 2 * figures - len(html.NARROW + html.FOLDED) == 12 + 9  # most once more, for phones
     assert parsed.tags.count("details") == 1
     assert len(parsed.ids) == len(set(parsed.ids)) > 50
     for section, *_ in html.FIGURES:
@@ -136,8 +137,24 @@ def test_a_toss_up_is_said_in_plain_words() -> None:
     scoring = {"samples": 64, "confidence": 0.95, "toss_ups": [
         {"kind": "M", "drop": 3, "goes": 18, "stays": 20}, {"kind": "-", "drop": 1, "goes": 3, "stays": 5}]}
     assert toss_up_note(scoring, False) == (
-        "too few samples (64) to choose between layers 18 and 20 or 3 and 5 at 95% confidence; raise calibration.samples")
+        "Too few samples (64) to choose between layers 18 and 20, 3 and 5; raise calibration.samples (95% confidence)")
     assert "in the one-shot order;" in toss_up_note(scoring, True)
+    many = scoring | {"toss_ups": scoring["toss_ups"] * 4}
+    assert "3 and 5, 18 and 20, and 3 more pairs; raise" in toss_up_note(many, False)
+
+
+def test_quality_has_perplexity_and_paired_differences(report: dict[str, Any], page: str) -> None:
+    result, paired = report["result"], report["paired"]
+    rows = facts.quality_rows(Report.read(report))
+    assert [row["model"] for row in rows] == ["parent", "sliced only", "pruned", "distilled"]
+    assert rows[-1]["perplexity"] == f"{math.exp(result['loss_distilled']):.3f}"
+    assert rows[-1]["loss minus the parent's"] == f"{paired['loss_minus_parent']:+.4f} ± {paired['stderr']:.4f}"
+    for value in (*rows[0].values(), *rows[-1].values()):
+        assert f"<td>{value}</td>".replace("'", "&#39;") in page
+    for part in (f"folder = &#34;{result['path']}&#34;", f"vllm serve {result['path']}", "they were not run"):
+        assert part in page, part
+    alone = facts.quality_rows(Report.read({"result": {"loss_pruned": 1e6}}))
+    assert alone[0]["perplexity"] == "-"
 
 
 def test_verdict_and_removed(report: dict[str, Any]) -> None:

@@ -125,16 +125,18 @@ def render_comparison(found: Mapping[str, Mapping[str, Any] | Report]) -> str:
     figures = figures_of(reports, "Runs side by side", FIGURES)
     return environment().get_template("compare.html").render(
         data=data, figures=figures, rows=rows, headings=("#", "run", *COLUMNS),
-        verdict=unbroken(_verdict(reports)))
+        verdict=unbroken(_verdict(reports, not data["warnings"])))
 
 
-def _verdict(reports: Mapping[str, Report]) -> str:
-    """The best loss, and the smallest result, in a sentence."""
+def _verdict(reports: Mapping[str, Report], comparable: bool) -> str:
+    """The best loss, and the smallest result, in a sentence; no winner where numbers do not compare."""
     known = [(loss, memory, name) for name, r in reports.items()
              if (loss := r.result.loss_distilled) is not None
              and (memory := r.result.memory_bytes) is not None]
     if not known:
         return "None of the runs has a result yet."
+    if not comparable:
+        return f"{len(reports)} runs, whose losses do not compare: none of them is the best."
     best, least = min(known, key=lambda r: r[0]), min(known, key=lambda r: r[1])
     text = (f"Of {len(reports)} runs, {best[2]} has the lowest held-out loss, {best[0]:.3f} nats per "
             f"token in {facts.size(best[1])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,10 +25,19 @@ METRIC_WORDS = {"mse": "mean squared error at the LM head",
                 "loss": "held-out loss (nats per token)", "cosine": "1 - cosine of the block"}
 
 
+class Shown(Figure):
+    """A figure that a notebook shows."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=110, facecolor="white")
+        return buffer.getvalue()
+
+
 def canvas(height: float, width: float = WIDE, rows: int = 1, columns: int = 1,
            **options: Any) -> tuple[Figure, Any]:
     """An empty figure of so many inches, and its axes: one, or an array of them."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Shown(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
 
 

@@ -19,6 +19,7 @@ from minipuzzle.core.files import write_atomic
 from minipuzzle.pages import candidates, layers, training
 from minipuzzle.pages.svg import Draw, draw
 from minipuzzle.report import facts
+from minipuzzle.report.card import LOAD
 from minipuzzle.report.report import Report
 
 # (section, heading of the section, [(figure, caption)]): the order of the page
@@ -67,8 +68,6 @@ FIGURES = (
 )
 NARROW = (candidates.ranks, training.tournament)  # two beside each other
 FOLDED = (layers.layers_by_other_metrics,)  # behind a fold
-# drawn a second time for phones; the others scroll sideways there
-PHONE = (candidates.tradeoff, candidates.prediction, training.memory, training.stages)
 SAMPLES = (("parent", "Parent"), ("pruned", "Pruned, not trained"), ("distilled", "Pruned and distilled"))
 
 
@@ -98,7 +97,7 @@ def render_html(data: Mapping[str, Any] | Report) -> str:
         kinds=facts.legend(report), tiles=facts.key_figures(report), samples=samples,
         tables=[t for t in _tables(report) if t["rows"]], headings=("#", "candidate", *facts.columns(report)),
         rows=facts.candidate_rows(report), total=len(report.candidates),
-        facts=_provenance(report), unbroken=unbroken)
+        facts=_provenance(report), load=LOAD, unbroken=unbroken)
 
 
 def _tables(report: Report) -> list[dict[str, Any]]:
@@ -106,6 +105,10 @@ def _tables(report: Report) -> list[dict[str, Any]]:
     return [
         {"name": "retrieval", "heading": "What is found again in the context", "note": facts.retrieval_note(report),
          "rows": facts.retrieval_rows(report)},
+        {"name": "quality", "heading": "Held-out quality",
+         "note": "On the same held-out blocks. The difference is to the parent's loss, block by block, with its "
+                 "standard error: text that is hard for both does not widen it.",
+         "rows": facts.quality_rows(report)},
         {"name": "tasks", "heading": "Tasks", "note": "By lm-eval; with one standard error.",
          "rows": facts.task_rows(report)},
         {"name": "experts", "heading": "Where the router sends tokens",
@@ -134,7 +137,8 @@ def figures_of(data: Any, heading: str, figures: Iterable[tuple[Draw, str]]) -> 
     for function, caption in figures:
         label = f"{heading}. {caption}"
         if svg := draw(function, data, label):
-            small = draw(function, data, label, small=True) if function in PHONE else ""
+            once = function in (*NARROW, *FOLDED)
+            small = "" if once else draw(function, data, label, small=True)  # for a phone
             out.append({"svg": Markup(svg), "small": Markup(small), "caption": caption,  # noqa: S704 (our own SVG)
                         "narrow": function in NARROW, "folded": function in FOLDED})
     return out

@@ -47,7 +47,7 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.4, "lines.markersize": 4.5, "path.simplify": True,
 }
 Draw = Callable[[Any], Figure | None]
-SMALL = 4.0  # inches: the width of a phone
+SMALL, LETTERS = 4.0, 30  # inches: the width of a phone; so many letters stand side by side on it
 _HOVER = "hover:"
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
@@ -72,13 +72,33 @@ def draw(function: Draw, report: Any, label: str, small: bool = False) -> str:
         if figure is None:
             return ""
         if small:
-            figure.set_size_inches(SMALL, max(2.6, 0.9 * figure.get_figheight()))
+            figure.set_size_inches(SMALL, _upright(figure))
+            for axis in figure.axes:
+                if len(axis.get_xticks()) > LETTERS:
+                    axis.tick_params(axis="x", labelsize=4)
             for legend in list(figure.legends):  # its columns are laid out when it is made
                 legend.remove()
-                figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+                figure.legend(legend.legend_handles, [text.get_text() for text in legend.get_texts()],
+                              loc="outside lower center", ncols=2)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return _inline(buffer.getvalue(), name, label)
+
+
+def _upright(figure: Figure) -> float:
+    """Panels beside each other, now below each other; the height in inches of the whole for a phone."""
+    spec = next((axis.get_subplotspec() for axis in figure.axes), None)
+    rows, columns, *_ = spec.get_geometry() if spec else (1, 1)
+    if columns == 1:
+        return max(2.6, 0.9 * figure.get_figheight())
+    grid, seen = figure.add_gridspec(columns, rows), set()
+    for axis in figure.axes:
+        place = axis.get_subplotspec()
+        assert place is not None
+        axis.set_subplotspec(grid[place.colspan.start, place.rowspan.start])
+        axis.tick_params(labelleft=True, labelbottom=True)
+        seen |= {place.colspan.start} if axis.get_visible() else set()
+    return 2.2 * len(seen)
 
 
 def _inline(source: bytes, name: str, label: str) -> str:

@@ -12,7 +12,7 @@ from minipuzzle.core.files import parse_yaml
 from minipuzzle.report import facts
 from minipuzzle.report.report import Report
 
-_LOAD = '''from transformers import AutoModelForCausalLM, AutoTokenizer
+LOAD = '''from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -32,7 +32,7 @@ def model_card(data: Mapping[str, Any] | Report) -> str:
     parts = [_front_matter(report), f"# {name}, made smaller", _alerts(report),
              f"**{headline}**" if (headline := facts.headline(report)) else "", facts.verdict(report),
              facts.choice(report), facts.recovery(report), _architecture(report), "## Numbers", _numbers(report),
-             "## Load it", _fence(_LOAD, "python"), _KEYS, _ENGINES,
+             "## Load it", _fence(LOAD, "python"), _KEYS, _ENGINES,
              _fence("vllm serve path/to/this/folder", "sh"), "## How it was made", _made(report), _licence(report)]
     if report.command:
         parts.append(_fence(report.command, "sh"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from minipuzzle.core.budget import human_bytes, human_count, human_length
 from minipuzzle.families import registry
 from minipuzzle.families.base import Axis, Kind
-from minipuzzle.report.report import Candidate, Report, TrainingPhase
+from minipuzzle.report.report import Candidate, Difference, Report, TrainingPhase
 
 KINDS = registry.kinds()
 WIDTHS = registry.widths()
@@ -234,7 +235,11 @@ def exported(report: Report) -> str:
 
 def difference(report: Report) -> str:
     """The result's loss minus the parent's, with the paired standard error."""
-    value, error = report.paired.loss_minus_parent, report.paired.stderr
+    return plus_minus(report.paired)
+
+
+def plus_minus(pair: Difference) -> str:
+    value, error = pair.loss_minus_parent, pair.stderr
     return number(value, "+.4f") + (f" ± {error:.4f}" if value is not None and error is not None else "")
 
 
@@ -281,6 +286,7 @@ def key_figures(report: Report) -> list[dict[str, str]]:
         add(label, after, form, f"{percent(after / before)} of the parent's {form(before)}" if before and after else "")
     add("held-out loss", result.loss_distilled, number,
         f"parent {number(parent.loss)}" + (f"; difference {more}" if more != ABSENT else ""))
+    add("perplexity", perplexity(result.loss_distilled), number, f"parent {number(perplexity(parent.loss))}")
     add("gap recovered", result.recovery, percent, f"{number(result.gap_left)} nats per token are left")
     same = result.agreement_distilled
     add("KL to the parent", result.kl_distilled, number,
@@ -288,6 +294,22 @@ def key_figures(report: Report) -> list[dict[str, str]]:
         + (f"; same next token {percent(same)}" if same is not None else ""))
     add("time", report.seconds, duration, report.hardware or "")
     return tiles
+
+
+def perplexity(loss: float | None) -> float | None:
+    return None if loss is None or loss > 700 else math.exp(loss)
+
+
+def quality_rows(report: Report) -> list[dict[str, str]]:
+    """Parent, sliced, pruned, distilled: loss, perplexity, and the loss minus the parent's on the same blocks
+    with its paired standard error. Only what is known."""
+    result, paired = report.result, report.paired
+    found = (("parent", report.parent.loss, None), ("sliced only", result.loss_sliced, paired.sliced),
+             ("pruned" if report.cut else "before training", result.loss_pruned, paired.pruned),
+             ("distilled", result.loss_distilled if report.trained else None, paired))
+    return [{"model": name, "loss (nats per token)": number(loss, ".4f"), "perplexity": number(perplexity(loss)),
+             "loss minus the parent's": ABSENT if pair is None else plus_minus(pair)}
+            for name, loss, pair in found if loss is not None]
 
 
 # experts and kinds of layers

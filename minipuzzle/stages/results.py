@@ -40,6 +40,7 @@ from minipuzzle.stages.scoring import the_race
 from minipuzzle.stages.student import cutter_of, state_folder
 
 REPORT_CANDIDATES = 200
+MOST_PAIRS = 5  # of layers that noise decides, in one line
 WORSE = 1.1  # times the best: noise does not move the last looks of a cosine that far
 
 
@@ -332,10 +333,11 @@ def _warnings(given: Given, gap: float) -> list[str]:
 def toss_up_note(scoring: dict[str, Any], iterative: bool) -> str:
     """Between which layers the samples do not decide. The search follows the iterative order, which has no
     such test."""
-    pairs = " or ".join(f"{t['goes']} and {t['stays']}" for t in scoring["toss_ups"])
-    return (f"too few samples ({scoring['samples']}) to choose between layers {pairs} at "
-            f"{scoring['confidence']:.0%} confidence{' in the one-shot order' if iterative else ''}; raise "
-            "calibration.samples")
+    pairs = [f"{t['goes']} and {t['stays']}" for t in scoring["toss_ups"]]
+    rest = f", and {len(pairs) - MOST_PAIRS} more pairs" if len(pairs) > MOST_PAIRS else ""
+    return (f"Too few samples ({scoring['samples']}) to choose between layers {', '.join(pairs[:MOST_PAIRS])}{rest}"
+            f"{' in the one-shot order' if iterative else ''}; raise calibration.samples "
+            f"({scoring['confidence']:.0%} confidence)")
 
 
 def _prediction_notes(candidates: list[Candidate], controls: list[Candidate]) -> list[str]:
