@@ -78,7 +78,8 @@ def draw(function: Draw, report: Any, label: str, small: bool = False) -> str:
                     axis.tick_params(axis="x", labelsize=4)
             for legend in list(figure.legends):  # its columns are laid out when it is made
                 legend.remove()
-                figure.legend(legend.legend_handles, [text.get_text() for text in legend.get_texts()],
+                marks = [handle for handle in legend.legend_handles if handle]
+                figure.legend(marks, [text.get_text() for text in legend.get_texts()],
                               loc="outside lower center", ncols=2)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
