@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
+from minipuzzle.core.devices import find_device
 from minipuzzle.core.errors import InputError
 
 # budget key -> (the cost it limits, the units it is written in)
@@ -23,14 +24,19 @@ BUDGET_KEYS = {
     "active_params": ("active_parameters", "decimal"),
     "kv_cache": ("kv_cache_bytes", "bytes"),
     "flops_per_token": ("flops_per_token", "decimal"),
+    "latency": ("latency_ps", "seconds"),
+    "throughput": ("token_ps", "rate"),  # at least; counted as the time for each new token
 }
+FORETOLD = ("latency", "throughput")  # budgets that need a card
 _UNITS = {
     "bytes": {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
     "decimal": {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12},
     "binary": {"": 1, "k": 2**10, "m": 2**20},
+    "seconds": {"s": 10**12, "ms": 10**9},  # in picoseconds
+    "rate": {"tok/s": 1, "ktok/s": 1000},
 }
 # The exponent has two digits: 1e1000000000 is a number that takes all memory to write out
-_NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,2})?)\s*([A-Za-z]*)\s*")
+_NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,2})?)\s*([A-Za-z/]*)\s*")
 LONGEST, LARGEST = 64, 2**63 - 1  # characters of a size, and its value
 # Bits of a weight, or of an element of the KV cache. NVFP4: 4 bits + an 8-bit scale for each 16;
 # INT4, of weights alone: 4 bits + a 16-bit scale for each 128.
@@ -47,9 +53,13 @@ def parse_quantity(text: str | int | float, units: str) -> int:
     match = _NUMBER.fullmatch(_short(text))
     unit = match[2].lower() if match else ""
     if match is None or unit not in _UNITS[units]:
-        names = {"bytes": "B, KiB, MiB, GiB, TiB", "decimal": "k, M, B, T", "binary": "k, M"}[units]
+        names = {"bytes": "B, KiB, MiB, GiB, TiB", "decimal": "k, M, B, T", "binary": "k, M", "seconds": "s, ms",
+                 "rate": "tok/s, ktok/s"}[units]
         raise InputError(f"{text!r} is not a size; write a number with one of the units {names}")
-    value = int(Fraction(match[1]) * _UNITS[units][unit])
+    exact = Fraction(match[1]) * _UNITS[units][unit]
+    if units == "rate":  # the time for each token
+        exact = 10**12 / exact if exact else Fraction(LARGEST)
+    value = int(exact)
     if value > LARGEST:
         raise InputError(f"{text!r} is too large; at most {LARGEST:,} can be counted")
     return value
@@ -74,6 +84,13 @@ class Workload:
     context: int = 1024
     batch: int = 1
     engine: str = "ideal"
+    device: str | None = None  # a card, that speed is foretold for
+    new_tokens: int | None = None  # of the context; an eighth if None
+
+    @property
+    def made(self) -> int:
+        """Tokens of the context that are generated; the rest is the prompt."""
+        return self.new_tokens or max(1, self.context // 8)
 
     def __post_init__(self) -> None:
         for what, value, known in (("precision", self.precision, BITS), ("kv_precision", self.kv_precision, KV_BITS),
@@ -87,6 +104,10 @@ class Workload:
         for what, number in (("context", self.context), ("batch", self.batch)):
             if not 1 <= number <= MOST_SERVED:
                 raise InputError(f"{what} {number} must be 1 to {MOST_SERVED:,}")
+        if self.device is not None:
+            find_device(self.device)
+        if (self.device is not None or self.new_tokens) and not 0 < self.made < self.context:
+            raise InputError(f"new_tokens {self.made:,} leave no prompt in a context of {self.context:,}")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"keep_16bit": list(self.keep_16bit)}
@@ -119,11 +140,15 @@ class Budget:
                 raise InputError(f"unknown budget {key!r}; known: {', '.join(BUDGET_KEYS)}")
             cost, units = BUDGET_KEYS[key]
             factor = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*x\s*", _short(text))
-            if factor:
+            if factor and key == "throughput":
+                if Fraction(factor[1]) < 1:
+                    raise InputError(f"budget {key}={text}: at least the parent's is 1x or more")
+                limits.append((key, int(parent_cost[cost] / Fraction(factor[1]))))
+            elif factor:
                 if not 0 < Fraction(factor[1]) <= 1:
                     raise InputError(f"budget {key}={text}: a part of the parent is above 0 and at most 1x")
                 limits.append((key, int(Fraction(factor[1]) * parent_cost[cost])))
-            elif re.fullmatch(r"\s*0?\.[0-9]*[1-9][0-9]*\s*", str(text)):
+            elif units in ("bytes", "decimal") and re.fullmatch(r"\s*0?\.[0-9]*[1-9][0-9]*\s*", str(text)):
                 raise InputError(f"budget {key}={text} is less than one; write {str(text).strip()}x for a part of the "
                                   "parent, or a unit")
             else:
@@ -172,4 +197,8 @@ def human_length(tokens: int) -> str:
 
 def human_budget(key: str, value: int) -> str:
     """A budget's value in its own units."""
+    if key == "latency":
+        return f"{value / 1e12:.4g} s" if value >= 10**12 else f"{value / 1e9:.4g} ms"
+    if key == "throughput":
+        return f"{1e12 / max(value, 1):.4g} tok/s"
     return human_bytes(value) if BUDGET_KEYS[key][1] == "bytes" else human_count(value)

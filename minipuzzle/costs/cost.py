@@ -13,19 +13,22 @@ vLLM; transformers does not build it, and no total, byte or FLOP here has it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minipuzzle.core.budget import BITS, STATE_BITS, Workload, human_bytes
+from minipuzzle.core.devices import find_device
 from minipuzzle.core.errors import InputError
+from minipuzzle.costs import speed
 from minipuzzle.costs.paging import Pages, paged
 from minipuzzle.families import registry
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.families.base import HIDDEN, Family, Kind, Sizes
 
 EIGHTHS = 64  # eighths of a bit in a byte
+EXPERTS = ("num_experts", "experts_per_token")  # there are, and a token goes to
 PREFILL_CHUNK = 2048  # tokens of prompts that are computed at once: an engine's usual limit
 
 
@@ -46,9 +49,16 @@ class Cost:
     flops_per_token: int
     prefill_flops_per_token: int
     workspace_bytes: int
+    # foretold for `workload.device` (costs/speed.py): of the workload's batch, and for each new token
+    # at the largest batch that fits
+    latency_ps: int | None = None
+    token_ps: int | None = None
+    prefill_tokens_per_second: int | None = None
+    decode_tokens_per_second: int | None = None
+    throughput_tokens_per_second: int | None = None
 
     def to_json(self) -> dict[str, int]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_json(cls, data: dict[str, int]) -> Cost:
@@ -137,7 +147,28 @@ def cost(arch: Architecture, workload: Workload) -> Cost:
     return Cost(all_.parameters, all_.active, weights, cache, state, weights + held,
                 2 * (all_.products + all_.attends * workload.context),
                 2 * (all_.products - embedding) + all_.attends * (workload.context + 1),
-                workspace_bytes(arch, workload))
+                workspace_bytes(arch, workload), **_speeds(arch, workload))
+
+
+def speed_model(arch: Architecture, workload: Workload) -> speed.Model:
+    """What its speed follows from, for one sequence."""
+    one, sizes = replace(workload, batch=1, device=None), arch.sizes()
+    all_ = total(arch, one)
+    cache, state = _bytes(all_.cache, EIGHTHS), _bytes(all_.state, 8)
+    held = int(pages_of(arch, one).cache_bytes) if workload.engine == "vllm" else cache + state
+    return speed.Model(all_.parameters, all_.active, _bytes(all_.weights, EIGHTHS), cache, state, held, all_.products,
+                       all_.attends, arch.vocab_size * arch.hidden_size, arch.vocab_size,
+                       *(sizes.get(name) or 0 for name in EXPERTS))
+
+
+def _speeds(arch: Architecture, workload: Workload) -> dict[str, int]:
+    if workload.device is None:
+        return {}
+    found = speed.times(speed_model(arch, workload), workload, find_device(workload.device))
+    return {"latency_ps": int(speed.picoseconds(found.latency)), "token_ps": int(speed.picoseconds(found.token)),
+            "prefill_tokens_per_second": int((workload.context - workload.made) / found.prompt),
+            "decode_tokens_per_second": int(workload.batch / found.step),
+            "throughput_tokens_per_second": int(1 / found.token)}
 
 
 def workspace_bytes(arch: Architecture, workload: Workload) -> int:

@@ -97,7 +97,8 @@ def tradeoff(report: Report) -> Figure | None:
         if limit is not None:
             axis.axvline(limit / divisor, color=INK, ls="--", lw=1,
                          label=f"budget {human_budget(budget, limit)}")
-        words = "memory at the workload" if budget == "memory" else budget.replace("_", " ")
+        words = {"memory": "memory at the workload", "throughput": "time for each new token"}.get(
+            budget, budget.replace("_", " "))
         axis.set_xlabel(f"{words} ({unit})")
         axis.label_outer()
         axis.set_title(title)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from minipuzzle.core.budget import BUDGET_KEYS
+from minipuzzle.core.budget import BUDGET_KEYS, FORETOLD
 from minipuzzle.pages.svg import KIND_COLORS, hover
 
 # inches: over the page's width; one of two beside each other; their height
@@ -88,6 +88,8 @@ def scale(axis: Axes, which: str, values: Iterable[float | None], factor: float 
 
 def in_units(budget_key: str, largest: float) -> tuple[float, str]:
     """(divisor, unit) that make the numbers of a budget key short: (1048576, 'MiB')."""
+    if budget_key in FORETOLD:  # picoseconds
+        return 1e12, "s"
     step, names = 1000.0, ["", "k", "M", "B"]
     if BUDGET_KEYS[budget_key][1] == "bytes":
         step, names = 1024.0, ["B", "KiB", "MiB", "GiB", "TiB"]

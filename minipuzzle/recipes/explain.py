@@ -13,7 +13,8 @@ from minipuzzle.core.budget import BUDGET_KEYS
 from minipuzzle.core.errors import InputError
 from minipuzzle.recipes.schema import BUDGET_WORDS, Recipe, json_schema
 
-_BUDGET_UNITS = {"bytes": "bytes; KiB, MiB, GiB, TiB", "decimal": "a count; k, M, B, T"}
+_BUDGET_UNITS = {"bytes": "bytes; KiB, MiB, GiB, TiB", "decimal": "a count; k, M, B, T", "seconds": "s, ms",
+                 "rate": "tok/s, ktok/s"}
 Entry = dict[str, Any]
 
 

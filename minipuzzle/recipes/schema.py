@@ -26,6 +26,7 @@ from pydantic import (
 
 from minipuzzle.core.budget import (
     BUDGET_KEYS,
+    FORETOLD,
     MOST_SERVED,
     QUANTISED,
     Budget,
@@ -98,9 +99,17 @@ class WorkloadSection(_Section):
         "ideal", "How KV cache and state are counted: as they are, or in vLLM's pages. Pages have one size "
         "for Mamba and attention, so that fewer layers may take more.", "engine", "vLLM's source")
 
+    device: str | None = _key(
+        None, "A card ('minipuzzle devices') that speed is foretold for: prefill, decoding, latency and throughput of "
+        "parent and candidates, a roofline. Budgets of them take h100 where none is named.", "card",
+        "data sheets", min_length=1)
+    new_tokens: Binary | None = _key(
+        None, "How many tokens of the context are generated, the rest is the prompt; null: an eighth. For speed alone. "
+        "k is 1024.", "tokens", ge=1, le=MOST_SERVED)
+
     def build(self) -> Workload:
         return Workload(self.precision, self.kv_precision, self.state_precision, tuple(self.keep_16bit),
-                        self.context, self.batch, self.engine)
+                        self.context, self.batch, self.engine, self.device, self.new_tokens)
 
 
 _DATA = ("stdlib (the source of Python's standard library), a text, JSONL or parquet file or folder, "
@@ -344,6 +353,8 @@ BUDGET_WORDS = {
     "active_params": "The parameters that one token uses: of MoE layers the routed experts only.",
     "kv_cache": "The KV cache of the attention layers at the workload.",
     "flops_per_token": "Arithmetic of one token of a forward pass.",
+    "latency": "Prefill and all new tokens of the workload's batch, foretold for `workload.device`.",
+    "throughput": "At least: new tokens per second with the largest batch that fits `workload.device`, foretold.",
 }
 
 
@@ -364,6 +375,17 @@ class Recipe(_Section):
     surgery: SurgerySection = SurgerySection()
     distillation: DistillationSection = DistillationSection()
     quantization: QuantizationSection = QuantizationSection()
+
+    @model_validator(mode="after")
+    def _on_a_card(self) -> Self:
+        """Parts of the parent's speed are of a usual card where none is named."""
+        asked = [key for key in FORETOLD if key in self.budget]
+        if asked and self.workload.device is None:
+            if units := [key for key in asked if not str(self.budget[key]).strip().endswith("x")]:
+                raise ValueError(f"budget {units[0]}={self.budget[units[0]]} is of a card: name it with "
+                                 "workload.device ('minipuzzle devices' lists them)")
+            self.__dict__["workload"] = self.workload.model_copy(update={"device": "h100"})
+        return self
 
     @classmethod
     def load(cls, name_or_file: str | Path = "default", **overrides: Any) -> Recipe:
@@ -513,6 +535,8 @@ def _explain(error: ValidationError, origin: str, lines: dict[tuple[Any, ...], i
             section = PhaseSection if isinstance(part, int) else section.model_fields[part].annotation
         known = list(section.model_fields)
         return f"{where}: unknown key {name!r}{_suggest(str(path[-1]), known)}; known: {', '.join(known)}{more}"
+    if not path:  # of several sections
+        return f"{where}: {first['msg'].removeprefix('Value error, ')}"
     if path[0] == "space" and len(path) > 1:
         return f"{where}: {name} = {first['input']!r}: write [low, high], [low, high, step], a number or a part as 0.5x"
     return f"{where}: {name} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}{more}"

@@ -108,6 +108,8 @@ def _numbers(report: Report) -> str:
     rows = [
         ("parameters", facts.count(parent.parameters), facts.count(result.parameters)),
         (f"memory ({facts.workload_text(report)})", facts.size(parent.memory_bytes), facts.size(result.memory_bytes)),
+        *((f"{words} (a forecast)", facts.count(before), facts.count(after))
+          for words, before, after in facts.foretold(report)),
         ("held-out loss (nats per token)", number(parent.loss, ".4f"), number(result.loss_distilled, ".4f")),
         ("held-out loss, minus the parent's", "", facts.difference(report)),
         ("held-out loss, sliced only", "", number(result.loss_sliced, ".4f")),

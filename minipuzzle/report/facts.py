@@ -272,6 +272,17 @@ def strip(report: Report) -> list[dict[str, Any]]:
             for i, kind in enumerate(parent.pattern)]
 
 
+def foretold(report: Report) -> list[tuple[str, float, float]]:
+    """(what, of the parent, of the result) tokens per second on the workload's card; none without one."""
+    load, found = report.load, []
+    for key, words in (("prefill", "prefill"), ("decode", f"decoding, batch {load.batch}"),
+                       ("throughput", "new tokens/s, largest batch")):
+        before, after = (side.cost.get(f"{key}_tokens_per_second") for side in (report.parent, report.result))
+        if before is not None and after is not None:
+            found.append((f"{words}{'' if key == 'throughput' else ', tokens/s'} on {load.device}", before, after))
+    return found
+
+
 def key_figures(report: Report) -> list[dict[str, str]]:
     """Tiles: label, value, note. Only what is known."""
     parent, result, more = report.parent, report.result, difference(report)
@@ -284,6 +295,8 @@ def key_figures(report: Report) -> list[dict[str, str]]:
     for label, before, after, form in (("parameters", parent.parameters, result.parameters, count),
                                        ("memory", parent.memory_bytes, result.memory_bytes, size)):
         add(label, after, form, f"{percent(after / before)} of the parent's {form(before)}" if before and after else "")
+    for label, before, after in foretold(report)[-1:]:
+        add(label, after, count, f"{after / before:.2f}x the parent's {count(before)}; a forecast" if before else "")
     add("held-out loss", result.loss_distilled, number,
         f"parent {number(parent.loss)}" + (f"; difference {more}" if more != ABSENT else ""))
     add("perplexity", perplexity(result.loss_distilled), number, f"parent {number(perplexity(parent.loss))}")

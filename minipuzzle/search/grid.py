@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from minipuzzle.core.budget import Budget, Workload
+from minipuzzle.core.budget import FORETOLD, Budget, Workload
 from minipuzzle.core.errors import InputError
 from minipuzzle.core.scores import LayerScores, WidthCurves
 from minipuzzle.costs.cost import cost
@@ -26,7 +26,7 @@ from minipuzzle.families.architecture import Architecture
 from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.damage import Damage, predict
 from minipuzzle.search.infeasible import refuse_infeasible
-from minipuzzle.search.prices import check_range, fits, prices
+from minipuzzle.search.prices import Line, Timed, check_range, fits, prices, timed
 from minipuzzle.search.space import Space
 
 CHUNK = 2**20  # points priced at once: some tens of MB
@@ -115,7 +115,10 @@ def _scan(parent: Architecture, space: Space, budget: Budget, workload: Workload
     for first_w in range(0, num_widths, CHUNK):
         number_W = np.arange(first_w, min(first_w + CHUNK, num_widths))
         index_WA = np.stack(np.unravel_index(number_W, shape_A), axis=1)
-        lines = prices(parent, workload, width_values(space, index_WA))
+        priced = prices(parent, workload, width_values(space, index_WA))
+        sizes, lines = priced["params"], dict[str, Line | Timed](priced)
+        if any(key in FORETOLD for key, _ in budget.limits):
+            lines |= timed(parent, workload, width_values(space, index_WA))
         widths_W, interplay = damage.widths(index_WA), damage.interplay(layers_C, index_WA)
         rows = max(1, CHUNK // len(number_W))
         for first_c in range(0, len(counts_CK), rows):
@@ -131,7 +134,7 @@ def _scan(parent: Architecture, space: Space, budget: Budget, workload: Workload
             else:
                 damage_CW = _lots(number_CW, seed)
             c, w = np.nonzero(fits_CW & (damage_CW <= worst))
-            new = np.stack([damage_CW[c, w], -lines["params"].points(counts[c], w), number_CW[c, w]])
+            new = np.stack([damage_CW[c, w], -sizes.points(counts[c], w), number_CW[c, w]])
             best = np.concatenate([best, new], axis=1)
             best = best[:, _smallest(best, keep)]
             best = best[:, np.lexsort(best[::-1])]

@@ -17,10 +17,13 @@ from typing import Any
 import numpy as np
 
 from minipuzzle.core.budget import Workload
+from minipuzzle.core.devices import find_device
 from minipuzzle.core.errors import InputError
-from minipuzzle.costs.cost import EIGHTHS, Amounts, cost, of_layer, of_top, page_sizes
+from minipuzzle.costs.cost import EIGHTHS, EXPERTS, Amounts, cost, of_layer, of_top, page_sizes
 from minipuzzle.costs.paging import paged
+from minipuzzle.costs.speed import Model, picoseconds, times
 from minipuzzle.families.architecture import Architecture
+from minipuzzle.families.base import HIDDEN
 
 IN_EIGHTHS = {"memory": EIGHTHS, "kv_cache": EIGHTHS}  # budgets priced in eighths of a bit
 
@@ -75,9 +78,7 @@ def prices(parent: Architecture, workload: Workload, widths_W: Mapping[str, np.n
     """Budget key -> Line. `widths_W`: axis -> its value at each point, [W]."""
     family = parent.family
     sizes = {**parent.sizes()} | {name: np.asarray(values, np.int64) for name, values in widths_W.items()}
-    top = of_top(family, sizes, workload)
-    units = [functools.reduce(Amounts.plus, (of_layer(family.kinds[kind], sizes, workload) for kind in unit))
-             for unit in parent.drops.values()]
+    top, units = _amounts(parent, workload, sizes)
     none_W = np.zeros(len(next(iter(widths_W.values()))), np.int64)
     cache_K = np.array([unit.cache for unit in units], np.int64)
 
@@ -102,12 +103,60 @@ def prices(parent: Architecture, workload: Workload, widths_W: Mapping[str, np.n
             "kv_cache": line(0, [0] * len(units), caches=True)}
 
 
-def fits(lines: Mapping[str, Line], limits: tuple[tuple[str, int], ...], counts_CK: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class Timed:
+    """A time of costs/speed.py over a grid, in picoseconds, from the lines that it follows from."""
+
+    lines: dict[str, Line]  # field of speed.Model -> its line, of one sequence
+    fixed_W: dict[str, Any]  # and what is one of the widths
+    time: str  # of speed.Times
+    workload: Workload
+
+    def grid(self, counts_CK: np.ndarray) -> np.ndarray:
+        """[C, W]"""
+        found = {name: line.grid(counts_CK) for name, line in self.lines.items()}
+        found |= {name: -(-found[name] // divisor) for name, divisor in _IN_BITS.items() if name in found}
+        found.setdefault("held", found["cache"] + found["state"])
+        told = times(Model(**found, **self.fixed_W), self.workload, find_device(str(self.workload.device)))
+        return picoseconds(getattr(told, self.time))
+
+
+_IN_BITS = {"weights": EIGHTHS, "cache": EIGHTHS, "state": 8, "held": EIGHTHS}
+
+
+def timed(parent: Architecture, workload: Workload, widths_W: Mapping[str, np.ndarray]) -> dict[str, Timed]:
+    """Budget key -> Timed, of the budgets that need a card."""
+    one = dataclasses.replace(workload, batch=1)
+    sizes = {**parent.sizes()} | {name: np.asarray(values, np.int64) for name, values in widths_W.items()}
+    top, units = _amounts(parent, one, sizes)
+    none_W = np.zeros(len(next(iter(widths_W.values()))), np.int64)
+    nothing_K = np.zeros(len(units), np.int64)
+    lines = {name: Line(getattr(top, name) + none_W,
+                        np.stack([getattr(unit, name) + none_W for unit in units]), nothing_K)
+             for name in ("parameters", "active", "weights", "state", "products", "attends")}
+    lines["cache"] = prices(parent, one, widths_W)["kv_cache"]
+    if workload.engine == "vllm":
+        lines["held"] = Line(none_W, np.stack([none_W] * len(units)), nothing_K,
+                             prices(parent, one, widths_W)["memory"].pages)
+    fixed = {"head": sizes["vocab_size"] * sizes[HIDDEN], "vocab_size": sizes["vocab_size"]}
+    fixed |= dict(zip(("experts", "experts_used"), (sizes.get(name, 0) for name in EXPERTS), strict=True))
+    return {key: Timed(lines, fixed, time, workload) for key, time in (("latency", "latency"), ("throughput", "token"))}
+
+
+def _amounts(parent: Architecture, workload: Workload, sizes: Any) -> tuple[Amounts, list[Amounts]]:
+    """What is outside the layers, and of each unit of layers that can go."""
+    family = parent.family
+    return of_top(family, sizes, workload), [
+        functools.reduce(Amounts.plus, (of_layer(family.kinds[kind], sizes, workload) for kind in unit))
+        for unit in parent.drops.values()]
+
+
+def fits(lines: Mapping[str, Line | Timed], limits: tuple[tuple[str, int], ...], counts_CK: np.ndarray) -> np.ndarray:
     """[C, W] bool: the points that meet every limit. Rounding up to bytes cannot change it."""
-    fits_CW = np.ones((len(counts_CK), len(lines["params"].base_W)), bool)
+    fits_CW: np.ndarray | np.bool_ = np.bool_(True)
     for key, limit in limits:
-        fits_CW &= lines[key].grid(counts_CK) <= min(limit * IN_EIGHTHS.get(key, 1), 2**63 - 1)
-    return fits_CW
+        fits_CW = fits_CW & (lines[key].grid(counts_CK) <= min(limit * IN_EIGHTHS.get(key, 1), 2**63 - 1))
+    return np.asarray(fits_CW)
 
 
 def check_range(parent: Architecture, workload: Workload) -> None:
