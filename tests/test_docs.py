@@ -176,3 +176,11 @@ def test_python_in_the_documents_is_python() -> None:
             ast.parse(text)
             counted += 1
     assert counted >= 2
+
+
+def test_what_the_recipes_for_a_machine_take_is_what_the_dry_run_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of the guide, made again."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import guide
+
+    assert guide.table() in (ROOT / "docs" / "guide.md").read_text(encoding="utf-8"), "python benchmarks/guide.py"

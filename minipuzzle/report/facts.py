@@ -274,7 +274,8 @@ def strip(report: Report) -> list[dict[str, Any]]:
 
 def foretold(report: Report) -> list[tuple[str, float, float]]:
     """(what, of the parent, of the result) tokens per second on the workload's card; none without one."""
-    load, found = report.load, []
+    load = report.load
+    found: list[tuple[str, float, float]] = []
     for key, words in (("prefill", "prefill"), ("decode", f"decoding, batch {load.batch}"),
                        ("throughput", "new tokens/s, largest batch")):
         before, after = (side.cost.get(f"{key}_tokens_per_second") for side in (report.parent, report.result))
@@ -295,8 +296,8 @@ def key_figures(report: Report) -> list[dict[str, str]]:
     for label, before, after, form in (("parameters", parent.parameters, result.parameters, count),
                                        ("memory", parent.memory_bytes, result.memory_bytes, size)):
         add(label, after, form, f"{percent(after / before)} of the parent's {form(before)}" if before and after else "")
-    for label, before, after in foretold(report)[-1:]:
-        add(label, after, count, f"{after / before:.2f}x the parent's {count(before)}; a forecast" if before else "")
+    for label, old, new in foretold(report)[-1:]:
+        add(label, new, count, f"{new / old:.2f}x the parent's {count(old)}; a forecast" if old else "")
     add("held-out loss", result.loss_distilled, number,
         f"parent {number(parent.loss)}" + (f"; difference {more}" if more != ABSENT else ""))
     add("perplexity", perplexity(result.loss_distilled), number, f"parent {number(perplexity(parent.loss))}")
