@@ -25,7 +25,7 @@ from minipuzzle.search.candidate import Candidate
 from minipuzzle.search.damage import drop_order
 from minipuzzle.search.grid import search_architectures
 from minipuzzle.search.infeasible import round_up
-from minipuzzle.search.prices import IN_EIGHTHS, prices
+from minipuzzle.search.prices import IN_EIGHTHS, prices, timed
 from minipuzzle.search.rank import diverse, rank, rank_correlation
 from minipuzzle.search.space import resolve_space
 
@@ -41,7 +41,7 @@ FIG9 = Path(__file__).parent / "data" / "nemotron_h_56b_fig9_layer_mse.csv"
 
 
 def budget(parent=PARENT, workload=None, **texts):
-    return Budget.parse(texts, cost(parent, workload or Workload()).to_json())
+    return Budget.parse(texts, cost(parent, workload or Workload(device="h100")).to_json())
 
 
 def between(parent, space, workload, percents):
@@ -106,7 +106,8 @@ def problems(draw):
     weights = st.sampled_from(["bf16", "fp8", "nvfp4", "int4"])
     workload = Workload(draw(weights), draw(precisions), draw(st.sampled_from(["fp32", "bf16"])),
                         tuple(draw(st.sets(st.sampled_from(["embedding", "lm_head", "ffn"])))),
-                        draw(st.integers(1, 99)), draw(st.integers(1, 3)), draw(st.sampled_from(["ideal", "vllm"])))
+                        draw(st.integers(2, 99)), draw(st.integers(1, 3)), draw(st.sampled_from(["ideal", "vllm"])),
+                        draw(st.sampled_from(["h100", "rtx4090"])))
     scores = layer_scores(pattern, [float(draw(st.integers(0, 3))) for _ in pattern])
     space = resolve_space(spec, parent)
     return parent, space, workload, scores, width_curves(space, parent) if draw(st.booleans()) else None
@@ -146,7 +147,8 @@ def test_grid_prices_are_the_exact_costs(problem):
     """Every budget key at every point, also those that no limit of another test touches."""
     parent, space, workload, _, _ = problem
     widths = list(itertools.product(*space.widths.values()))
-    lines = prices(parent, workload, dict(zip(WIDTH_AXES, np.array(widths).T, strict=True)))
+    lines = {key: line for of in (prices, timed)
+             for key, line in of(parent, workload, dict(zip(WIDTH_AXES, np.array(widths).T, strict=True))).items()}
     counts = [[parent.pattern.count(kind) - n for kind, n in zip("M-*", drops, strict=True)]
               for drops in itertools.product(*space.drops.values())]
     checked = 0
