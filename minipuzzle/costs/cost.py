@@ -105,7 +105,8 @@ def of_layer(kind: Kind, sizes: Sizes, workload: Workload) -> Amounts:
         parameters=matrices + others + norm,
         active=products + norm,
         weights=matrices * weight_eighths(workload, kind.name) + eighths("bf16") * (others + norm),
-        cache=kind.amount("cache", sizes) * workload.context * workload.batch * eighths(workload.kv_precision),
+        cache=(kind.amount("cache", sizes) * workload.context * workload.batch
+               * eighths(workload.kv_precision)),
         state=workload.batch * (kind.amount("state", sizes) * STATE_BITS[workload.state_precision]
                                 + kind.amount("window", sizes) * columns * 16),
         products=products + kind.amount("products", sizes),
@@ -140,7 +141,8 @@ def cost(arch: Architecture, workload: Workload) -> Cost:
     head sees only the last and is left out.
     """
     all_, embedding = total(arch, workload), arch.vocab_size * arch.hidden_size
-    weights, cache, state = _bytes(all_.weights, EIGHTHS), _bytes(all_.cache, EIGHTHS), _bytes(all_.state, 8)
+    weights, cache = _bytes(all_.weights, EIGHTHS), _bytes(all_.cache, EIGHTHS)
+    state = _bytes(all_.state, 8)
     held = cache + state
     if workload.engine == "vllm":
         held = int(pages_of(arch, workload).cache_bytes) * workload.batch
@@ -192,7 +194,8 @@ def page_sizes(kinds: Iterable[Kind], sizes: Sizes, workload: Workload) -> tuple
     token: Any = 0
     state: Any = 0
     for kind in kinds:
-        token = np.maximum(token, -(-kind.amount("cache", sizes) * eighths(workload.kv_precision) // EIGHTHS))
+        cache = kind.amount("cache", sizes) * eighths(workload.kv_precision)
+        token = np.maximum(token, -(-cache // EIGHTHS))
         state = np.maximum(state, -(-of_layer(kind, sizes, workload).state // (8 * workload.batch)))
     return token, state
 
@@ -207,8 +210,8 @@ def pages_of(arch: Architecture, workload: Workload) -> Pages:
     ideal = total(arch, workload)
     held = _bytes(ideal.cache, EIGHTHS) + _bytes(ideal.state, 8)
     if held >= 2**60:
-        raise InputError(f"a cache of {human_bytes(held)} at context {workload.context:,} and batch "
-                         f"{workload.batch:,} cannot be counted; lower context or batch")
+        raise InputError(f"a cache of {human_bytes(held)} at context {workload.context:,} and "
+                         f"batch {workload.batch:,} cannot be counted; lower context or batch")
     cached, recurrent = (sum(count for kind, _, count in layers if getattr(kind, has)) for has in
                          ("has_cache", "has_state"))
     sizes = [page_sizes([kind], own, workload) for kind, own, _ in layers]
@@ -236,7 +239,8 @@ def parameters_by_kind(arch: Architecture) -> dict[str, int]:
         out[kind.name] += count * (kind.amount("matrices", own) + kind.amount("others", own))
         norms += count * len(kind.norm) * arch.hidden_size
     all_ = total(arch, Workload())
-    return {"total": all_.parameters, "active": all_.active} | out | {"norm": norms, "mtp": mtp_parameters(arch)}
+    return {"total": all_.parameters, "active": all_.active} | out | {
+        "norm": norms, "mtp": mtp_parameters(arch)}
 
 
 def mtp_parameters(arch: Architecture) -> int:
@@ -244,7 +248,8 @@ def mtp_parameters(arch: Architecture) -> int:
     sizes, norm = arch.widest(), len(arch.family.norm_names) * arch.hidden_size
     depths = arch.mtp_pattern.split("/") if arch.mtp_pattern else []
     return int(sum(2 * arch.hidden_size**2 + 3 * norm
-                   + sum(of_layer(arch.family.kinds[kind], sizes, Workload()).parameters for kind in depth)
+                   + sum(of_layer(arch.family.kinds[kind], sizes, Workload()).parameters
+                         for kind in depth)
                    for depth in depths))
 
 
@@ -259,7 +264,8 @@ def inspect(arch: Architecture, workload: Workload) -> dict[str, Any]:
         "num_hidden_layers": arch.num_hidden_layers,
         "parameters": parameters_by_kind(arch),
         "memory": {"weights_bytes": priced.weights_bytes, "kv_cache_bytes": priced.kv_cache_bytes,
-                   "mamba_state_bytes": priced.mamba_state_bytes, "total_bytes": priced.memory_bytes},
+                   "mamba_state_bytes": priced.mamba_state_bytes,
+                   "total_bytes": priced.memory_bytes},
         "workspace_bytes": priced.workspace_bytes,
         "flops_per_token": priced.flops_per_token,
         "prefill_flops_per_token": priced.prefill_flops_per_token,
@@ -273,7 +279,8 @@ def _layers(arch: Architecture) -> list[tuple[Kind, Sizes, int]]:
     kinds = arch.family.kinds
     if any(isinstance(value, tuple) for value in arch.sizes().values()):
         return [(kinds[letter], arch.sizes(i), 1) for i, letter in enumerate(arch.pattern)]
-    return [(kinds[letter], arch.sizes(), arch.pattern.count(letter)) for letter in dict.fromkeys(arch.pattern)]
+    return [(kinds[letter], arch.sizes(), arch.pattern.count(letter))
+            for letter in dict.fromkeys(arch.pattern)]
 
 
 def _bytes(amount: Any, each: int) -> int:

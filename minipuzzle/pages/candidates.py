@@ -85,7 +85,8 @@ def tradeoff(report: Report) -> Figure | None:
          lambda c: _trained(report, c, metric))]
     if len(report.measured) < 8:
         panels.append((_damage_words(report), _predicted, None))
-    found = [(title, _known(report.candidates, lambda c: c.cost.get(BUDGET_KEYS[budget][0]), y), after)
+    column = BUDGET_KEYS[budget][0]
+    found = [(title, _known(report.candidates, lambda c: c.cost.get(column), y), after)
              for title, y, after in panels]
     found = [panel for panel in found if panel[1]]
     if not found:
@@ -123,8 +124,10 @@ def _costs(axis: Axes, report: Report, places: list[_Place], after: _Value | Non
             _, xs, starts, ends = zip(*ended, strict=True)
             axis.vlines(xs, starts, ends, color=look.color, linewidth=1.2, zorder=1)
             won = group[0][0] is report.winner
-            words = f"after {'distillation' if won else 'the tournament'}: {facts.short(report.metric)}"
-            points(axis, [(x, end, f"{c.name} {words} {end:.4g}") for c, x, _, end in ended],
+            training = "distillation" if won else "the tournament"
+            metric = facts.short(report.metric)
+            points(axis, [(x, end, f"{c.name} after {training}: {metric} {end:.4g}")
+                          for c, x, _, end in ended],
                    s=look.area, marker=look.marker, c=look.color, edgecolors=INK, linewidths=0.6,
                    zorder=look.order, label=f"{look.name}, distilled")
             heights += ends
@@ -179,7 +182,8 @@ def ranks(report: Report) -> Figure | None:
         look = {"va": "center", "weight": "bold" if bold else "normal"}
         axis.text(-0.06, first, f"{candidate.name}  {start:.3f}", ha="right", **look)
         axis.text(1.06, last, f"{end:.3f}", ha="left", **look)
-    axis.set_xticks([0, 1], [f"before\n{facts.short(metric)}", "after the tournament\nheld-out loss"])
+    axis.set_xticks([0, 1], [f"before\n{facts.short(metric)}",
+                             "after the tournament\nheld-out loss"])
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
     axis.set_ylim(len(some) + 0.5, 0.5)

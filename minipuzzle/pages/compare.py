@@ -43,7 +43,8 @@ def comparison(found: Mapping[str, Mapping[str, Any] | Report]) -> dict[str, Any
     `found`: report.json by the name to show, in order.
     """
     reports = reports_of(found)
-    runs = [{"name": name, "candidate": r.result.candidate, "pattern": r.result.architecture.get("pattern"),
+    runs = [{"name": name, "candidate": r.result.candidate,
+             "pattern": r.result.architecture.get("pattern"),
              "kept_layers": r.result.kept_layers, "seed": r.seed}
             | {label.replace(" ", "_"): value(r) for label, (value, _) in COLUMNS.items()}
             for name, r in reports.items()]
@@ -79,7 +80,8 @@ def _differences(reports: Mapping[str, Report]) -> list[str]:
 def compare_quality(reports: Mapping[str, Report]) -> Figure | None:
     """Cost against held-out loss of each result: hollow before training, filled after."""
     rows = [(name, memory, r.result.loss_pruned, after) for name, r in reports.items()
-            if (memory := r.result.memory_bytes) is not None and (after := r.result.loss_distilled) is not None]
+            if (memory := r.result.memory_bytes) is not None
+            and (after := r.result.loss_distilled) is not None]
     if not rows:
         return None
     figure, axis = canvas(3.4)
@@ -87,11 +89,13 @@ def compare_quality(reports: Mapping[str, Report]) -> Figure | None:
     for i, (name, memory, before, after) in enumerate(rows):
         x, color, marker = memory / divisor, COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
         if before is not None:
-            axis.plot([x, x], [before, after], color=color, marker=marker, markerfacecolor="none", lw=1.2)
-        points(axis, [(x, after, f"{name}: {facts.size(memory)}, loss {facts.number(before)} pruned, "
-                       f"{facts.number(after)} distilled")],
+            axis.plot([x, x], [before, after], color=color, marker=marker, markerfacecolor="none",
+                      lw=1.2)
+        points(axis, [(x, after, f"{name}: {facts.size(memory)}, loss {facts.number(before)} "
+                       f"pruned, {facts.number(after)} distilled")],
                s=60, c=color, marker=marker, edgecolors=INK, linewidths=0.6, zorder=3, label=name)
-    parents = sorted({round(loss, 3) for r in reports.values() if (loss := r.parent.loss) is not None})
+    parents = sorted({round(loss, 3) for r in reports.values()
+                      if (loss := r.parent.loss) is not None})
     for loss in parents:
         axis.axhline(loss, color=INK, ls="--", lw=1, label=f"parent {loss:.3f}")
     scale(axis, "y", [*parents, *(v for r in rows for v in r[2:])], 6)
@@ -112,8 +116,11 @@ def compare_layers(reports: Mapping[str, Report]) -> Figure | None:
     return grid_of_layers(rows, pattern, "loss")
 
 
-FIGURES = ((compare_quality, "Hollow: pruned, before training; filled: distilled. Lower and further left is better."),
-           (compare_layers, "A row is a run's result, a column a layer of the parent; a dot is a removed layer."))
+FIGURES = (
+    (compare_quality, "Hollow: pruned, before training; filled: distilled. Lower and further left "
+                      "is better."),
+    (compare_layers, "A row is a run's result, a column a layer of the parent; a dot is a removed "
+                     "layer."))
 
 
 def render_comparison(found: Mapping[str, Mapping[str, Any] | Report]) -> str:
@@ -129,7 +136,8 @@ def render_comparison(found: Mapping[str, Mapping[str, Any] | Report]) -> str:
 
 
 def _verdict(reports: Mapping[str, Report], comparable: bool) -> str:
-    """The best loss, and the smallest result, in a sentence; no winner where numbers do not compare."""
+    """The best loss, and the smallest result, in a sentence; no winner where numbers do not
+    compare."""
     known = [(loss, memory, name) for name, r in reports.items()
              if (loss := r.result.loss_distilled) is not None
              and (memory := r.result.memory_bytes) is not None]
@@ -138,8 +146,8 @@ def _verdict(reports: Mapping[str, Report], comparable: bool) -> str:
     if not comparable:
         return f"{len(reports)} runs, whose losses do not compare: none of them is the best."
     best, least = min(known, key=lambda r: r[0]), min(known, key=lambda r: r[1])
-    text = (f"Of {len(reports)} runs, {best[2]} has the lowest held-out loss, {best[0]:.3f} nats per "
-            f"token in {facts.size(best[1])}")
+    text = (f"Of {len(reports)} runs, {best[2]} has the lowest held-out loss, {best[0]:.3f} nats "
+            f"per token in {facts.size(best[1])}")
     if best is least:
         return f"{text}."
     return f"{text}; {least[2]} is the smallest, {facts.size(least[1])} with {least[0]:.3f}."

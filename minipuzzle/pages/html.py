@@ -26,9 +26,9 @@ from minipuzzle.report.report import Report
 FIGURES = (
     ("tradeoff", "Memory against quality", (
         (candidates.tradeoff,
-         "A grey point is a candidate before any training, a hollow mark one that was chosen for the "
-         "tournament; the line below it leads to its quality after distillation. Lower and further "
-         "left is better; right of the dashed line is over the budget."),)),
+         "A grey point is a candidate before any training, a hollow mark one that was chosen for "
+         "the tournament; the line below it leads to its quality after distillation. Lower and "
+         "further left is better; right of the dashed line is over the budget."),)),
     ("layers", "Which layers matter", (
         (layers.layers,
          "How far the output moves when one layer is taken out; bars are one standard error. "
@@ -41,9 +41,9 @@ FIGURES = (
          "★ the result, ◆ finalist; on the right the measured quality before training."),)),
     ("widths", "What narrower costs, and what was cut", (
         (layers.widths,
-         "Narrower to the right; dotted: the parent's width, thick line: the width chosen. Above: how "
-         "concentrated importance is (median layer, band over all layers). Below: the whole model cut "
-         "along one axis only, without training."),
+         "Narrower to the right; dotted: the parent's width, thick line: the width chosen. Above: "
+         "how concentrated importance is (median layer, band over all layers). Below: the whole "
+         "model cut along one axis only, without training."),
         (layers.cuts, "Each layer's parameters; what is coloured was kept."))),
     ("prediction", "Predicted against measured", (
         (candidates.prediction,
@@ -51,7 +51,8 @@ FIGURES = (
          "a useful prediction rises from left to right."),)),
     ("tournament", "The tournament", (
         (candidates.ranks,
-         "Rank of the finalists, best on top: lines that cross are candidates that overtook another."),
+         "Rank of the finalists, best on top: lines that cross are candidates that overtook "
+         "another."),
         (training.tournament,
          "Short distillation of each finalist; lower is closer to the parent."))),
     ("distillation", "Distillation", (
@@ -62,13 +63,14 @@ FIGURES = (
          "architecture."),)),
     ("memory", "Where the memory goes", (
         (training.memory,
-         "As the context grows, weights and Mamba state stay, the KV cache does not. Under the dashed "
-         "line is within the budget, on the dotted one the workload."),)),
+         "As the context grows, weights and Mamba state stay, the KV cache does not. Under the "
+         "dashed line is within the budget, on the dotted one the workload."),)),
     ("stages", "What the run cost", ((training.stages, "Wall-clock time of each stage."),)),
 )
 NARROW = (candidates.ranks, training.tournament)  # two beside each other
 FOLDED = (layers.layers_by_other_metrics,)  # behind a fold
-SAMPLES = (("parent", "Parent"), ("pruned", "Pruned, not trained"), ("distilled", "Pruned and distilled"))
+SAMPLES = (("parent", "Parent"), ("pruned", "Pruned, not trained"),
+           ("distilled", "Pruned and distilled"))
 
 
 @functools.cache
@@ -87,15 +89,19 @@ def render_html(data: Mapping[str, Any] | Report) -> str:
     for name, heading, figures in FIGURES:
         drawn = figures_of(report, heading, figures)
         if drawn:
-            sections.append({"name": name, "heading": heading, "figures": drawn, "note": _note(report, name)})
-    samples = [(label, text) for key, label in SAMPLES if (text := getattr(report.samples, key)) is not None
+            sections.append({"name": name, "heading": heading, "figures": drawn,
+                             "note": _note(report, name)})
+    samples = [(label, text) for key, label in SAMPLES
+               if (text := getattr(report.samples, key)) is not None
                and (key != "distilled" or report.trained)]
     return environment().get_template("report.html").render(
         report=report, sections=sections, headline=headline(report),
         verdict=unbroken(facts.verdict(report)),
-        choice=facts.choice(report), recovery=unbroken(facts.recovery(report)), strip=facts.strip(report),
+        choice=facts.choice(report), recovery=unbroken(facts.recovery(report)),
+        strip=facts.strip(report),
         kinds=facts.legend(report), tiles=facts.key_figures(report), samples=samples,
-        tables=[t for t in _tables(report) if t["rows"]], headings=("#", "candidate", *facts.columns(report)),
+        tables=[t for t in _tables(report) if t["rows"]],
+        headings=("#", "candidate", *facts.columns(report)),
         rows=facts.candidate_rows(report), total=len(report.candidates),
         facts=_provenance(report), load=LOAD, unbroken=unbroken)
 
@@ -103,26 +109,29 @@ def render_html(data: Mapping[str, Any] | Report) -> str:
 def _tables(report: Report) -> list[dict[str, Any]]:
     """Short tables without a figure."""
     return [
-        {"name": "retrieval", "heading": "What is found again in the context", "note": facts.retrieval_note(report),
-         "rows": facts.retrieval_rows(report)},
+        {"name": "retrieval", "heading": "What is found again in the context",
+         "note": facts.retrieval_note(report), "rows": facts.retrieval_rows(report)},
         {"name": "quality", "heading": "Held-out quality",
-         "note": "On the same held-out blocks. The difference is to the parent's loss, block by block, with its "
-                 "standard error: text that is hard for both does not widen it.",
+         "note": "On the same held-out blocks. The difference is to the parent's loss, block by "
+                 "block, with its standard error: text that is hard for both does not widen it.",
          "rows": facts.quality_rows(report)},
         {"name": "tasks", "heading": "Tasks", "note": "By lm-eval; with one standard error.",
          "rows": facts.task_rows(report)},
         {"name": "experts", "heading": "Where the router sends tokens",
-         "note": "The busiest expert's load over an even share (1 is even), by layer of the parent.",
+         "note": "The busiest expert's load over an even share (1 is even), by layer of the "
+                 "parent.",
          "rows": facts.expert_rows(report)}]
 
 
 def render_head(data: Mapping[str, Any] | Report) -> str:
-    """The head of the page for a notebook: headline, layers, numbers, the trade-off; no style of its own."""
+    """The head of the page for a notebook: headline, layers, numbers, the trade-off; no style of
+    its own."""
     report = Report.read(data)
     name, _, figures = FIGURES[0]
     return environment().get_template("head.html").render(
-        headline=headline(report), verdict=unbroken(facts.verdict(report)), strip=facts.strip(report),
-        tiles=facts.key_figures(report), figures=figures_of(report, name, figures), unbroken=unbroken)
+        headline=headline(report), verdict=unbroken(facts.verdict(report)),
+        strip=facts.strip(report), tiles=facts.key_figures(report),
+        figures=figures_of(report, name, figures), unbroken=unbroken)
 
 
 def headline(report: Report) -> str:
@@ -130,7 +139,8 @@ def headline(report: Report) -> str:
     return unbroken(facts.headline(report)).replace("->", "\N{RIGHTWARDS ARROW}")
 
 
-def figures_of(data: Any, heading: str, figures: Iterable[tuple[Draw, str]]) -> list[dict[str, Any]]:
+def figures_of(data: Any, heading: str, figures: Iterable[tuple[Draw, str]]
+               ) -> list[dict[str, Any]]:
     """What the template needs to show figures of `data`; those with nothing to draw are left
     out."""
     out = []
@@ -139,8 +149,9 @@ def figures_of(data: Any, heading: str, figures: Iterable[tuple[Draw, str]]) -> 
         if svg := draw(function, data, label):
             once = function in (*NARROW, *FOLDED)
             small = "" if once else draw(function, data, label, small=True)  # for a phone
-            out.append({"svg": Markup(svg), "small": Markup(small), "caption": caption,  # noqa: S704 (our own SVG)
-                        "narrow": function in NARROW, "folded": function in FOLDED})
+            out.append({"svg": Markup(svg), "small": Markup(small),  # noqa: S704 (our own SVG)
+                        "caption": caption, "narrow": function in NARROW,
+                        "folded": function in FOLDED})
     return out
 
 
@@ -174,13 +185,16 @@ def _provenance(report: Report) -> list[tuple[str, str]]:
     evaluation, out = report.evaluation, []
     if evaluation.blocks is not None:
         per_byte = evaluation.bytes_per_token
-        out.append(("held-out text", f"{evaluation.blocks:,} blocks of {facts.number(evaluation.sequence_length, ',')} "
-                    f"tokens from {evaluation.source or 'an unnamed source'}"
+        length = facts.number(evaluation.sequence_length, ",")
+        out.append(("held-out text", f"{evaluation.blocks:,} blocks of {length} tokens from "
+                    f"{evaluation.source or 'an unnamed source'}"
                     + (f", {per_byte:.2f} bytes per token" if per_byte else "")))
     if report.workload:
-        out.append(("workload", ", ".join(f"{k} {v}" for k, v in report.workload.items() if v not in (None, []))))
-    for label, value in (("generated", report.generated), ("hardware", report.hardware), ("seed", report.seed),
-                         ("parent", report.parent.path), ("result", report.result.path)):
+        out.append(("workload", ", ".join(f"{k} {v}" for k, v in report.workload.items()
+                                          if v not in (None, []))))
+    for label, value in (("generated", report.generated), ("hardware", report.hardware),
+                         ("seed", report.seed), ("parent", report.parent.path),
+                         ("result", report.result.path)):
         if value is not None:
             out.append((label, str(value)))
     for group in ("versions", "hashes"):

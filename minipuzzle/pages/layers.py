@@ -160,7 +160,8 @@ def _cells(axis: Axes, rows: list[tuple[str, list[int]]], pattern: str) -> None:
             label = facts.KINDS[kind].label
             boxes(axis, [(x - 0.43, y - 0.4, x + 0.43, y + 0.4, f"{name} keeps layer {x} ({label})")
                          for x, y, name in cells], KIND_COLORS[kind])
-    gone = [(x, y) for y, (_, kept) in enumerate(rows) for x in set(range(len(pattern))) - set(kept)]
+    gone = [(x, y) for y, (_, kept) in enumerate(rows)
+            for x in set(range(len(pattern))) - set(kept)]
     axis.plot([x for x, _ in gone], [y for _, y in gone], ls="", marker=".", color=MUTED, ms=2.5,
               mew=0)
 
@@ -181,7 +182,8 @@ def cuts(report: Report) -> Figure | None:
     figure, axis = canvas(2.2)
     words = []
     for i, size in enumerate(before):
-        text = f"layer {i} ({facts.KINDS[parent.pattern[i]].label}): {human_count(size)} parameters, "
+        label = facts.KINDS[parent.pattern[i]].label
+        text = f"layer {i} ({label}): {human_count(size)} parameters, "
         text += f"{human_count(after[i])} kept ({after[i] / size:.0%})" if i in after else "all cut"
         share = report.scores.kept_importance.get(str(i))
         words.append(text if share is None else

@@ -33,15 +33,18 @@ CHOSEN, FINALIST = "#e69f00", "#cc79a7"
 SERIES = (CHOSEN, FINALIST, "#56b4e9", "#8b6f47")  # runs side by side
 
 _VARIABLES = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", CARD: "var(--card)",
-              **{KIND_COLORS[letter]: f"var(--{kind.name})" for letter, kind in reversed(_KINDS.items())},
+              **{KIND_COLORS[letter]: f"var(--{kind.name})"
+                 for letter, kind in reversed(_KINDS.items())},
               CHOSEN: "var(--chosen)", FINALIST: "var(--finalist)"}
 STYLE: dict[str, Any] = {
-    "svg.fonttype": "none", "text.parse_math": False, "font.family": "DejaVu Sans", "font.size": 8.5,
-    "axes.titlesize": 9, "axes.titlelocation": "left", "axes.labelsize": 8.5, "legend.fontsize": 8,
+    "svg.fonttype": "none", "text.parse_math": False,
+    "font.family": "DejaVu Sans", "font.size": 8.5, "axes.titlesize": 9,
+    "axes.titlelocation": "left", "axes.labelsize": 8.5, "legend.fontsize": 8,
     "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.frameon": False,
-    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": MUTED, "ytick.color": MUTED,
-    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.edgecolor": MUTED, "axes.facecolor": "none",
-    "figure.facecolor": "none", "savefig.facecolor": "none", "grid.color": LINE, "grid.linewidth": 0.6,
+    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK,
+    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "axes.edgecolor": MUTED, "axes.facecolor": "none", "figure.facecolor": "none",
+    "savefig.facecolor": "none", "grid.color": LINE, "grid.linewidth": 0.6,
     "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
     "axes.formatter.useoffset": False, "axes.formatter.use_mathtext": False,
     "lines.linewidth": 1.4, "lines.markersize": 4.5, "path.simplify": True,
@@ -87,7 +90,8 @@ def draw(function: Draw, report: Any, label: str, small: bool = False) -> str:
 
 
 def _upright(figure: Figure) -> float:
-    """Panels beside each other, now below each other; the height in inches of the whole for a phone."""
+    """Panels beside each other, now below each other; the height in inches of the whole for a
+    phone."""
     spec = next((axis.get_subplotspec() for axis in figure.axes), None)
     rows, columns, *_ = spec.get_geometry() if spec else (1, 1)
     if columns == 1:
@@ -143,7 +147,8 @@ def _hoist(root: ET.Element) -> None:
         children = [child for child in group if child.tag != "defs"]
         for key in ("style", "clip-path"):
             values = {child.get(key) for child in children}
-            if len(children) > 1 and len(values) == 1 and None not in values and key not in group.attrib:
+            alike = len(values) == 1 and None not in values
+            if len(children) > 1 and alike and key not in group.attrib:
                 group.set(key, values.pop() or "")
                 for child in children:
                     del child.attrib[key]
@@ -151,7 +156,8 @@ def _hoist(root: ET.Element) -> None:
 
 def _add_titles(group: ET.Element, titles: list[str]) -> None:
     hidden = {id(e) for defs in group.iter(f"{_SVG}defs") for e in defs.iter()}
-    marks = [e for e in group.iter() if e.tag.removeprefix(_SVG) in ("use", "path") and id(e) not in hidden]
+    marks = [e for e in group.iter()
+             if e.tag.removeprefix(_SVG) in ("use", "path") and id(e) not in hidden]
     assert len(marks) == len(titles), f"{len(marks)} marks for {len(titles)} titles"
     for mark, title in zip(marks, titles, strict=True):
         ET.SubElement(mark, f"{_SVG}title").text = title

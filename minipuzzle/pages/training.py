@@ -122,17 +122,19 @@ def memory(report: Report) -> Figure | None:
     limit = report.budget["memory"].limit if "memory" in report.budget else None
     figure, axes = canvas(TALL, columns=2, sharex=True, sharey=True)
     for axis, name, costs in zip(axes, ("parent", "result"), priced, strict=True):
-        axis.stackplot(contexts, [[getattr(c, key) / divisor for c in costs] for key, *_ in MEMORY_PARTS],
-                       colors=[color for *_, color in MEMORY_PARTS],
+        stacks = [[getattr(c, key) / divisor for c in costs] for key, *_ in MEMORY_PARTS]
+        axis.stackplot(contexts, stacks, colors=[color for *_, color in MEMORY_PARTS],
                        labels=[label for _, label, _ in MEMORY_PARTS])
-        parts = [", ".join(f"{label} {human_bytes(getattr(c, key))}" for key, label, _ in MEMORY_PARTS)
-                 for c in costs]
+        parts = [", ".join(f"{label} {human_bytes(getattr(c, key))}"
+                           for key, label, _ in MEMORY_PARTS) for c in costs]
         points(axis, [(n, c.memory_bytes / divisor, f"{name} at {_tokens(n, 0)} tokens: "
                        f"{human_bytes(c.memory_bytes)} ({text})")
-                      for n, c, text in zip(contexts, costs, parts, strict=True)], s=12, c=INK, zorder=3)
+                      for n, c, text in zip(contexts, costs, parts, strict=True)],
+               s=12, c=INK, zorder=3)
         axis.axvline(load.context, color=INK, ls=":", lw=1, label="the workload")
         if limit is not None:
-            axis.axhline(limit / divisor, color=INK, ls="--", lw=1, label=f"budget {human_bytes(limit)}")
+            axis.axhline(limit / divisor, color=INK, ls="--", lw=1,
+                         label=f"budget {human_bytes(limit)}")
         axis.set_title(f"{name}: memory ({unit})")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FuncFormatter(_tokens))
