@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import RECIPE, neither_gate_nor_page
 
+from minipuzzle import prune
 from minipuzzle.cli import main
 from minipuzzle.core.devices import find_device
 from minipuzzle.core.published import published
+from minipuzzle.core.rundir import RunDir
 from minipuzzle.families.architecture import Architecture
 from minipuzzle.pipeline import cluster
 from minipuzzle.pipeline.plan import make_plan
@@ -150,3 +155,38 @@ def test_here_it_fails_as_the_run_would(tmp_path, monkeypatch):
     assert [path.name for path in foreign.iterdir()] == ["a.jpg"]
     result = CliRunner().invoke(main, ["prune", "--gpu", "h100"])
     assert (result.exit_code, "add --dry-run" in result.stderr) == (2, True)
+
+
+@pytest.fixture(scope="module")
+def asked(model_folder, texts, tmp_path_factory):
+    """A model, a recipe, and the run of another recipe."""
+    folder = tmp_path_factory.mktemp("asked")
+    (folder / "recipe.yaml").write_text(RECIPE.replace("DATA", str(texts)))
+    with neither_gate_nor_page():
+        prune(model_folder, Recipe.load(folder / "recipe.yaml").with_overrides(settings={"distillation.tokens": 0}),
+              folder / "other")
+    (folder / "photos").mkdir()
+    (folder / "photos" / "a.jpg").write_text("x")
+    return folder
+
+
+@pytest.mark.parametrize(("cause", "args", "code"), [
+    ("device", ("--device", "cuda"), 6), ("device", ("--device", "tpu"), 2), ("memory", ("--memory", "64KiB"), 6),
+    ("disk", (), 6), ("data", ("--data", "nowhere.txt"), 2), ("a folder of others", ("-o", "photos"), 2),
+    ("a run of another recipe", ("-o", "other"), 2), ("a run in progress", ("-o", "other"), 6),
+    ("budget", ("--budget", "params=7"), 4)])
+def test_the_dry_run_is_refused_as_the_run_is(cause, args, code, asked, model_folder, monkeypatch):
+    """The same exit code and the same words."""
+    monkeypatch.chdir(asked)
+    if cause == "disk":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    held = RunDir(asked / "other") if cause == "a run in progress" else None
+    try:
+        line = ["prune", str(model_folder), "--recipe", "recipe.yaml", *args]
+        wet, dry = (CliRunner().invoke(main, line + more) for more in ([], ["--dry-run"]))
+    finally:
+        if held:
+            held.close()
+    assert (wet.exit_code, dry.exit_code) == (code, code), (wet.output, dry.output)
+    assert wet.stderr.splitlines()[-1] == dry.stderr.splitlines()[-1]
+    assert wet.stderr.startswith("minipuzzle: ")
