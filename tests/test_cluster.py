@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,10 +20,12 @@ from minipuzzle.core.devices import find_device
 from minipuzzle.core.published import published
 from minipuzzle.core.rundir import RunDir
 from minipuzzle.families.architecture import Architecture
+from minipuzzle.models.weights import open_model
 from minipuzzle.pipeline import cluster
 from minipuzzle.pipeline.plan import make_plan
 from minipuzzle.recipes.schema import Recipe
 from minipuzzle.stages.order import STAGES
+from minipuzzle.verbs.source import bundled_model
 
 PAIRS = {"4b": ("nemotron-h-8b", "nemotron-h-4b"), "47b": ("nemotron-h-56b", "nemotron-h-47b")}
 
@@ -190,3 +194,15 @@ def test_the_dry_run_is_refused_as_the_run_is(cause, args, code, asked, model_fo
     assert (wet.exit_code, dry.exit_code) == (code, code), (wet.output, dry.output)
     assert wet.stderr.splitlines()[-1] == dry.stderr.splitlines()[-1]
     assert wet.stderr.startswith("minipuzzle: ")
+
+
+def test_one_speed_explains_the_measured_stages_within_a_factor_of_2():
+    """FLOPs of the plan over seconds of the committed run of the bundled job (2 cores): what the dry run here
+    assumes, by stage."""
+    measured = json.loads((Path(__file__).parent.parent / "benchmarks/results/main_job.json").read_text())["runs"][0]["stages"]
+    plan = make_plan(open_model(bundled_model()).arch, Recipe())
+    speeds = {stage.name: stage.estimate(plan).flops / measured[stage.name] for stage in STAGES
+              if stage.name in ("score", "curves", "measure", "tournament", "distill")}
+    mean = math.prod(speeds.values()) ** (1 / len(speeds))
+    assert len(speeds) == 5
+    assert all(mean / 2 < speed < 2 * mean for speed in speeds.values()), speeds
