@@ -755,10 +755,10 @@ def test_a_finalist_that_diverges_comes_last(copy: Path, finished: Run, model_fo
     first, second = finished.candidates["name"][:2]
     real = Trainer.end
 
-    def end(self: Trainer, done: int) -> dict[str, Any]:
+    def end(self: Trainer) -> dict[str, Any]:
         if self.pupil.folder.name.startswith(f"{first}-") and self.pupil.step == 2:
             self.sums, self.pupil.skipped = self.sums * math.nan, MAX_SKIPPED
-        return real(self, done)
+        return real(self)
 
     monkeypatch.setattr(Trainer, "end", end)
     run = prune(model_folder, recipe_for(texts), copy)
