@@ -12,7 +12,7 @@ benchmarks/results/scale_300m.json to begin anew.
     score     the parent in memory and its streams              4 P + streams
     streamed  the same from the disk                            three layers + streams
     measure   three candidates, cut from the disk               three layers + streams
-    train     distill/memory.py's forecast, and the copy of weights and moments: 12 S / N
+    train     distill/memory.py: the state's copy, 12 S / N, is part of it
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from minipuzzle.core.published import find_config
 from minipuzzle.core.scores import WidthScores
 from minipuzzle.costs.cost import layer_parameters
 from minipuzzle.data.blocks import TokenBlocks
-from minipuzzle.distill.loop import distill_model, pass_tokens
+from minipuzzle.distill.loop import distill_model
 from minipuzzle.distill.memory import forecast
 from minipuzzle.distill.settings import TrainSettings
 from minipuzzle.distill.sharding import read_sharded
@@ -99,7 +99,6 @@ def run_case(case: str, big: ModelFolder, small: ModelFolder, scratch: Path) -> 
     """Bytes that it took of this process, and what was foretold."""
     ranks = open_ranks(torch.device("cpu"))
     ids = torch.randint(0, big.arch.vocab_size, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
-    copies = 12 * parameters(small.arch) // ranks.size
     layers = 12 * max(layer_parameters(big.arch, i) for i in range(big.arch.num_layers))
     base, peak, stop = anonymous(), 0, threading.Event()
 
@@ -119,7 +118,7 @@ def run_case(case: str, big: ModelFolder, small: ModelFolder, scratch: Path) -> 
         else:
             teacher, pupil = Model.load(big), HybridLM(small.family, small.arch, small.weights(torch.float32))
         distill_model(pupil, teacher, blocks, settings, scratch / f"train-{ranks.size}", ranks=ranks)
-        foretold = copies + forecast(big.arch, small.arch, settings, ranks, max(pass_tokens(ranks.device), LENGTH))
+        foretold = forecast(big.arch, small.arch, settings, ranks, ids.numel() // ranks.size)
     elif case == "measure":
         cutter = Cutter(StreamedModel.open(big, ranks.device), WidthScores.read(scratch / "widths.safetensors"))
         every = tuple(range(big.arch.num_layers))
