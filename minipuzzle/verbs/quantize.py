@@ -41,7 +41,7 @@ def quantize(model: str | Path, recipe: Recipe, output_dir: Path, seed: int = 0,
     for section in reads:
         check_sources(getattr(recipe, section).data)
     tokens = tokenize_stage(reads)
-    world_reads = ("model", "tokenizer", "seed", "precision", *(f"{section}.data" for section in reads))
+    world_reads = ("model", "teacher", "tokenizer", "seed", "precision", *(f"{section}.data" for section in reads))
     stage = Stage("quantize", _run, settings=SECTIONS if recipe.quantization.distill else SECTIONS[:-1],
                   world=world_reads, after=("tokenize",))
     with open_run(output_dir, where) as (ranks, run):
