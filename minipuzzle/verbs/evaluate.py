@@ -55,12 +55,12 @@ def evaluate(model: str | Path, teacher: str | Path | None, recipe: Recipe, devi
             reference = Reference(source, final_NT, world.parent.memory.stream_bytes if teacher is None else None,
                                   ranks, lambda done: update(done, ""))
             found = reference.quality() if teacher is None else measure(world.parent.model, reference)
+        check_finite(found, folder.path, world.parent.model, final_NT)
         probe = make_probe(folder.arch.vocab_size, recipe.calibration.probe_context)
         with reporter.stage("retrieval", len(probe.ids_NT)) as update:
             run = Pass(source, probe.ids_NT, memory_bytes=world.parent.memory.stream_bytes,
                        progress=lambda done: update(done, ""))
             retrieved = measure_models(probe, source, [] if teacher is None else [world.parent.model], run)[-1]
-        check_finite(found, folder.path, world.parent.model, final_NT)
         bytes_per_token = world.blocks("evaluation", "held_out", data[1]).bytes_per_token
     out: dict[str, Any] = {"model": str(folder.path), "teacher": str(other.path) if teacher is not None else None,
                            "tokens": reference.ids.numel()}
