@@ -30,12 +30,11 @@ FILES = ("run.json", "candidates.json", "candidates.csv", "report.json", "metric
          "stages/tournament.json", "stages/distill.json", "stages/export.json", "tokens/*/tokens.json",
          "tokens/*/train.bin", "tokens/*/held_out.bin", "scores/layers.csv", "scores/widths.safetensors",
          "scores/interactions.safetensors", "scores/samples.safetensors", "scores/scoring.json", "scores/width_curves.csv",
-         "scores/rotation.safetensors", "search/predicted.json", "search/measured.json", "search/tournament.json", "search/controls.json",
-         "search/moves.json",
-         "search/result.json", "model/model.safetensors", "model/config.json", "model/tokenizer.json",
+         "scores/rotation.safetensors", "search/predicted.json", "search/measured.json",
+         "search/tournament.json", "search/controls.json", "search/moves.json", "search/result.json", "model/model.safetensors", "model/config.json", "model/tokenizer.json",
          "model/generation_config.json", "model/README.md", "model/minipuzzle.json", "model/LICENSE")
 REWRITTEN = ("run.json", "candidates.json", "candidates.csv", "report.json")  # by every command
-DAMAGES = ("truncated", "empty", "{}", "[]", "flipped", "deleted")
+DAMAGES = ("truncated", "empty", "{}", "[0]", "flipped", "deleted")
 # what is the same in every run; the rest has times, paths, or several keys of metadata in any order
 REPEATABLE = ("candidates.csv", "candidates.json", "scores/layers.csv", "scores/width_curves.csv",
               "scores/rotation.safetensors", "search/tournament.json", "model/config.json", "model/tokenizer.json")
