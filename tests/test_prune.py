@@ -825,8 +825,8 @@ def test_untrained_weights_do_not_pass_the_gate(unexported: Path, model_folder: 
         untrained.update({name: p.detach().clone() for name, p in student.parameters_by_name().items()})
         return load(state, student, ranks)
 
-    def write_the_other(folder: Path, config: dict[str, Any], tensors: Any, parent: Path) -> None:
-        write(folder, config, ((name, untrained[name].to(t.dtype)) for name, t in tensors), parent)
+    def write_the_other(folder: Path, config: dict[str, Any], tensors: Any, parent: Path, **more: Any) -> None:
+        write(folder, config, ((name, untrained[name].to(t.dtype)) for name, t in tensors), parent, **more)
 
     monkeypatch.setattr(finishing, "load_best", remember)
     monkeypatch.setattr(student_stage, "write_model", write_the_other)
