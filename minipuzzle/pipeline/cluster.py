@@ -30,7 +30,7 @@ MOST_GPUS = 4096
 
 @dataclass(frozen=True)
 class Need:
-    """Of a stage: bytes of each GPU, of each host, and of the disk that it leaves. `memory`: what a process
+    """Of a stage: bytes of each GPU, of each host, and of the disk that it fills. `memory`: what a process
     that trains holds at the peak of a step; `phases`: of its training, with the seconds of each."""
 
     name: str

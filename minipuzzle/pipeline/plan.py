@@ -58,7 +58,7 @@ def longest_sequence(settings: Recipe) -> int:
 @dataclass(frozen=True)
 class Estimate:
     """What a stage is thought to take. seconds: apart from its FLOPs; memory_bytes: at its peak,
-    where the parent is read layer by layer; disk_bytes: of what it leaves. trains: students.
+    where the parent is read layer by layer; disk_bytes: of what it writes. trains: students.
     references: on how many parts of the held-out blocks it keeps a model's activations."""
 
     flops: float = 0.0

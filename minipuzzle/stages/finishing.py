@@ -195,7 +195,7 @@ def _distill_estimate(plan: Plan) -> Estimate:
     d = plan.recipe.distillation
     return Estimate(training_flops(plan, min(d.tournament_tokens, d.tokens), d.tokens, EVALUATIONS),
                     trains=d.tokens > 0, memory_bytes=plan.student_stage_bytes,
-                    disk_bytes=plan.state_bytes, references=1)
+                    disk_bytes=2 * plan.state_bytes, references=1)  # the old state stays until the new is whole
 
 
 def _export_estimate(plan: Plan) -> Estimate:
