@@ -185,7 +185,7 @@ def test_hovering_a_point_and_a_layer(browser: Any, page: Path, report: dict[str
              if e.get_attribute("data-tip").startswith(f"{win} after distillation")]
     assert len(stars) == 1
     assert move(browser, stars[0]) == f"{win} after distillation: KL {report['result']['exported']['kl']:.4g}"
-    marks = browser.find_elements(By.CSS_SELECTOR, "#layers .figures > figure [data-tip]")
+    marks = browser.find_elements(By.CSS_SELECTOR, "#layers .figures > figure .large [data-tip]")
     assert len(marks) == 22
     row = report["scores"]["layers"][5]
     mark = next(m for m in marks if m.get_attribute("data-tip").startswith("layer 5 "))

@@ -36,7 +36,7 @@ def test_the_folder_is_taken_as_it_lies_there(folder: Path, tmp_path: Path) -> N
     there."""
     config, ids = json.loads((folder / "config.json").read_text()), tokens(3, 400)
     wanted = sample_logits(FAMILY, ARCH, small_steps().items(), ids)
-    assert wanted.shape == (2, 64, ARCH.vocab_size)
+    assert wanted.shape == (1, 64, ARCH.vocab_size)
     mine = folder / "evil.py"
     mine.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     (folder / "config.json").write_text(json.dumps(config | {
@@ -44,7 +44,7 @@ def test_the_folder_is_taken_as_it_lies_there(folder: Path, tmp_path: Path) -> N
     assert reload_gate(folder, ids, wanted) < 1e-5
     assert not (tmp_path / "ran").exists()
     (folder / "config.json").write_text(json.dumps(config | {"time_step_min": 0.001}))  # as published models have it
-    with pytest.raises(CorruptArtifact, match=r"than the student in memory: relative difference 2\.\d\de-01"):
+    with pytest.raises(CorruptArtifact, match=r"than the student in memory: relative difference 1\.\d\de-01"):
         reload_gate(folder, ids, wanted)
 
 
