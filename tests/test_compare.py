@@ -63,6 +63,13 @@ def test_the_page(reports: dict[str, dict[str, Any]]) -> None:
     assert "runs/two" not in bad
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # matplotlib: no room is left for the axes
+def test_long_names_leave_room_for_the_figure_of_a_phone(reports: dict[str, dict[str, Any]]) -> None:
+    text = render_comparison({f"/a/folder/of/many/many/many/names/{name}": r for name, r in reports.items()})
+    assert "…" in text
+    assert "/many/names/runs/two" in text
+
+
 def test_other_parents_have_no_common_grid(reports: dict[str, dict[str, Any]]) -> None:
     other = copy.deepcopy(reports)
     other["runs/two"]["parent"]["architecture"]["pattern"] = "M-"

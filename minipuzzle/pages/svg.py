@@ -77,16 +77,23 @@ def draw(function: Draw, report: Any, label: str, small: bool = False) -> str:
         if small:
             figure.set_size_inches(SMALL, _upright(figure))
             for axis in figure.axes:
+                rows = [text.get_text() for text in axis.get_yticklabels()]
+                if any(len(name) > LETTERS for name in rows):  # names of runs: their ends differ
+                    axis.set_yticks(axis.get_yticks(), [_ending(name) for name in rows])
                 if len(axis.get_xticks()) > LETTERS:
                     axis.tick_params(axis="x", labelsize=4)
             for legend in list(figure.legends):  # its columns are laid out when it is made
                 legend.remove()
                 marks = [handle for handle in legend.legend_handles if handle]
-                figure.legend(marks, [text.get_text() for text in legend.get_texts()],
-                              loc="outside lower center", ncols=2)
+                names = [_ending(text.get_text()) for text in legend.get_texts()]
+                figure.legend(marks, names, loc="outside lower center", ncols=2)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return _inline(buffer.getvalue(), name, label)
+
+
+def _ending(name: str) -> str:
+    return name if len(name) <= LETTERS else "…" + name[1 - LETTERS:]
 
 
 def _upright(figure: Figure) -> float:
